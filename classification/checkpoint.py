@@ -1,0 +1,236 @@
+"""Checkpoints: write whole ones, find the last, resume from it, load foreign weights.
+
+Nothing here ever runs code from a file: everything is read with `weights_only=True`.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import config as config_module
+import torch
+from errors import UserError
+from safetensors.torch import load_file
+
+LAST = "last_ckpt.pth"  # after every epoch, or where a signal stopped the run
+PREVIOUS = "last_ckpt.previous.pth"
+BEST = "best_ckpt.pth"
+EMA_BEST = "ema_best_ckpt.pth"
+
+
+# ----------------------------------------------------------------------------------------- files
+def _replace(temporary, path):
+    """Give a written file its name at once, and for good: rename, then flush the folder's entry."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save(state, folder, names):
+    """Write `state` under every name. A reader sees the old file or the whole new one, never a part.
+
+    Files are written in the order of `names`, each a copy of its own (a damaged disk block then
+    costs one of them). The LAST of before is kept as PREVIOUS.
+    """
+    folder = Path(folder)
+    temporary, source = folder / "checkpoint.tmp", None
+    try:
+        for name in names:
+            if source is None:
+                with open(temporary, "wb") as file:
+                    torch.save(state, file)
+            else:
+                shutil.copyfile(source, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            source = folder / name
+            if name == LAST and source.exists():
+                _replace(source, folder / PREVIOUS)
+            _replace(temporary, source)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{folder / name}: the checkpoint could not be written ({error}); earlier ones are intact"
+        ) from error
+
+
+class _Inert(dict):
+    """Stands in for a class that a foreign checkpoint names (a yacs CfgNode, say); does nothing."""
+
+    def __init__(self, *_, **__):
+        super().__init__()
+
+    def __setstate__(self, state):
+        pass
+
+
+def read(path):
+    """Content of a checkpoint file, on the CPU.
+
+    Objects of unknown classes become empty dictionaries; their code is never run.
+
+    Raises:
+        UserError: missing, truncated, or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except ValueError:  # the format before torch 1.6: nothing is allowed there
+            unknown = []
+        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged file can raise almost anything (RuntimeError, EOFError, UnpicklingError, KeyError, ...).
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a whole checkpoint ({reason}); use another one") from error
+
+
+def find_last(folder, log):
+    """(path, state) of the newest whole checkpoint of a run, or None.
+
+    The order is that of the progress in the names, not of file dates: copying changes those. A file
+    that cannot be read is said and passed over.
+    """
+    folder = Path(folder)
+    numbered = [(int(m[1]), p) for p in folder.glob("ckpt_epoch_*.pth") if (m := re.search(r"_(\d+)\.pth$", p.name))]
+    candidates = [folder / LAST, folder / PREVIOUS, *(p for _, p in sorted(numbered, reverse=True)), folder / BEST]
+    for path in candidates:
+        if path.is_file():
+            try:
+                return path, read(path)
+            except UserError as error:
+                log.warning(f"{error} - falling back to the one before")
+    return None
+
+
+# ---------------------------------------------------------------------------------------- resume
+def _load_strictly(module, weights, path):
+    ours = module.state_dict()
+    problems = [f"{k} is missing" for k in ours if k not in weights]
+    problems += [f"{k} is not in this model" for k in weights if k not in ours]
+    problems += [
+        f"{k} is {tuple(weights[k].shape)}, here {tuple(ours[k].shape)}"
+        for k in ours
+        if k in weights and weights[k].shape != ours[k].shape
+    ]
+    if problems:
+        raise UserError(
+            f"{path} is a checkpoint of another model: {problems[0]} ({len(problems)} such keys); "
+            "use the configuration it was trained with, or --pretrained to start from its weights"
+        )
+    module.load_state_dict(weights)
+
+
+def load_weights(model, state, path, label_names):
+    """Weights of one of our checkpoints for evaluation.
+
+    Raises:
+        UserError: not one of ours, another model, or other labels.
+    """
+    if not isinstance(state, dict) or "model" not in state or "label_names" not in state:
+        raise UserError(f"{path} is not a checkpoint of this project; load foreign weights with --pretrained")
+    if list(state["label_names"]) != list(label_names):
+        raise UserError(
+            f"{path} was trained on the labels {', '.join(state['label_names'])}; the data has {', '.join(label_names)}"
+        )
+    _load_strictly(model, state["model"], path)
+
+
+def resume(state, path, *, model, ema, optimizer, scaler, config, label_names, world, log):
+    """Put a run back to where `state` was saved; returns nothing, raises UserError where it does not fit.
+
+    Rates, decay and betas stay those of the present config: what the user changed since counts.
+    """
+    load_weights(model, state, path, label_names)
+    if ema is not None:
+        if state["model_ema"] is None:
+            log.warning(f"{path} has no EMA weights (TRAIN.EMA.ENABLE was off): the average starts from its weights")
+        _load_strictly(ema.module, state["model_ema"] or state["model"], path)
+    # Moments go by parameter name: the groups may be others now (DCN_LR_MUL changed, say).
+    ours, saved = optimizer.state_dict()["param_groups"], state["optimizer"]
+    index = {n: i for g in saved["param_groups"] for n, i in zip(g["names"], g["params"])}
+    pairs = [(i, index[n]) for g in ours for n, i in zip(g["names"], g["params"])]
+    moments = {i: saved["state"][k] for i, k in pairs if k in saved["state"]}
+    try:
+        optimizer.load_state_dict({"state": moments, "param_groups": ours})
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: the optimizer's state does not fit ({error})") from error
+    scaler.load_state_dict(state["amp"])
+    if len(state["rng"]) == world.size:
+        torch.set_rng_state(state["rng"][world.rank]["cpu"])
+        if world.device.type == "cuda" and state["rng"][world.rank]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"][world.rank]["cuda"], world.device)
+    else:
+        log.warning(f"{path} was saved by {len(state['rng'])} processes, now {world.size}: random numbers start anew")
+    for line in config_module.differences(state["config"], config_module.to_dict(config)):
+        log.info(f"changed since the checkpoint: {line}")
+
+
+def rng_state(world):
+    """Random number state of this rank, for `resume`."""
+    cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+# ------------------------------------------------------------------------------- foreign weights
+def _state_dict(content, path):
+    """The weights in a file of any of the known shapes, with the published names."""
+    for key in ("model", "module", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    if not weights:
+        raise UserError(f"{path} holds no weights (looked under model, module, state_dict and at the top)")
+    for prefix in ("module.", "model."):  # DataParallel's, Hugging Face's
+        if all(k.startswith(prefix) for k in weights):
+            weights = {k[len(prefix) :]: v for k, v in weights.items()}
+    return {re.sub(r"\blayer_scale([12])$", r"gamma\1", k): v for k, v in weights.items()}
+
+
+def load_pretrained(model, path, log):
+    """Start from the weights of a published checkpoint (InternImage's own, or the Hugging Face copy).
+
+    A head of another size is left as initialised. Returns {loaded, replaced, missing, unexpected},
+    lists of keys, and logs them.
+
+    Raises:
+        UserError: the file is of another architecture.
+    """
+    ours, theirs = model.state_dict(), _state_dict(read(path), path)
+    head = {"head.weight", "head.bias"}
+    matching = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
+    replaced = sorted(head & ours.keys() & (theirs.keys() - matching.keys()))
+    # One row of the head per class: a head that fits half is another head.
+    if replaced:
+        replaced = sorted(head & ours.keys())
+        matching = {k: v for k, v in matching.items() if k not in head}
+    shapes = sorted(k for k in theirs.keys() & ours.keys() if k not in matching and k not in head)
+    missing = sorted(ours.keys() - theirs.keys())
+    unexpected = sorted(theirs.keys() - ours.keys())
+    body = tuple(name + "." for name, _ in model.named_children() if name != "head")
+    wrong = [f"{k} is {tuple(theirs[k].shape)}, here {tuple(ours[k].shape)}" for k in shapes]
+    wrong += [f"{k} is missing in the file" for k in missing if k not in head]
+    wrong += [f"{k} is not in this model" for k in unexpected if k.startswith(body)]
+    if wrong:
+        raise UserError(
+            f"{path} is of another architecture: {wrong[0]} ({len(wrong)} such keys); "
+            "choose the configuration that belongs to the file"
+        )
+    model.load_state_dict(matching, strict=False)
+    report = {"loaded": sorted(matching), "replaced": replaced, "missing": missing, "unexpected": unexpected}
+    log.info(f"pretrained weights from {path}: {len(matching)} keys loaded")
+    for what in ("replaced", "missing", "unexpected"):
+        log.info(f"  {what}: {', '.join(report[what]) or 'none'}")
+    return report

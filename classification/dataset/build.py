@@ -1,0 +1,150 @@
+"""Config -> datasets and loaders. A dataset is a file in this folder, found by DATA.DATASET."""
+
+import importlib
+import os
+import random
+from pathlib import Path
+
+import torch
+from errors import UserError
+from torch.utils.data import DataLoader, default_collate
+
+from dataset.images import ImageError
+
+_NOT_DATASETS = {"__init__", "build", "images", "labels", "synthetic", "tables", "transforms"}
+
+
+def build_dataset(config, split):
+    """The dataset of one split: items (image, target), `label_names`, `task`, `summary`, `rows()`."""
+    known = sorted({p.stem for p in Path(__file__).parent.glob("*.py")} - _NOT_DATASETS)
+    if config.DATA.DATASET not in known:
+        raise UserError(f"DATA.DATASET is {config.DATA.DATASET!r}; choose one of {', '.join(known)}")
+    if not config.DATA.DATA_PATH:
+        raise UserError("DATA.DATA_PATH is empty; give the data folder with --data-path FOLDER")
+    dataset = importlib.import_module(f"dataset.{config.DATA.DATASET}").build(config, split)
+    if len(dataset.label_names) != config.MODEL.NUM_CLASSES:
+        raise UserError(
+            f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but the data has {len(dataset.label_names)} labels"
+        )
+    return dataset
+
+
+class SeededDataset(torch.utils.data.Dataset):
+    """Items by (epoch, index), with random numbers that depend on nothing but seed, epoch and index.
+
+    So augmentation is the same for any number of workers and ranks, and after a resume.
+    An unreadable image is handed on as the error itself: raised inside a worker, it would reach the
+    user wrapped in the worker's traceback.
+    """
+
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):  # workers apart, the model's own random numbers go on undisturbed
+            state = random.getstate()
+            seed = hash((self.seed, epoch, int(index))) % 2**63
+            torch.manual_seed(seed)
+            random.seed(seed)
+            try:
+                return self.dataset[int(index)]
+            except ImageError as error:
+                return error
+            finally:
+                random.setstate(state)
+
+
+def _collate(items):
+    errors = [item for item in items if isinstance(item, ImageError)]
+    return errors[0] if errors else default_collate(items)
+
+
+class TrainSampler(torch.utils.data.Sampler):
+    """Batches of (epoch, index) for one rank: a permutation per epoch, cut to whole updates.
+
+    start_batch: batches of this epoch already seen; set it, and epoch, before iterating.
+    """
+
+    def __init__(self, length, *, batch_size, accumulation, rank, world_size, seed):
+        self.length, self.batch_size = length, batch_size
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.updates = length // (batch_size * world_size * accumulation)
+        self.batches = self.updates * accumulation
+        self.epoch = self.start_batch = 0
+
+    def __len__(self):
+        return self.batches - self.start_batch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator)
+        batches = order[: self.batches * self.world_size * self.batch_size].view(-1, self.world_size, self.batch_size)
+        for batch in batches[self.start_batch :, self.rank]:
+            yield [(self.epoch, i) for i in batch.tolist()]
+
+
+class EvalSampler(torch.utils.data.Sampler):
+    """Batches of (0, index): rank r sees rows r, r + world, r + 2 world, ..., each row once."""
+
+    def __init__(self, length, *, batch_size, rank, world_size):
+        self.rows, self.batch_size = range(rank, length, world_size), batch_size
+
+    def __len__(self):
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self):
+        for start in range(0, len(self.rows), self.batch_size):
+            yield [(0, i) for i in self.rows[start : start + self.batch_size]]
+
+
+class Loader(DataLoader):
+    """DataLoader that raises the errors of unreadable images in the main process."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if isinstance(batch, ImageError):
+                raise batch
+            yield batch
+
+
+def worker_count(config):
+    """DATA.NUM_WORKERS, but no more than there are CPUs to run them."""
+    return min(config.DATA.NUM_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def build_loader(config, dataset, *, train, rank=0, world_size=1):
+    """Loader of batches (images [B, 3, S, S], targets) of one rank.
+
+    Raises:
+        UserError: a training split with fewer images than one update takes.
+    """
+    batch_size, accumulation = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
+    if train:
+        sampler = TrainSampler(
+            len(dataset),
+            batch_size=batch_size,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=world_size,
+            seed=config.SEED,
+        )
+        if sampler.updates == 0:
+            raise UserError(
+                f"the train split has {len(dataset)} images, fewer than one update takes (batch {batch_size} "
+                f"x {world_size} processes x {accumulation} accumulation steps); use a smaller --batch-size"
+            )
+    else:
+        sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
+    workers = worker_count(config)
+    return Loader(
+        SeededDataset(dataset, config.SEED),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )

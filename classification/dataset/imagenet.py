@@ -1,0 +1,36 @@
+"""ImageNet-style folders for single-label classification (DATA.DATASET imagenet)."""
+
+from pathlib import Path
+
+from errors import UserError
+from torchvision.datasets import ImageFolder
+
+from dataset.transforms import photo_transform
+
+FOLDERS = {"train": "train", "validate": "val", "test": "val"}  # ImageNet's test labels are not public
+
+
+class ImageNetDataset(ImageFolder):
+    """`<root>/train/<class>/*`, `<root>/val/<class>/*`; item = (image, class index)."""
+
+    task = "single_label"
+
+    def __init__(self, root, split, transform=None):
+        folder = Path(root) / FOLDERS[split]
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; --data-path must hold train/ and val/ with a folder per class")
+        try:
+            super().__init__(str(folder), transform)
+        except FileNotFoundError as error:  # no class folders, or an empty one
+            raise UserError(str(error)) from error
+        self.label_names = tuple(self.classes)
+        self.summary = f"{split}: {len(self):,} images in {len(self.classes):,} classes"
+
+    def rows(self):
+        """Identifiers of the images for tables of predictions: column name -> values [N]."""
+        return {"path": [str(Path(path).relative_to(self.root)) for path, _ in self.samples]}
+
+
+def build(config, split):
+    """The split of the dataset that `config` describes, with augmentation for train."""
+    return ImageNetDataset(config.DATA.DATA_PATH, split, photo_transform(config, train=split == "train"))

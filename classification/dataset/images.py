@@ -1,0 +1,147 @@
+"""Image file -> grey uint8 array [H, W] in which bright means dense. Runs without torch.
+
+DICOM values pass modality LUT or rescale, then VOI LUT or window, then inversion for MONOCHROME1
+(DICOM PS3.4, annex N). Every fault of a file is an :class:`ImageError` that names the file.
+"""
+
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from errors import UserError
+from PIL import Image
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.uid import UID
+
+MAX_PIXELS = 100_000_000  # a chest X-ray has about 10 million; more is a broken header or a bomb
+Image.MAX_IMAGE_PIXELS = None  # the check below is stricter, and an error, not a warning
+
+# Deflated files are refused: 261 kB of them can inflate to 268 MB before the header is read.
+TRANSFER_SYNTAXES = {
+    "1.2.840.10008.1.2": "Implicit VR Little Endian",
+    "1.2.840.10008.1.2.1": "Explicit VR Little Endian",
+    "1.2.840.10008.1.2.2": "Explicit VR Big Endian",
+    "1.2.840.10008.1.2.4.50": "JPEG Baseline",
+    "1.2.840.10008.1.2.4.51": "JPEG Extended",
+    "1.2.840.10008.1.2.4.57": "JPEG Lossless",
+    "1.2.840.10008.1.2.4.70": "JPEG Lossless SV1",
+    "1.2.840.10008.1.2.4.80": "JPEG-LS Lossless",
+    "1.2.840.10008.1.2.4.81": "JPEG-LS Near Lossless",
+    "1.2.840.10008.1.2.4.90": "JPEG 2000 Lossless",
+    "1.2.840.10008.1.2.4.91": "JPEG 2000",
+    "1.2.840.10008.1.2.5": "RLE Lossless",
+}
+
+
+class ImageError(UserError):
+    """An image that cannot be used; the text names the file and the fault."""
+
+
+def _check_size(height, width):
+    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise ValueError(f"the header says {height} x {width} pixels; at most {MAX_PIXELS:,} are read")
+
+
+def _to_uint8(values):
+    """Any numeric array, its own minimum and maximum to 0 and 255."""
+    values = values.astype(np.float32)
+    low, high = values.min(), values.max()
+    return np.round((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+def _decode_dicom(data):
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    syntax = UID(getattr(dataset.file_meta, "TransferSyntaxUID", ""))
+    if syntax not in TRANSFER_SYNTAXES:
+        raise ValueError(f"transfer syntax {syntax.name or 'missing'} is not supported")
+    for tag in ("Rows", "Columns", "PixelData"):
+        if tag not in dataset:
+            raise ValueError(f"the DICOM has no {tag}")
+    _check_size(dataset.Rows, dataset.Columns)
+    if int(dataset.get("NumberOfFrames") or 1) != 1 or dataset.get("SamplesPerPixel", 1) != 1:
+        raise ValueError("the DICOM is not a single grey image")
+    photometric = dataset.get("PhotometricInterpretation")
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"PhotometricInterpretation is {photometric!r}; expected MONOCHROME1 or MONOCHROME2")
+    grey = _to_uint8(apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset))
+    return 255 - grey if photometric == "MONOCHROME1" else grey
+
+
+def _decode_picture(data):
+    with Image.open(io.BytesIO(data)) as image:
+        _check_size(image.height, image.width)
+        image.load()
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            return _to_uint8(np.asarray(image))
+        return np.asarray(image.convert("L"))
+
+
+def decode(data, name):
+    """Bytes of a JPG, PNG or DICOM file -> uint8 [H, W]; the format is told from `name`'s suffix.
+
+    Raises:
+        ImageError: empty, truncated, not an image, no pixels, or a syntax that cannot be decoded.
+    """
+    if not data:
+        raise ImageError(f"{name}: the file is empty")
+    try:
+        return _decode_dicom(data) if Path(name).suffix.lower() == ".dcm" else _decode_picture(data)
+    # Decoders raise whatever they meet (OSError, struct.error, KeyError, RuntimeError, ...): to the
+    # user all of it means that this file is broken.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImageError(f"{name}: cannot be read as an image ({reason}); replace the file") from error
+
+
+class FileStore:
+    """Images as files under a folder."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+
+    def read(self, path):
+        """Bytes of the file at `path`, relative to the folder."""
+        try:
+            return (self.root / path).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{self.root / path}: {error.strerror or error}") from error
+
+
+class ZipStore:
+    """Images in uncompressed zip files (`*.zip` in a folder), read by offset.
+
+    Member names are the paths of the release (`files/p10/...`). A parallel file system then sees a
+    few large files instead of 377,110 small ones.
+    """
+
+    def __init__(self, root):
+        self.root = Path(root)
+        shards = sorted(self.root.glob("*.zip"))
+        if not shards:
+            raise UserError(f"DATA.ZIP_MODE: no *.zip in {root}; pack files/ uncompressed (zip -0 -r images.zip files)")
+        self.members = {}  # path -> (shard, offset of the local header, size)
+        for shard in shards:
+            try:
+                with zipfile.ZipFile(shard) as archive:
+                    for info in archive.infolist():
+                        if info.compress_type != zipfile.ZIP_STORED:
+                            raise UserError(f"{shard}: {info.filename} is compressed; pack with zip -0")
+                        self.members[info.filename] = (shard, info.header_offset, info.file_size)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise UserError(f"{shard}: not a whole zip file ({error})") from error
+        self._files = {}
+
+    def read(self, path):
+        """Bytes of the member `path`."""
+        if path not in self.members:
+            raise ImageError(f"{path}: not in the zip files of {self.root}")
+        shard, offset, size = self.members[path]
+        if shard not in self._files:
+            self._files[shard] = os.open(shard, os.O_RDONLY)
+        # pread has no file position, so forked workers may share the descriptor.
+        header = os.pread(self._files[shard], 30, offset)
+        start = offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        return os.pread(self._files[shard], size, start)

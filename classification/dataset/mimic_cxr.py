@@ -1,0 +1,80 @@
+"""MIMIC-CXR as a dataset for multi-label classification (DATA.DATASET mimic_cxr)."""
+
+import torch
+from errors import UserError
+from PIL import Image
+
+from dataset import tables
+from dataset.images import FileStore, ZipStore, decode
+from dataset.labels import LABELS, apply_policy
+from dataset.transforms import radiograph_transform
+
+
+class MIMICCXRDataset(torch.utils.data.Dataset):
+    """One split of MIMIC-CXR, or of a table of the user's own; item = (image, target).
+
+    Args:
+        root: the release folder or its `files/`, see :func:`dataset.tables.load_table`.
+        split: train, validate (or val) or test.
+        transform: PIL image (RGB, the grey values three times) -> anything; None returns the PIL image.
+        uncertain, missing: policy for -1 and for blank labels, see :mod:`dataset.labels`.
+        in_zip: read the images from `root/*.zip`.
+        table: further arguments of :func:`dataset.tables.load_table`.
+
+    Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
+
+    Raises:
+        UserError: at construction, for anything wrong with folders, tables or the split;
+        ImageError: from an item, naming the file.
+    """
+
+    task = "multilabel"
+
+    def __init__(self, root, split, transform=None, *, uncertain="zeros", missing="zeros", in_zip=False, **table):
+        whole = tables.load_table(root, in_zip=in_zip, **table)
+        rows = whole.split == tables.split_index(split)
+        if not rows.any():
+            raise UserError(f"{root}: the split {split!r} has no image")
+        self.table = whole.select(rows)
+        self.label_names = whole.label_names
+        self.targets = apply_policy(self.table.labels, uncertain=uncertain, missing=missing)
+        self.transform = transform
+        self.store = ZipStore(whole.root) if in_zip else FileStore(whole.root)
+        self.summary = tables.summary(whole, apply_policy(whole.labels, uncertain=uncertain, missing=missing))
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, index):
+        path = self.table.path[index].decode()
+        grey = decode(self.store.read(path), str(self.store.root / path))
+        image = Image.fromarray(grey).convert("RGB")
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, torch.from_numpy(self.targets[index])
+
+    def rows(self):
+        """Identifiers of the images for tables of predictions: column name -> values [N]."""
+        return {
+            "dicom_id": [d.decode() for d in self.table.dicom_id],
+            "study_id": self.table.study,
+            "subject_id": self.table.subject,
+        }
+
+
+def build(config, split):
+    """The split of the dataset that `config` describes, with augmentation for train."""
+    d = config.DATA
+    return MIMICCXRDataset(
+        d.DATA_PATH,
+        split,
+        radiograph_transform(config, train=split == "train"),
+        uncertain=d.UNCERTAIN,
+        missing=d.MISSING,
+        in_zip=d.ZIP_MODE,
+        csv=d.CSV,
+        labeler=d.LABELER,
+        label_names=tuple(d.LABELS) or LABELS,
+        image_format=d.IMAGE_FORMAT,
+        allow_missing=d.ALLOW_MISSING,
+    )

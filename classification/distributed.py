@@ -1,0 +1,147 @@
+"""Ranks, launchers and signals: the one place that knows how the process was started.
+
+plain python: one process. torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+srun with several tasks: SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS.
+NCCL on GPUs, gloo on CPUs.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from errors import UserError
+
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def _launch():
+    """(rank, local rank, world size) as the launcher says; sets what torch.distributed needs."""
+    env = os.environ
+    given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in env]
+    if given:
+        missing = [name for name in _TORCHRUN if name not in env]
+        if missing:
+            raise UserError(
+                f"{given[0]} is set but {', '.join(missing)} is not; start with torchrun, or unset {', '.join(given)}"
+            )
+        return int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"])
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID") if name not in env]
+        if missing:
+            raise UserError(f"SLURM_STEP_NUM_TASKS is set but {', '.join(missing)} is not; start with srun or torchrun")
+        if "MASTER_ADDR" not in env:
+            hosts = subprocess.run(
+                ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            env["MASTER_ADDR"] = hosts.stdout.split()[0]
+        # A fixed port collides with other jobs on the node.
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"])
+    return 0, 0, 1
+
+
+@contextlib.contextmanager
+def session():
+    """The `World` of this process; ends the process group on the way out."""
+    rank, local_rank, size = _launch()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=size)
+    try:
+        yield World(rank, size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def gather(value, world):
+    """The picklable `value` of every rank, as a list in rank order."""
+    if world.size == 1:
+        return [value]
+    values = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(rows, world):
+    """Rows dealt out by `EvalSampler` (rank r: r, r + size, ...) back in their order.
+
+    rows: this rank's array, or None where it has no row.
+    """
+    parts = [part for part in gather(rows, world) if part is not None]  # only the last ranks can be without
+    whole = np.empty((sum(len(p) for p in parts), *parts[0].shape[1:]), parts[0].dtype)
+    for rank, part in enumerate(parts):
+        whole[rank :: world.size] = part
+    return whole
+
+
+def mean(value, world):
+    """Mean of a number over the ranks."""
+    return sum(gather(value, world)) / world.size
+
+
+def share_buffers(module, world):
+    """Rank 0's buffers to all: batch-norm statistics are each rank's own between forward passes."""
+    if world.size > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+class StopRequest:
+    """Asks training to stop after the current update: on SIGTERM, SIGUSR1 or Ctrl-C.
+
+    A handler only sets a flag; `agreed()` makes all ranks see it at the same update. A second
+    Ctrl-C stops at once.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, world):
+        self.world, self.received = world, 0
+
+    def __enter__(self):
+        self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self._previous.items():
+            signal.signal(s, handler)
+
+    def _handle(self, number, _frame):
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self):
+        """The signal's number if any rank has received one, else 0; all ranks must call it."""
+        if self.world.size == 1:
+            return self.received
+        flag = torch.tensor(self.received, device=self.world.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)

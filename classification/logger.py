@@ -1,0 +1,31 @@
+"""One logger: coloured lines on the terminal, plain ones in `log_rank<r>.txt`."""
+
+import logging
+import sys
+from pathlib import Path
+
+from termcolor import colored
+
+
+def build_logger(folder, rank=0):
+    """Logger of this rank; rank 0 also writes to the terminal. The file is appended to."""
+    logger = logging.getLogger("internimage")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    close(logger)
+    if rank == 0:
+        console = logging.StreamHandler(sys.stdout)
+        stamp = colored("%(asctime)s", "green") if sys.stdout.isatty() else "%(asctime)s"
+        console.setFormatter(logging.Formatter(f"{stamp} %(message)s", "%H:%M:%S"))
+        logger.addHandler(console)
+    file = logging.FileHandler(Path(folder) / f"log_rank{rank}.txt")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(file)
+    return logger
+
+
+def close(logger):
+    """Close the handlers: a second run in one process starts with its own files."""
+    for handler in list(logger.handlers):
+        handler.close()
+        logger.removeHandler(handler)

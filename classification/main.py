@@ -1,0 +1,444 @@
+"""Train and evaluate. `python main.py --help` lists the flags; `config.py` lists every knob.
+
+python main.py --cfg configs/internimage_b_mimic_cxr_224.yaml --data-path /scratch/mimic
+torchrun --nproc-per-node 4 main.py --cfg ... --data-path ...
+python main.py --cfg ... --data-path ... --eval --resume output/.../best_ckpt.pth
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import checkpoint
+import config as config_module
+import distributed
+import logger
+import report
+import torch
+from dataset.build import build_dataset, build_loader, worker_count
+from dataset.transforms import build_mixup
+from errors import UserError
+from lr_scheduler import build_schedule
+from models import build_model
+from optimizer import build_optimizer, set_lr
+from tasks import build_task
+from timm.utils import ModelEmaV3
+from utils import autocast, progress
+
+
+# ----------------------------------------------------------------------------------- command line
+class Parser(argparse.ArgumentParser):
+    """argparse that names the nearest known flag."""
+
+    def parse_args(self, args=None):
+        known, unknown = self.parse_known_args(args)
+        if unknown:
+            flags = [f for a in self._actions for f in a.option_strings]
+            self.error(f"unknown argument {unknown[0]}{config_module.did_you_mean(unknown[0], flags)}")
+        return known
+
+
+def parse_args(argv=None):
+    parser = Parser(description="InternImage on chest X-rays: training and evaluation.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--cfg", required=True, metavar="FILE", help="YAML file of the experiment")
+    add("--opts", nargs="+", metavar="KEY VALUE", help="config keys to change, e.g. TRAIN.EPOCHS 10")
+    add("--data-path", help="data folder (DATA.DATA_PATH)")
+    add("--dataset", help="mimic_cxr or imagenet (DATA.DATASET)")
+    add("--batch-size", type=int, help="images per GPU and forward pass (DATA.BATCH_SIZE)")
+    add("--zip", action="store_true", default=None, help="read images from zip files (DATA.ZIP_MODE)")
+    add("--output", help="root of all runs (OUTPUT)")
+    add("--tag", help="name of this run (TAG)")
+    add("--pretrained", metavar="FILE", help="weights to start from (MODEL.PRETRAINED)")
+    add("--resume", metavar="FILE", help="checkpoint to go on from or to evaluate (MODEL.RESUME)")
+    add("--eval", action="store_true", default=None, help="evaluate on the test split (best_ckpt.pth of the run)")
+    add("--throughput", action="store_true", default=None, help="measure images/s of the forward pass and stop")
+    add("--accumulation-steps", type=int, help="forward passes per update (TRAIN.ACCUMULATION_STEPS)")
+    add("--use-checkpoint", action="store_true", default=None, help="recompute activations to save memory")
+    add("--amp-opt-level", choices=["O0", "O1"], help="O0: float32, O1: mixed precision (AMP_OPT_LEVEL)")
+    add("--local-rank", "--local_rank", type=int, help="accepted for old launchers; unused")
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------ train
+def train_epoch(run, epoch, first_update):
+    """One epoch from update `first_update` on; returns (sums of the epoch, signal number or 0)."""
+    config, world = run.config, run.world
+    accumulation = config.TRAIN.ACCUMULATION_STEPS
+    sampler = run.train_loader.batch_sampler
+    sampler.epoch, sampler.start_batch = epoch, first_update * accumulation
+    batches = iter(run.train_loader)
+    run.model.train()
+    sums, checked = dict(run.sums), first_update
+    started = time.time()
+    updates = progress(
+        range(first_update, sampler.updates),
+        world,
+        initial=first_update,
+        total=sampler.updates,
+        desc=f"epoch {epoch + 1}",
+    )
+    for update in updates:
+        lr = run.schedule(epoch * sampler.updates + update)
+        set_lr(run.optimizer, lr)
+        for k in range(accumulation):
+            images, targets = (t.to(world.device, non_blocking=True) for t in next(batches))
+            if run.mixup is not None:
+                images, targets = run.mixup(images, targets)
+            # Gradients cross the network once per update, with the last forward pass.
+            silent = world.size > 1 and k < accumulation - 1
+            with run.parallel.no_sync() if silent else contextlib.nullcontext():
+                with run.amp():
+                    loss = run.task.criterion(run.parallel(images), targets)
+                run.scaler.scale(loss / accumulation).backward()
+            sums["loss"] = sums["loss"] + loss.detach().double() / accumulation
+        run.scaler.unscale_(run.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.TRAIN.CLIP_GRAD or math.inf)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.ema is not None:
+            run.ema.update(run.model)
+        # A scaler that skipped the update has an infinite norm; it says nothing about the run.
+        sums["norm"] = sums["norm"] + torch.where(norm.isfinite(), norm, 0).double()
+        sums["updates"] += 1
+
+        last = update == sampler.updates - 1
+        if last or (update + 1) % config.PRINT_FREQ == 0:
+            # Summed and looked at here only: reading a GPU value waits for the GPU.
+            if not math.isfinite(distributed.mean(sums["loss"].item(), world)):
+                raise UserError(
+                    f"the loss is not finite (epoch {epoch + 1}, update {checked + 1} to {update + 1}); earlier checkpoints "
+                    "are intact. Try a smaller TRAIN.BASE_LR, TRAIN.CLIP_GRAD 1, or --amp-opt-level O0"
+                )
+            checked = update + 1
+            speed = (update + 1 - first_update) * run.images_per_update / (time.time() - started)
+            run.log.info(
+                f"epoch {epoch + 1}/{config.TRAIN.EPOCHS} update {update + 1}/{sampler.updates} "
+                f"loss {sums['loss'].item() / sums['updates']:.4f} lr {lr:.3e} norm {norm.item():.3f} {speed:.1f} images/s"
+            )
+        if (number := run.stop.agreed()) and not last:
+            run.save([checkpoint.LAST], epoch, update + 1, sums)
+            return sums, number
+    return sums, 0
+
+
+def zero_sums(device):
+    """What an epoch adds up, on the device, so that adding does not wait for it."""
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return {"loss": zero, "norm": zero, "updates": 0}
+
+
+class Run:
+    """Everything a training run owns; built in the order that its parts need each other."""
+
+    def __init__(self, config, world, folder, log):
+        self.config, self.world, self.folder, self.log = config, world, folder, log
+        torch.manual_seed(config.SEED)
+
+        # 1. Data first: most mistakes show here, before anything slow.
+        train_set, val_set = build_dataset(config, "train"), build_dataset(config, "validate")
+        log.info(f"data in {config.DATA.DATA_PATH}\n{train_set.summary}")
+        ranks = {"rank": world.rank, "world_size": world.size}
+        self.train_loader = build_loader(config, train_set, train=True, **ranks)
+        self.val_loader = build_loader(config, val_set, train=False, **ranks)
+        self.mixup = build_mixup(config)
+        self.label_names = train_set.label_names
+        self.task = build_task(config, train_set)
+
+        # 2. The model, with foreign weights before anything copies or wraps it.
+        self.model = build_model(config)
+        if config.MODEL.PRETRAINED:
+            checkpoint.load_pretrained(self.model, config.MODEL.PRETRAINED, log)
+        self.model.to(world.device)
+        self.parallel = self.model
+        if world.size > 1:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.parallel = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+        self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
+
+        # 3. Optimisation.
+        self.amp, dtype = autocast(config, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+        self.optimizer = build_optimizer(config, self.model)
+        updates = self.train_loader.batch_sampler.updates
+        self.schedule = build_schedule(config, updates, world.size)
+        self.images_per_update = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world.size
+        torch.manual_seed(config.SEED + world.rank)  # drop path differs between ranks
+
+        # 4. Where the run stands: at its start, or where a checkpoint left it.
+        self.epoch = self.first_update = 0
+        self.best = self.ema_best = None
+        self.sums = zero_sums(world.device)
+        self._resume()
+        parameters = sum(p.numel() for p in self.model.parameters())
+        log.info(
+            f"{config.MODEL.TYPE} with {parameters:,} parameters on {world.size} x {world.device.type}, {dtype}; "
+            f"{updates} updates of {self.images_per_update} images per epoch, {worker_count(config)} loading processes each"
+        )
+        log.info(
+            f"peak learning rate {self.schedule.peak:.3e} = TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} x batch "
+            f"{self.images_per_update} / TRAIN.LR_REFERENCE_BATCH {config.TRAIN.LR_REFERENCE_BATCH}"
+        )
+
+    def _resume(self):
+        config = self.config
+        found = checkpoint.find_last(self.folder, self.log) if config.TRAIN.AUTO_RESUME else None
+        if found is None and config.MODEL.RESUME:
+            found = config.MODEL.RESUME, checkpoint.read(config.MODEL.RESUME)
+        if found is None:
+            return
+        path, state = found
+        if config.MODEL.RESUME and Path(config.MODEL.RESUME) != path:
+            # So that a job submitted with --resume goes on from its own progress when it is requeued.
+            self.log.warning(f"{path} is used, not --resume: this run has begun. Use another --tag to begin a new one")
+        checkpoint.resume(
+            state, path, model=self.model, ema=self.ema, optimizer=self.optimizer, scaler=self.scaler, config=config,
+            label_names=self.label_names, world=self.world, log=self.log,
+        )  # fmt: skip
+        self.epoch, self.first_update = state["epoch"], state["update"]
+        self.best, self.ema_best = state["max_accuracy"], state["max_ema_accuracy"]
+        if self.first_update:
+            # The position counts updates: it means other images if an update takes others now.
+            if state["images_per_update"] != self.images_per_update:
+                self.log.warning(
+                    f"updates took {state['images_per_update']} images, now {self.images_per_update}: "
+                    f"epoch {self.epoch + 1} begins anew"
+                )
+                self.first_update = 0
+            else:
+                self.sums = {k: v.to(self.world.device) if torch.is_tensor(v) else v for k, v in state["sums"].items()}
+        self.log.info(f"resumed from {path}: epoch {self.epoch + 1}, update {self.first_update + 1}")
+
+    def save(self, names, epoch, update, sums=None, weights="model"):
+        """Checkpoint under each of `names`; (epoch, update) is where training goes on.
+
+        weights: what a reader of `model` gets: the model's own, or the EMA's ("model_ema").
+        """
+        rng = distributed.gather(checkpoint.rng_state(self.world), self.world)
+        if not self.world.is_main:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": {"update": epoch * self.train_loader.batch_sampler.updates + update},
+            "amp": self.scaler.state_dict(),
+            "epoch": epoch,
+            "update": update,
+            "images_per_update": self.images_per_update,
+            "sums": sums,
+            "max_accuracy": self.best,
+            "max_ema_accuracy": self.ema_best,
+            "rng": rng,
+            "label_names": list(self.label_names),
+            "config": config_module.to_dict(self.config),
+        }
+        state["model"] = state[weights]
+        checkpoint.save(state, self.folder, names)
+
+    def validate(self, model):
+        """(score, loss, details) on the validation split, the same on all ranks."""
+        distributed.share_buffers(model, self.world)
+        return self.task.validate(model, self.val_loader, self.world, self.amp)
+
+    def finish_epoch(self, epoch, sums, seconds):
+        """Validate, write the log lines and every checkpoint that is due after `epoch`."""
+        config, task = self.config, self.task
+        score, loss, details = self.validate(self.model)
+        is_best = score is not None and (self.best is None or score > self.best)
+        self.best = score if is_best else self.best
+        record = {
+            "epoch": epoch + 1,
+            "train_loss": distributed.mean(sums["loss"].item(), self.world) / sums["updates"],
+            "lr": self.optimizer.param_groups[-1]["lr"] / self.optimizer.param_groups[-1]["lr_scale"],
+            "grad_norm": sums["norm"].item() / sums["updates"],
+            "val_loss": loss,
+            task.score: score,
+            "auc" if task.score == "mean_auc" else "details": details,
+            f"best_{task.score}": self.best,
+        }
+        is_ema_best = False
+        if self.ema is not None:
+            ema_score, ema_loss, ema_details = self.validate(self.ema.module)
+            is_ema_best = ema_score is not None and (self.ema_best is None or ema_score > self.ema_best)
+            self.ema_best = ema_score if is_ema_best else self.ema_best
+            record["ema"] = {"val_loss": ema_loss, task.score: ema_score, "auc": ema_details, "best": self.ema_best}
+        record |= {
+            "seconds": round(seconds, 1),
+            "images_per_s": round(self.images_per_update * sums["updates"] / seconds, 1),
+        }
+
+        # The log first, the checkpoint after: a resume drops lines behind its epoch, and none is missing.
+        if self.world.is_main:
+            append_metrics(self.folder / "metrics.jsonl", record)
+        self.log.info(epoch_lines(record, task.score))
+        # LAST comes last: killed before it, the run repeats this epoch and writes the others again.
+        done = epoch + 1
+        names = [checkpoint.BEST] if is_best else []
+        if done % config.SAVE_FREQ == 0 or done == config.TRAIN.EPOCHS:
+            names.append(f"ckpt_epoch_{done}.pth")
+        if is_ema_best:
+            self.save([checkpoint.EMA_BEST], done, 0, weights="model_ema")
+        self.save([*names, checkpoint.LAST], done, 0)
+
+
+def append_metrics(path, record):
+    """Add an epoch's line to metrics.jsonl, in place of what an interrupted run wrote from it on."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    lines = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
+    temporary.replace(path)
+
+
+def epoch_lines(record, score):
+    """An epoch for the log: one line, and the AUROC by label below it."""
+
+    def number(value):
+        return "-" if value is None else f"{value:.4f}"
+
+    line = (
+        f"epoch {record['epoch']} done in {record['seconds']} s ({record['images_per_s']} images/s): "
+        f"train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}, {score} {number(record[score])} "
+        f"(best {number(record[f'best_{score}'])})"
+    )
+    if "ema" in record:
+        line += f", EMA {score} {number(record['ema'][score])} (best {number(record['ema']['best'])})"
+    if "auc" in record:
+        line += "\n" + "  ".join(f"{name} {number(value)}" for name, value in record["auc"].items())
+        undefined = [name for name, value in record["auc"].items() if value is None]
+        if undefined:
+            line += f"\nno AUROC, left out of the mean: {', '.join(undefined)} (one class only in the validation split)"
+    return line
+
+
+def train(config, world, folder, log):
+    """Train to the last epoch; returns 0, or the number of the signal that stopped it."""
+    with distributed.StopRequest(world) as stop:
+        run = Run(config, world, folder, log)
+        run.stop = stop
+        if run.epoch >= config.TRAIN.EPOCHS:
+            log.info(f"already finished: {run.epoch} of TRAIN.EPOCHS {config.TRAIN.EPOCHS} epochs are done")
+            return 0
+        for epoch in range(run.epoch, config.TRAIN.EPOCHS):
+            started = time.time()
+            sums, number = train_epoch(run, epoch, run.first_update)
+            if not number:
+                run.finish_epoch(epoch, sums, time.time() - started)
+                run.first_update, run.sums = 0, zero_sums(world.device)
+                number = stop.agreed() if epoch + 1 < config.TRAIN.EPOCHS else 0
+            if number:
+                log.info(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
+                return number
+    if world.is_main:
+        report.plot_training(folder, run.task.score)
+    log.info(f"finished: best {run.task.score} on the validation split {run.best}; everything is in {folder}")
+    return 0
+
+
+# --------------------------------------------------------------------------------------- evaluate
+def evaluate(config, world, folder, log):
+    """Evaluate a checkpoint on the test split into RESULTS/evaluation_<timestamp>; returns its folder."""
+    dataset = build_dataset(config, "test")
+    log.info(f"data in {config.DATA.DATA_PATH}\n{dataset.summary}")
+    loader = build_loader(config, dataset, train=False, rank=world.rank, world_size=world.size)
+    task, model = build_task(config, dataset), build_model(config)
+    if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
+        path = config.MODEL.PRETRAINED
+        if checkpoint.load_pretrained(model, path, log)["replaced"]:
+            raise UserError(f"--eval: the head of {path} has another number of classes; it must be trained first")
+    else:
+        path = config.MODEL.RESUME or folder / checkpoint.BEST
+        checkpoint.load_weights(model, checkpoint.read(path), path, dataset.label_names)
+    log.info(f"evaluating {path} on {len(dataset):,} test images")
+    metrics = task.test(model.to(world.device), loader, world, autocast(config, world.device)[0])
+    if not world.is_main:
+        return None
+    target = new_folder(Path(config.RESULTS), datetime.now().strftime("evaluation_%Y%m%d_%H%M%S"))
+    probabilities, targets = metrics.pop("probabilities"), metrics.pop("targets")
+    metrics = {"checkpoint": str(path), "config": config_module.to_dict(config)} | metrics
+    (target / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    report.write_predictions(target / "predictions.csv", dataset.rows(), dataset.label_names, targets, probabilities)
+    report.plot_evaluation(target, metrics, dataset.label_names, targets, probabilities)
+    log.info("test split\n" + task.table(metrics))
+    undefined = [n for n, v in metrics.get("auc", {}).items() if v is None]
+    if undefined:
+        log.info(f"no AUROC, left out of the mean: {', '.join(undefined)} (one class only in the test split)")
+    log.info(f"results in {target}")
+    return target
+
+
+def new_folder(parent, name):
+    """A new folder; two evaluations within one second get two."""
+    for suffix in ["", *(f"_{k}" for k in range(2, 100))]:
+        with contextlib.suppress(FileExistsError):
+            (parent / (name + suffix)).mkdir(parents=True)
+            return parent / (name + suffix)
+    raise UserError(f"{parent}: too many evaluations named {name}")
+
+
+def measure_throughput(config, world, log):
+    """Images/s of the forward pass on random images: median of 10 batches after 3 to warm up."""
+    model = build_model(config).to(world.device).eval()
+    amp, dtype = autocast(config, world.device)
+    images = torch.randn(config.DATA.BATCH_SIZE, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=world.device)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(13):
+            started = time.time()
+            with amp():
+                model(images)
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.time() - started)
+    median = sorted(seconds[3:])[5]
+    log.info(f"forward pass: {len(images) / median:.1f} images/s (batch {len(images)}, {dtype}, {world.device})")
+
+
+# ------------------------------------------------------------------------------------------ entry
+def main(argv=None):
+    """Run one command line; returns 0, or the number of the signal that stopped training."""
+    args = parse_args(argv)
+    config = config_module.get_config(args)
+    with distributed.session() as world:
+        folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            log = logger.build_logger(folder, world.rank)
+        except OSError as error:
+            raise UserError(
+                f"output folder {folder} cannot be written ({error.strerror}); choose another --output"
+            ) from error
+        try:
+            if config.THROUGHPUT_MODE:
+                measure_throughput(config, world, log)
+                return 0
+            if config.EVAL_MODE:
+                evaluate(config, world, folder, log)
+                return 0
+            if world.is_main:
+                (folder / "config.json").write_text(json.dumps(config_module.to_dict(config), indent=2) + "\n")
+            return train(config, world, folder, log)
+        finally:
+            logger.close(log)
+
+
+def run_command(function, argv=None):
+    """Run an entry point: a user's mistake becomes one line on stderr and exit status 2."""
+    try:
+        stopped_by = function(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(128 + stopped_by if stopped_by else 0)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,44 @@
+"""Parameter groups and the optimizer."""
+
+import torch
+
+
+def _lr_scale(name, config, layer_scales):
+    scale = 1.0
+    for prefix, factor in layer_scales.items():
+        if name.startswith(prefix):
+            scale = factor
+    dcn_mul = config.TRAIN.OPTIMIZER.DCN_LR_MUL
+    if dcn_mul is not None and (".dcn.offset." in name or ".dcn.center_feature_scale_proj" in name):
+        scale *= dcn_mul
+    return scale
+
+
+def parameter_groups(model, config):
+    """Groups {params, names, weight_decay, lr_scale}: no decay for norms and biases (1-D parameters).
+
+    A group's learning rate is the schedule's times its `lr_scale`.
+    """
+    layer_scales = model.lr_scales(config.TRAIN.LR_LAYER_DECAY_RATIO) if config.TRAIN.LR_LAYER_DECAY else {}
+    groups = {}
+    for name, parameter in model.named_parameters():
+        decay = 0.0 if parameter.ndim <= 1 or name.endswith("bias") else config.TRAIN.WEIGHT_DECAY
+        scale = _lr_scale(name, config, layer_scales)
+        group = groups.setdefault((decay, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def build_optimizer(config, model):
+    """AdamW or SGD with Nesterov momentum over :func:`parameter_groups`."""
+    o, groups = config.TRAIN.OPTIMIZER, parameter_groups(model, config)
+    if o.NAME == "sgd":
+        return torch.optim.SGD(groups, lr=config.TRAIN.BASE_LR, momentum=o.MOMENTUM, nesterov=o.MOMENTUM > 0)
+    return torch.optim.AdamW(groups, lr=config.TRAIN.BASE_LR, betas=tuple(o.BETAS), eps=o.EPS)
+
+
+def set_lr(optimizer, lr):
+    """Set the rate of every group to lr x its lr_scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

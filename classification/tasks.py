@@ -1,0 +1,74 @@
+"""What is learned: criterion, metrics and the score that chooses the best checkpoint.
+
+A task is a row of `TASKS`; a dataset names its own (`dataset.task`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import utils_multilabel as multilabel
+from errors import UserError
+from utils import predict
+
+
+@dataclass(frozen=True)
+class Task:
+    """criterion(logits, targets) -> scalar; score: the name of the figure that decides, larger is better.
+
+    validate(model, loader, world, amp) -> (score, loss, details by name)
+    test(model, loader, world, amp) -> dictionary of metrics with `probabilities` and `targets`
+    table(metrics) -> text
+    """
+
+    criterion: Callable
+    score: str
+    validate: Callable
+    test: Callable
+    table: Callable
+
+
+def _multilabel(config, label_names):
+    if config.TRAIN.LOSS not in multilabel.LOSSES:
+        raise UserError(f"TRAIN.LOSS is {config.TRAIN.LOSS!r}; choose one of {', '.join(multilabel.LOSSES)}")
+    criterion = multilabel.LOSSES[config.TRAIN.LOSS]
+    return Task(
+        criterion=criterion,
+        score="mean_auc",
+        validate=lambda *a: multilabel.validate_multilabel(*a[:2], criterion, label_names, *a[2:]),
+        test=lambda *a: multilabel.evaluate_test_set(*a[:2], criterion, label_names, *a[2:]),
+        table=multilabel.auc_table,
+    )
+
+
+def _single_label(config, label_names):
+    def criterion(logits, targets):  # class indices, or probabilities after mixup
+        return F.cross_entropy(logits, targets, label_smoothing=config.MODEL.LABEL_SMOOTHING)
+
+    def test(model, loader, world, amp):
+        logits, targets = predict(model, loader, world, amp)
+        ranks = (logits > np.take_along_axis(logits, targets[:, None], 1)).sum(1)
+        loss = float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets)))
+        accuracy = {f"acc{k}": float((ranks < k).mean()) for k in (1, 5)}
+        probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
+        one_hot = np.eye(len(label_names), dtype=np.float32)[targets]
+        return {"loss": loss, **accuracy, "images": len(targets), "probabilities": probabilities, "targets": one_hot}
+
+    def validate(*arguments):
+        metrics = test(*arguments)
+        return metrics["acc1"], metrics["loss"], {"acc5": metrics["acc5"]}
+
+    def table(metrics):
+        return f"top-1 {metrics['acc1']:.4f}   top-5 {metrics['acc5']:.4f}   {metrics['images']:,} images"
+
+    return Task(criterion=criterion, score="acc1", validate=validate, test=test, table=table)
+
+
+TASKS = {"multilabel": _multilabel, "single_label": _single_label}
+
+
+def build_task(config, dataset):
+    """The task of a dataset."""
+    return TASKS[dataset.task](config, dataset.label_names)
