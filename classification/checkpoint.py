@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import config as config_module
@@ -60,20 +61,20 @@ def save(state, folder, names):
         ) from error
 
 
-class _Inert(dict):
-    """Stands in for a class that a foreign checkpoint names (a yacs CfgNode, say); does nothing."""
+class _Inert:
+    """Stands in for a class or function that a foreign checkpoint names (a yacs CfgNode, say).
 
-    def __init__(self, *_, **__):
-        super().__init__()
+    Its "objects" are plain OrderedDicts, one of the few types that torch's safe reader fills.
+    """
 
-    def __setstate__(self, state):
-        pass
+    def __new__(cls, *_, **__):
+        return OrderedDict()
 
 
 def read(path):
     """Content of a checkpoint file, on the CPU.
 
-    Objects of unknown classes become empty dictionaries; their code is never run.
+    Objects of unknown classes become plain dictionaries; their code is never run.
 
     Raises:
         UserError: missing, truncated, or not a checkpoint.
@@ -216,9 +217,9 @@ def load_pretrained(model, path, log):
     if replaced:
         replaced = sorted(head & ours.keys())
         matching = {k: v for k, v in matching.items() if k not in head}
-    shapes = sorted(k for k in theirs.keys() & ours.keys() if k not in matching and k not in head)
-    missing = sorted(ours.keys() - theirs.keys())
-    unexpected = sorted(theirs.keys() - ours.keys())
+    shapes = [k for k in ours if k in theirs and k not in matching and k not in head]
+    missing = [k for k in ours if k not in theirs]
+    unexpected = [k for k in theirs if k not in ours]
     body = tuple(name + "." for name, _ in model.named_children() if name != "head")
     wrong = [f"{k} is {tuple(theirs[k].shape)}, here {tuple(ours[k].shape)}" for k in shapes]
     wrong += [f"{k} is missing in the file" for k in missing if k not in head]

@@ -76,15 +76,9 @@ def train_epoch(run, epoch, first_update):
     batches = iter(run.train_loader)
     run.model.train()
     sums, checked = dict(run.sums), first_update
-    started = time.time()
-    updates = progress(
-        range(first_update, sampler.updates),
-        world,
-        initial=first_update,
-        total=sampler.updates,
-        desc=f"epoch {epoch + 1}",
-    )
-    for update in updates:
+    started, seconds_before = time.time(), sums["seconds"]
+    updates = range(first_update, sampler.updates)
+    for update in progress(updates, world, desc=f"epoch {epoch + 1}", unit="update"):
         lr = run.schedule(epoch * sampler.updates + update)
         set_lr(run.optimizer, lr)
         for k in range(accumulation):
@@ -95,7 +89,7 @@ def train_epoch(run, epoch, first_update):
             silent = world.size > 1 and k < accumulation - 1
             with run.parallel.no_sync() if silent else contextlib.nullcontext():
                 with run.amp():
-                    loss = run.task.criterion(run.parallel(images), targets)
+                    loss = run.task.criterion(run.parallel(images).float(), targets)
                 run.scaler.scale(loss / accumulation).backward()
             sums["loss"] = sums["loss"] + loss.detach().double() / accumulation
         run.scaler.unscale_(run.optimizer)
@@ -109,30 +103,32 @@ def train_epoch(run, epoch, first_update):
         sums["norm"] = sums["norm"] + torch.where(norm.isfinite(), norm, 0).double()
         sums["updates"] += 1
 
-        last = update == sampler.updates - 1
-        if last or (update + 1) % config.PRINT_FREQ == 0:
+        sums["seconds"] = seconds_before + time.time() - started
+
+        last, stopped_by = update == sampler.updates - 1, run.stop.agreed()
+        if last or stopped_by or (update + 1) % config.PRINT_FREQ == 0:
             # Summed and looked at here only: reading a GPU value waits for the GPU.
             if not math.isfinite(distributed.mean(sums["loss"].item(), world)):
                 raise UserError(
-                    f"the loss is not finite (epoch {epoch + 1}, update {checked + 1} to {update + 1}); earlier checkpoints "
-                    "are intact. Try a smaller TRAIN.BASE_LR, TRAIN.CLIP_GRAD 1, or --amp-opt-level O0"
+                    f"the loss is not finite (epoch {epoch + 1}, update {checked + 1} to {update + 1}); earlier "
+                    "checkpoints are intact. Try a smaller TRAIN.BASE_LR, TRAIN.CLIP_GRAD 1, or --amp-opt-level O0"
                 )
             checked = update + 1
             speed = (update + 1 - first_update) * run.images_per_update / (time.time() - started)
             run.log.info(
-                f"epoch {epoch + 1}/{config.TRAIN.EPOCHS} update {update + 1}/{sampler.updates} "
-                f"loss {sums['loss'].item() / sums['updates']:.4f} lr {lr:.3e} norm {norm.item():.3f} {speed:.1f} images/s"
+                f"epoch {epoch + 1}/{config.TRAIN.EPOCHS} update {update + 1}/{sampler.updates} loss "
+                f"{sums['loss'].item() / sums['updates']:.4f} lr {lr:.3e} norm {norm.item():.3f} {speed:.1f} images/s"
             )
-        if (number := run.stop.agreed()) and not last:
+        if stopped_by and not last:
             run.save([checkpoint.LAST], epoch, update + 1, sums)
-            return sums, number
+            return sums, stopped_by
     return sums, 0
 
 
 def zero_sums(device):
     """What an epoch adds up, on the device, so that adding does not wait for it."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return {"loss": zero, "norm": zero, "updates": 0}
+    return {"loss": zero, "norm": zero, "updates": 0, "seconds": 0.0}
 
 
 class Run:
@@ -180,7 +176,7 @@ class Run:
         parameters = sum(p.numel() for p in self.model.parameters())
         log.info(
             f"{config.MODEL.TYPE} with {parameters:,} parameters on {world.size} x {world.device.type}, {dtype}; "
-            f"{updates} updates of {self.images_per_update} images per epoch, {worker_count(config)} loading processes each"
+            f"{updates} updates of {self.images_per_update} images per epoch, {worker_count(config)} loading processes"
         )
         log.info(
             f"peak learning rate {self.schedule.peak:.3e} = TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} x batch "
@@ -248,7 +244,7 @@ class Run:
         distributed.share_buffers(model, self.world)
         return self.task.validate(model, self.val_loader, self.world, self.amp)
 
-    def finish_epoch(self, epoch, sums, seconds):
+    def finish_epoch(self, epoch, sums):
         """Validate, write the log lines and every checkpoint that is due after `epoch`."""
         config, task = self.config, self.task
         score, loss, details = self.validate(self.model)
@@ -270,10 +266,8 @@ class Run:
             is_ema_best = ema_score is not None and (self.ema_best is None or ema_score > self.ema_best)
             self.ema_best = ema_score if is_ema_best else self.ema_best
             record["ema"] = {"val_loss": ema_loss, task.score: ema_score, "auc": ema_details, "best": self.ema_best}
-        record |= {
-            "seconds": round(seconds, 1),
-            "images_per_s": round(self.images_per_update * sums["updates"] / seconds, 1),
-        }
+        images = self.images_per_update * sums["updates"]
+        record |= {"seconds": round(sums["seconds"], 1), "images_per_s": round(images / sums["seconds"], 1)}
 
         # The log first, the checkpoint after: a resume drops lines behind its epoch, and none is missing.
         if self.world.is_main:
@@ -328,10 +322,9 @@ def train(config, world, folder, log):
             log.info(f"already finished: {run.epoch} of TRAIN.EPOCHS {config.TRAIN.EPOCHS} epochs are done")
             return 0
         for epoch in range(run.epoch, config.TRAIN.EPOCHS):
-            started = time.time()
             sums, number = train_epoch(run, epoch, run.first_update)
             if not number:
-                run.finish_epoch(epoch, sums, time.time() - started)
+                run.finish_epoch(epoch, sums)
                 run.first_update, run.sums = 0, zero_sums(world.device)
                 number = stop.agreed() if epoch + 1 < config.TRAIN.EPOCHS else 0
             if number:

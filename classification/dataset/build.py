@@ -147,4 +147,7 @@ def build_loader(config, dataset, *, train, rank=0, world_size=1):
         collate_fn=_collate,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        # Each pass over a loader draws a seed; from the global generator it would shift the model's
+        # random numbers, and differently so after a resume.
+        generator=torch.Generator(),
     )

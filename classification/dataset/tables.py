@@ -87,7 +87,7 @@ def _label_values(frame, label_names, path):
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise UserError(
-                f"{path}: label {name!r} is {frame[name].iloc[row]!r} in data row {row + 1}; "
+                f"{path}: label {name!r} is {str(frame[name].iloc[row])!r} in data row {row + 1}; "
                 "expected 1, 0, -1 (uncertain) or nothing"
             )
         values[:, k] = column

@@ -1,0 +1,95 @@
+"""Shared by all tests: one small synthetic tree, one tiny configuration, few threads."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parents[1] / "shared"
+
+# The smallest model with all four levels; a batch takes some 50 ms on one core.
+TINY = """
+DATA: {DATASET: mimic_cxr, BATCH_SIZE: 16, IMG_SIZE: 32, NUM_WORKERS: 0}
+MODEL:
+  NAME: tiny
+  NUM_CLASSES: 14
+  DROP_PATH_RATE: 0.2
+  INTERN_IMAGE: {CHANNELS: 16, DEPTHS: [1, 1, 1, 1], GROUPS: [1, 2, 4, 8]}
+TRAIN:
+  EPOCHS: 2
+  WARMUP_EPOCHS: 1
+  BASE_LR: 0.001
+  LR_REFERENCE_BATCH: 16
+  EMA: {ENABLE: True, DECAY: 0.9}
+AUG: {COLOR_JITTER: 0.1, AUTO_AUGMENT: "", CROP_SCALE: [0.8, 1.0], HFLIP: 0.0, MIXUP: 0.0, CUTMIX: 0.0, REPROB: 0.3}
+TEST: {CROP: False}
+AMP_OPT_LEVEL: O0
+SEED: 7
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    """A synthetic MIMIC-CXR tree of 40 patients; not to be changed (see `own_tree`)."""
+    from dataset.synthetic import write_tree
+
+    root = tmp_path_factory.mktemp("mimic")
+    write_tree(root, patients=40, size=64, progress=False)
+    return root
+
+
+@pytest.fixture
+def own_tree(tree, tmp_path):
+    """A copy of the tree that a test may damage."""
+    root = tmp_path / "tree"
+    shutil.copytree(tree, root)
+    return root
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Path of the tiny configuration."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def run_main(tiny, tree, tmp_path):
+    """main() in this process on the small tree: run_main("--eval", out="a", data=...) -> the run's folder."""
+    import main
+
+    def run(*flags, out="out", data=tree, **opts):
+        argv = ["--cfg", str(tiny), "--data-path", str(data), "--output", str(tmp_path / out), *map(str, flags)]
+        pairs = {"RESULTS": tmp_path / out / "results", "PRINT_FREQ": 1, **opts}
+        argv += ["--opts", *(str(x) for k, v in pairs.items() for x in (k.replace("__", "."), v))]
+        run.status = main.main(argv)
+        return tmp_path / out / "tiny" / "default"
+
+    return run
+
+
+def edit_csv(root, kind, change):
+    """Apply `change` to the table `mimic-cxr-*-<kind>.csv.gz` under root."""
+    path = next(Path(root).glob(f"mimic-cxr-*-{kind}.csv.gz"))
+    frame = change(pd.read_csv(path, dtype=object))
+    with gzip.open(path, "wt") as file:
+        frame.to_csv(file, index=False)
+    return path
+
+
+def epochs(folder):
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines]

@@ -1,0 +1,107 @@
+"""Precedence, and a clear error for every mistake in files, --opts and flags."""
+
+from pathlib import Path
+
+import pytest
+
+from config import get_config
+from errors import UserError
+from main import parse_args
+
+ROOT = Path(__file__).resolve().parents[1]
+MIMIC = ROOT / "configs" / "internimage_b_mimic_cxr_224.yaml"
+
+
+def load(*argv, cfg=MIMIC):
+    return get_config(parse_args(["--cfg", str(cfg), *argv]))
+
+
+def test_the_main_configuration_is_as_promised():
+    c = load()
+    assert (c.DATA.BATCH_SIZE, c.DATA.IMG_SIZE, c.DATA.NUM_WORKERS, c.MODEL.NUM_CLASSES) == (32, 224, 8, 14)
+    assert (c.TRAIN.EPOCHS, c.TRAIN.WARMUP_EPOCHS, c.TRAIN.BASE_LR) == (50, 5, 1e-4)
+    assert (c.TRAIN.EMA.ENABLE, c.TRAIN.EMA.DECAY, c.MODEL.DROP_PATH_RATE) == (True, 0.9999, 0.5)
+    assert (c.AUG.COLOR_JITTER, c.AUG.MIXUP, c.AUG.CUTMIX, c.AUG.REPROB) == (0, 0, 0, 0.1)
+    assert (c.SEED, c.SAVE_FREQ) == (42, 5)
+    assert f"{c.OUTPUT}/{c.MODEL.NAME}/{c.TAG}" == "output/mimic_cxr/internimage_b/run1"
+    assert c.RESULTS == "results/mimic_cxr"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_valid(path):
+    load(cfg=path)
+
+
+def test_precedence(tmp_path):
+    (tmp_path / "base.yaml").write_text("TRAIN: {EPOCHS: 7, WARMUP_EPOCHS: 2}\nDATA: {BATCH_SIZE: 5}\n")
+    (tmp_path / "exp.yaml").write_text("BASE: [base.yaml]\nTRAIN: {EPOCHS: 8}\n")
+    c = load(cfg=tmp_path / "exp.yaml")
+    assert (c.TRAIN.EPOCHS, c.TRAIN.WARMUP_EPOCHS, c.DATA.BATCH_SIZE) == (8, 2, 5)
+    assert c.MODEL.NAME == "exp"
+    c = load("--opts", "TRAIN.EPOCHS", "9", "DATA.BATCH_SIZE", "6", "--batch-size", "4", cfg=tmp_path / "exp.yaml")
+    assert (c.TRAIN.EPOCHS, c.DATA.BATCH_SIZE) == (9, 4)
+    # A flag that was not given changes nothing.
+    (tmp_path / "on.yaml").write_text("TRAIN: {USE_CHECKPOINT: True}\nDATA: {ZIP_MODE: True}\nAMP_OPT_LEVEL: O0\n")
+    c = load(cfg=tmp_path / "on.yaml")
+    assert c.TRAIN.USE_CHECKPOINT and c.DATA.ZIP_MODE and c.AMP_OPT_LEVEL == "O0"
+
+
+def test_every_promised_flag():
+    c = load(
+        "--data-path", "d", "--dataset", "mimic_cxr", "--batch-size", "3", "--output", "o", "--tag", "007",
+        "--pretrained", "p", "--resume", "r", "--eval", "--throughput", "--accumulation-steps", "2",
+        "--use-checkpoint", "--amp-opt-level", "O0", "--zip", "--local-rank", "3",
+    )  # fmt: skip
+    assert (c.DATA.DATA_PATH, c.DATA.DATASET, c.DATA.BATCH_SIZE, c.OUTPUT, c.TAG) == ("d", "mimic_cxr", 3, "o", "007")
+    assert (c.MODEL.PRETRAINED, c.MODEL.RESUME, c.EVAL_MODE, c.THROUGHPUT_MODE) == ("p", "r", True, True)
+    assert (c.TRAIN.ACCUMULATION_STEPS, c.TRAIN.USE_CHECKPOINT) == (2, True)
+    assert (c.AMP_OPT_LEVEL, c.DATA.ZIP_MODE) == ("O0", True)
+
+
+def test_numbers_in_the_ways_people_write_them(tmp_path):
+    (tmp_path / "a.yaml").write_text("TRAIN: {BASE_LR: 1e-4, WEIGHT_DECAY: 0, CLIP_GRAD: 1}\n")
+    c = load("--opts", "TRAIN.MIN_LR", "1e-6", "TRAIN.OPTIMIZER.BETAS", "(.9,.95)", cfg=tmp_path / "a.yaml")
+    assert (c.TRAIN.BASE_LR, c.TRAIN.WEIGHT_DECAY, c.TRAIN.CLIP_GRAD, c.TRAIN.MIN_LR) == (1e-4, 0.0, 1.0, 1e-6)
+    assert c.TRAIN.OPTIMIZER.BETAS == [0.9, 0.95]
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["TRAIN.EPOCH", "3"], r"--opts: unknown key TRAIN.EPOCH \(did you mean TRAIN.EPOCHS\?\)"),
+        (["TRAIN.EPOCHS", "ten"], "--opts: TRAIN.EPOCHS must be of type int, got 'ten'"),
+        (["TRAIN.EPOCHS", "1.5"], "TRAIN.EPOCHS must be of type int, got 1.5"),
+        (["TRAIN.EMA.ENABLE", "1"], "TRAIN.EMA.ENABLE must be of type bool, got 1"),
+        (["DATA.BATCH_SIZE", "0"], "DATA.BATCH_SIZE is 0; it must be at least 1"),
+        (["TRAIN.BASE_LR", "nan"], "TRAIN.BASE_LR is nan; it must be at least 0"),
+        (["AUG.REPROB", "1.5"], "AUG.REPROB is 1.5; it must lie between 0 and 1"),
+        (["AMP_DTYPE", "half"], "AMP_DTYPE is 'half'; choose one of auto, bfloat16, float16"),
+        (["MODEL.INTERN_IMAGE.GROUPS", "[7,14,28,50]"], "level 3 has 896 channels, which do not divide into 50 groups"),
+        (["TRAIN.EPOCHS"], "--opts takes pairs KEY VALUE; 'TRAIN.EPOCHS' has no partner"),
+        (["TRAIN", "3"], "--opts: unknown key TRAIN"),
+    ],
+)
+def test_bad_opts(opts, message):
+    with pytest.raises(UserError, match=message):
+        load("--opts", *opts)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="absent.yaml: No such file"):
+        load(cfg=tmp_path / "absent.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("TRAIN: {EPOCHS: [")
+    with pytest.raises(UserError, match="bad.yaml is not valid YAML"):
+        load(cfg=bad)
+    bad.write_text("TRIAN: {EPOCHS: 3}")
+    with pytest.raises(UserError, match="bad.yaml: unknown key TRIAN.EPOCHS .did you mean TRAIN.EPOCHS"):
+        load(cfg=bad)
+    bad.write_text("")
+    with pytest.raises(UserError, match="bad.yaml holds no keys"):
+        load(cfg=bad)
+
+
+def test_an_unknown_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        load("--batchsize", "3")
+    assert "unknown argument --batchsize (did you mean --batch-size?)" in capsys.readouterr().err

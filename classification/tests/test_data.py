@@ -1,0 +1,359 @@
+"""Tables, labels and images: the official layout, the user's own table, and every mistake in them."""
+
+import io
+import shutil
+
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+import torch
+from conftest import SHARED, edit_csv
+from PIL import Image
+from pydicom.uid import ExplicitVRLittleEndian
+
+from dataset import tables
+from dataset.images import MAX_PIXELS, ImageError, ZipStore, decode
+from dataset.labels import LABELS, apply_policy
+from dataset.mimic_cxr import MIMICCXRDataset
+from errors import UserError
+
+
+def raw_csv(root, kind):
+    return pd.read_csv(next(root.glob(f"mimic-cxr-*-{kind}.csv.gz")))
+
+
+# ------------------------------------------------------------------------------------- official
+def test_items_follow_the_official_tables(tree):
+    splits, labels = raw_csv(tree, "split"), raw_csv(tree, "chexpert")
+    for split in ("train", "validate", "test"):
+        dataset = MIMICCXRDataset(tree, split)
+        expected = splits[splits.split == split].merge(labels, on=["study_id", "subject_id"])
+        assert len(dataset) == len(expected) > 0
+        rows = pd.DataFrame(dataset.rows()).assign(i=range(len(dataset)))
+        both = rows.merge(expected, on="dicom_id")
+        assert len(both) == len(expected)
+        zeros = both[list(LABELS)].fillna(0).replace(-1, 0).to_numpy(np.float32)
+        np.testing.assert_array_equal(dataset.targets[both.i], zeros)
+    image, target = dataset[3]
+    assert image.mode == "RGB" and target.dtype == torch.float32 and target.shape == (14,)
+    red, green, blue = image.split()
+    assert red.tobytes() == green.tobytes() == blue.tobytes()
+    row = {k: v[3] for k, v in dataset.rows().items()}
+    subject, study, name = row["subject_id"], row["study_id"], row["dicom_id"]
+    path = tree / f"files/p{str(subject)[:2]}/p{subject}/s{study}/{name}.jpg"
+    np.testing.assert_array_equal(np.asarray(red), np.asarray(Image.open(path)))
+    assert torch.equal(MIMICCXRDataset(tree, "val")[0][1], MIMICCXRDataset(tree, "validate")[0][1])
+
+
+def test_transform_is_applied(tree):
+    dataset = MIMICCXRDataset(tree, "test", lambda image: image.size)
+    assert dataset[0][0] == MIMICCXRDataset(tree, "test")[0][0].size
+
+
+def test_policies():
+    raw = np.array([[1, 0, -1, np.nan]], np.float32)
+    np.testing.assert_array_equal(apply_policy(raw), [[1, 0, 0, 0]])
+    np.testing.assert_array_equal(apply_policy(raw, uncertain="ones", missing="ignore"), [[1, 0, 1, np.nan]])
+    np.testing.assert_array_equal(apply_policy(raw, uncertain="ignore"), [[1, 0, np.nan, 0]])
+    with pytest.raises(UserError, match="DATA.MISSING is 'nothing'; choose one of zeros, ones, ignore"):
+        apply_policy(raw, missing="nothing")
+
+
+@pytest.mark.parametrize("place", ["files", "above", "plain", "root_is_files"])
+def test_csvs_are_found_beside_and_above_files(own_tree, place):
+    expected = len(MIMICCXRDataset(own_tree, "train"))
+    root = own_tree
+    for path in list(own_tree.glob("*.csv.gz")):
+        if place == "files":
+            path.rename(own_tree / "files" / path.name)
+        elif place == "above":
+            path.rename(own_tree.parent / path.name)
+        elif place == "plain":
+            pd.read_csv(path).to_csv(path.with_suffix(""), index=False)
+            path.unlink()
+        else:
+            root = own_tree / "files"
+    tables.load_table.cache_clear()
+    assert len(MIMICCXRDataset(root, "train")) == expected
+
+
+def test_column_order_and_byte_order_mark_do_not_matter(own_tree):
+    expected = MIMICCXRDataset(own_tree, "train").targets
+    labels = raw_csv(own_tree, "chexpert")
+    path = next(own_tree.glob("*-chexpert.csv.gz"))
+    path.unlink()
+    labels[list(labels.columns)[::-1]].to_csv(
+        path.with_suffix(""), index=False, encoding="utf-8-sig", lineterminator="\r\n"
+    )
+    tables.load_table.cache_clear()
+    np.testing.assert_array_equal(MIMICCXRDataset(own_tree, "train").targets, expected)
+
+
+def test_summary_counts_what_is_there_and_what_is_left_out(own_tree):
+    labels = raw_csv(own_tree, "chexpert")
+    gone = labels.study_id.iloc[0]
+    lost = (raw_csv(own_tree, "split").study_id == gone).sum()
+    edit_csv(own_tree, "chexpert", lambda f: f[f.study_id != str(gone)])
+    tables.load_table.cache_clear()
+    dataset = MIMICCXRDataset(own_tree, "train")
+    splits = raw_csv(own_tree, "split")
+    train = splits[(splits.split == "train") & (splits.study_id != gone)]
+    lines = {line.split("  ")[0].strip() or line.split()[0]: line for line in dataset.summary.splitlines()}
+    assert lines["images"].split()[1] == f"{len(train):,}"
+    assert lines["patients"].split()[1] == str(train.subject_id.nunique())
+    assert lines["studies"].split()[1] == str(train.study_id.nunique())
+    positive = int(dataset.targets[:, LABELS.index("Edema")].sum())
+    line = next(li for li in dataset.summary.splitlines() if li.strip().startswith("Edema"))
+    assert line.split()[1] == str(positive)
+    assert dataset.summary.endswith(f"left out: {lost} study without a label row")
+
+
+# ------------------------------------------------------------------------------------ own table
+def own_table(tree, tmp_path, **extra):
+    """A folder of PNG images with one CSV, made from the synthetic tree's first images."""
+    root = tmp_path / "own"
+    root.mkdir()
+    splits = raw_csv(tree, "split").merge(raw_csv(tree, "chexpert"), on=["study_id", "subject_id"])
+    rows = splits.groupby("split").head(4)
+    frame = rows[["subject_id", "split", *LABELS]].assign(path=[f"im/{k}.png" for k in range(len(rows))], **extra)
+    (root / "im").mkdir()
+    for path in frame.path:
+        Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)).save(root / path)
+    frame.to_csv(root / "mine.csv", index=False)
+    return root, frame
+
+
+def test_own_table(tree, tmp_path):
+    root, frame = own_table(tree, tmp_path)
+    dataset = MIMICCXRDataset(root, "validate")
+    expected = frame[frame.split == "validate"]
+    assert dataset.rows()["dicom_id"] == list(expected.path)
+    np.testing.assert_array_equal(dataset.targets, expected[list(LABELS)].fillna(0).replace(-1, 0))
+    assert dataset[0][0].size == (64, 64)
+    edema = MIMICCXRDataset(root, "val", csv="mine.csv", label_names=("Edema",))
+    np.testing.assert_array_equal(edema.targets[:, 0], dataset.targets[:, LABELS.index("Edema")])
+
+
+def test_own_table_mistakes(tree, tmp_path):
+    root, frame = own_table(tree, tmp_path)
+
+    def broken(changed, **options):
+        changed.to_csv(root / "mine.csv", index=False)
+        tables.load_table.cache_clear()
+        with pytest.raises(UserError) as error:
+            MIMICCXRDataset(root, "train", **options)
+        return str(error.value)
+
+    assert "mine.csv: column 'split' is missing" in broken(frame.drop(columns="split"))
+    assert "mine.csv: column 'Edema' is missing" in broken(frame.drop(columns="Edema"))
+    assert "split is 'holdout' in data row 1; use train, validate, test" in broken(frame.assign(split="holdout"))
+    assert "im/0.png has more than one row" in broken(pd.concat([frame, frame.head(1)]))
+    assert "image missing" in broken(frame.assign(path="nowhere/" + frame.path))
+    assert "in more than one split, such as subject_id 7" in broken(frame.assign(subject_id=7))
+    assert "does not exist" in broken(frame, csv="other.csv")
+    frame.to_csv(root / "second.csv", index=False)
+    assert "several tables with a path column (mine.csv, second.csv)" in broken(frame)
+
+
+# ------------------------------------------------------------------------------------- mistakes
+def test_wrong_folders(tree, tmp_path):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        MIMICCXRDataset(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match=r"no mimic-cxr-\*-split.csv or .csv.gz in"):
+        MIMICCXRDataset(tmp_path, "train")
+    for path in tree.glob("*.csv.gz"):
+        shutil.copy(path, tmp_path)
+    with pytest.raises(UserError, match="no image found: looked for .*files/p1.*must be the folder that holds files/"):
+        MIMICCXRDataset(tmp_path, "train")
+    with pytest.raises(UserError, match="unknown split 'dev'; the splits are train, validate, test"):
+        MIMICCXRDataset(tree, "dev")
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("chexpert", lambda f: f.drop(columns="Edema"), "chexpert.csv.gz: column 'Edema' is missing"),
+        ("split", lambda f: f.drop(columns="dicom_id"), "split.csv.gz: column 'dicom_id' is missing"),
+        ("chexpert", lambda f: f.assign(Edema="2.0"), r"label 'Edema' is '2.0' in data row 1; expected 1, 0, -1"),
+        ("chexpert", lambda f: f.assign(Edema="yes"), "label 'Edema' is 'yes' in data row 1"),
+        ("split", lambda f: f.assign(split="dev"), "split is 'dev' in data row 1; use train, validate, test"),
+        ("split", lambda f: f.assign(subject_id="p10"), "subject_id is 'p10' in data row 1; expected an integer"),
+        ("split", lambda f: pd.concat([f, f.head(2)]), r"has more than one row \(2 rows too many\)"),
+        ("chexpert", lambda f: pd.concat([f, f.head(1)]), "study .* has more than one row"),
+        ("chexpert", lambda f: f.assign(study_id="1"), "study 1 has more than one row"),
+        ("chexpert", lambda f: f.head(1).assign(study_id="1"), "none of the studies"),
+        ("split", lambda f: f.assign(split=["train", "test"] * (len(f) // 2) + ["train"] * (len(f) % 2)),
+         r"patient\(s\) are in more than one split, such as subject_id 1\d{7} in train, test"),
+        ("split", lambda f: f[f.split != "train"], "the split 'train' has no image"),
+    ],
+)  # fmt: skip
+def test_bad_tables(own_tree, kind, change, message):
+    edit_csv(own_tree, kind, change)
+    with pytest.raises(UserError, match=message):
+        MIMICCXRDataset(own_tree, "train")
+
+
+def test_unreadable_table(own_tree):
+    path = next(own_tree.glob("*-split.csv.gz"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="split.csv.gz: cannot be read as CSV"):
+        MIMICCXRDataset(own_tree, "train")
+
+
+def test_missing_image_is_found_at_start_and_can_be_left_out(own_tree):
+    gone = sorted(own_tree.glob("files/*/*/*/*.jpg"))[5]
+    gone.unlink()
+    with pytest.raises(UserError, match=f"image missing: {gone} .*DATA.ALLOW_MISSING True"):
+        MIMICCXRDataset(own_tree, "train")
+    whole = sum(len(MIMICCXRDataset(own_tree, s, allow_missing=True)) for s in tables.SPLITS)
+    assert whole == len(raw_csv(own_tree, "split")) - 1
+    summary = MIMICCXRDataset(own_tree, "test", allow_missing=True).summary
+    assert summary.endswith("left out: 1 image file missing (DATA.ALLOW_MISSING)")
+
+
+def test_two_formats_in_one_tree_must_be_chosen_between(own_tree):
+    for path in own_tree.glob("files/*/*/*/*.jpg"):
+        Image.open(path).save(path.with_suffix(".png"))
+    with pytest.raises(UserError, match="holds both .jpg and .png images.*DATA.IMAGE_FORMAT jpg or png"):
+        MIMICCXRDataset(own_tree, "train")
+    assert MIMICCXRDataset(own_tree, "train", image_format="png").table.path[0].endswith(b".png")
+
+
+# --------------------------------------------------------------------------------------- images
+def jpg(array, **save):
+    data = io.BytesIO()
+    Image.fromarray(array).save(data, "JPEG", **save)
+    return data.getvalue()
+
+
+def dicom(pixels, **tags):
+    """Bytes of an uncompressed DICOM of uint16 [H, W]."""
+    ds = pydicom.Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1.1", "1.2.3"
+    ds.PhotometricInterpretation, ds.SamplesPerPixel = "MONOCHROME2", 1
+    ds.Rows, ds.Columns = pixels.shape
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+    ds.PixelData = pixels.astype("<u2").tobytes()
+    for name, value in tags.items():
+        if value is None:
+            delattr(ds, name)
+        else:
+            setattr(ds, name, value)
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = io.BytesIO()
+    pydicom.dcmwrite(data, ds, enforce_file_format=True)
+    return data.getvalue()
+
+
+RAMP = np.arange(24, dtype=np.uint16).reshape(4, 6) * 100
+
+
+def test_dicom_order_of_operations():
+    """Rescale, then window, then inversion, each once."""
+    plain = decode(dicom(RAMP), "a.dcm")
+    assert plain.dtype == np.uint8 and plain.min() == 0 and plain.max() == 255
+    np.testing.assert_array_equal(plain, np.round(RAMP / RAMP.max() * 255))
+    np.testing.assert_array_equal(decode(dicom(RAMP, PhotometricInterpretation="MONOCHROME1"), "a.dcm"), 255 - plain)
+    windowed = decode(dicom(RAMP, WindowCenter=1000, WindowWidth=400), "a.dcm")
+    assert (windowed[RAMP <= 800] == 0).all() and (windowed[RAMP >= 1200] == 255).all()
+    rescaled = dict(RescaleSlope=0.5, RescaleIntercept=-100, WindowCenter=400, WindowWidth=200)
+    np.testing.assert_array_equal(decode(dicom(RAMP, **rescaled), "a.dcm"), windowed)
+
+
+def test_pictures_of_other_depths():
+    data = io.BytesIO()
+    Image.fromarray(RAMP).save(data, "PNG")  # 16 bits
+    np.testing.assert_array_equal(decode(data.getvalue(), "a.png"), np.round(RAMP / RAMP.max() * 255))
+    color = np.zeros((5, 4, 3), np.uint8)
+    color[..., 1] = 200
+    assert decode(jpg(color), "a.jpg").shape == (5, 4)
+
+
+HUGE = jpg(np.zeros((8, 8), np.uint8)).replace(b"\x00\x08\x00\x08", b"\xff\xfe\xff\xfe", 1)
+
+
+@pytest.mark.parametrize(
+    "data, name, message",
+    [
+        (b"", "x.jpg", "the file is empty"),
+        (b"not an image", "x.jpg", "cannot identify image"),
+        (jpg(np.arange(4096, dtype=np.uint8).reshape(64, 64))[:900], "x.jpg", "truncated"),
+        (jpg(RAMP.astype(np.uint8)), "x.dcm", "DICM"),
+        (HUGE, "x.jpg", f"at most {MAX_PIXELS:,} are read"),
+        (dicom(RAMP)[:-20], "x.dcm", "cannot be read as an image"),
+        (dicom(RAMP, PixelData=None), "x.dcm", "the DICOM has no PixelData"),
+        (dicom(RAMP, Rows=None), "x.dcm", "the DICOM has no Rows"),
+        (dicom(RAMP, Rows=60000, Columns=60000), "x.dcm", f"at most {MAX_PIXELS:,} are read"),
+        (dicom(RAMP, NumberOfFrames=3), "x.dcm", "not a single grey image"),
+        (dicom(RAMP, PhotometricInterpretation="PALETTE COLOR"), "x.dcm", "'PALETTE COLOR'; expected MONOCHROME1"),
+        (dicom(RAMP).replace(b"1.2.840.10008.1.2.1\x00", b"1.2.840.10008.1.2.1.99"[:20]), "x.dcm", "not supported"),
+    ],
+    ids=["empty", "text", "truncated", "jpg as dcm", "huge jpg", "short pixels", "no pixels", "no rows", "huge dicom",
+         "frames", "palette", "syntax"],
+)  # fmt: skip
+def test_broken_images_name_the_file(data, name, message):
+    with pytest.raises(ImageError, match=f"^/a/{name}: .*{message}"):
+        decode(data, f"/a/{name}")
+
+
+def test_dicom_tree_gives_the_pictures_of_the_jpg_tree(tree, tmp_path):
+    from dataset.synthetic import write_tree
+
+    write_tree(tmp_path / "d", patients=12, size=64, image_format="dicom", progress=False)
+    write_tree(tmp_path / "j", patients=12, size=64, image_format="jpg", progress=False)
+    dicoms, jpgs = (MIMICCXRDataset(tmp_path / k, "train") for k in "dj")
+    assert dicoms.rows()["dicom_id"] == jpgs.rows()["dicom_id"]
+    np.testing.assert_array_equal(dicoms.targets, jpgs.targets)
+    for k in range(len(jpgs)):
+        a, b = (np.asarray(d[k][0].getchannel(0), float).ravel() for d in (dicoms, jpgs))
+        assert np.corrcoef(a, b)[0, 1] > 0.99, jpgs.table.path[k]
+
+
+def test_zip_gives_the_same_images(own_tree, tmp_path):
+    expected = MIMICCXRDataset(own_tree, "test")
+    first = np.asarray(expected[0][0])
+    shutil.make_archive(str(tmp_path / "packed"), "zip", own_tree, "files")  # compressed
+    shutil.rmtree(own_tree / "files")
+    shutil.move(tmp_path / "packed.zip", own_tree / "images.zip")
+    with pytest.raises(UserError, match="images.zip: .* is compressed; pack with zip -0"):
+        ZipStore(own_tree)
+    import zipfile
+
+    with zipfile.ZipFile(own_tree / "images.zip") as old, zipfile.ZipFile(own_tree / "new.zip", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    (own_tree / "images.zip").unlink()
+    np.testing.assert_array_equal(np.asarray(MIMICCXRDataset(own_tree, "test", in_zip=True)[0][0]), first)
+
+
+# ------------------------------------------------------------------------------------ real X-rays
+shared = pytest.mark.skipif(not (SHARED / "cxr_sample").is_dir(), reason="the real X-rays of ../shared are not here")
+
+
+@shared
+def test_real_sample_is_read():
+    counts = [len(MIMICCXRDataset(SHARED / "cxr_sample", s)) for s in tables.SPLITS]
+    assert counts == [660, 115, 100]
+    image, target = MIMICCXRDataset(SHARED / "cxr_sample" / "files", "test")[0]
+    assert min(image.size) == 320 and target.sum() > 0
+
+
+@shared
+def test_real_dicoms_show_the_pictures_of_the_sample():
+    """Ten real X-rays as DICOM of every kind: the same picture as the (equalised) JPG up to contrast."""
+    paths = sorted((SHARED / "cxr_dicom" / "files").rglob("*.dcm"))
+    assert len(paths) == 10
+    for path in paths:
+        grey = decode(path.read_bytes(), str(path))
+        twin = SHARED / "cxr_sample" / path.relative_to(SHARED / "cxr_dicom").with_suffix(".jpg")
+        small = np.asarray(Image.open(twin).convert("L"), float)
+        large = np.asarray(Image.fromarray(grey).resize(small.shape[::-1], Image.Resampling.BILINEAR), float)
+        assert np.corrcoef(small.ravel(), large.ravel())[0, 1] > 0.8, path.name
+
+
+@shared
+def test_public_dicom_files_are_read():
+    for path in (SHARED / "cxr_dicom" / "other").glob("*.dcm"):
+        assert decode(path.read_bytes(), str(path)).std() > 5, path.name

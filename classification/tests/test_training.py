@@ -1,0 +1,413 @@
+"""The loop: what a run leaves behind, exact resume, ranks, precision, and clear errors."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, edit_csv, epochs
+from sklearn.metrics import roc_auc_score
+
+import checkpoint
+import main
+from dataset.labels import LABELS
+from errors import UserError
+
+LOG = logging.getLogger("test")
+
+
+def same(a, b):
+    """Equal to the bit, tensors in nested containers included."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(a, b):
+    """Two runs ended alike: weights, EMA, moments, metrics."""
+    x, y = (checkpoint.read(folder / checkpoint.LAST) for folder in (a, b))
+    for key in ("model", "model_ema", "optimizer", "epoch", "max_accuracy", "max_ema_accuracy", "rng"):
+        assert same(x[key], y[key]), key
+    assert epochs(a) == epochs(b)
+    for name in (checkpoint.BEST, checkpoint.EMA_BEST):
+        x, y = (checkpoint.read(folder / name) for folder in (a, b))
+        assert same(x["model"], y["model"]) and x["epoch"] == y["epoch"], name
+
+
+@pytest.fixture(scope="module")
+def finished(tree, tmp_path_factory):
+    """A run of three epochs without interruption, and its evaluation."""
+    from conftest import TINY
+
+    base = tmp_path_factory.mktemp("finished")
+    (base / "tiny.yaml").write_text(TINY)
+    argv = ["--cfg", str(base / "tiny.yaml"), "--data-path", str(tree), "--output", str(base / "out")]
+    opts = ["--opts", "TRAIN.EPOCHS", "3", "SAVE_FREQ", "2", "RESULTS", str(base / "results")]
+    assert main.main([*argv, *opts]) == 0
+    assert main.main([*argv, "--eval", *opts]) == 0
+    return base
+
+
+def test_a_run_leaves_what_is_promised(finished):
+    run = finished / "out" / "tiny" / "default"
+    expected = {
+        "best_ckpt.pth", "ema_best_ckpt.pth", "ckpt_epoch_2.pth", "ckpt_epoch_3.pth", "last_ckpt.pth",
+        "last_ckpt.previous.pth", "config.json", "log_rank0.txt", "metrics.jsonl", "training.png",
+    }  # fmt: skip
+    assert {p.name for p in run.iterdir()} == expected
+    assert json.loads((run / "config.json").read_text())["TRAIN"]["EPOCHS"] == 3
+    lines = epochs(run)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    for k, line in enumerate(lines):
+        assert {"train_loss", "lr", "grad_norm", "val_loss", "mean_auc", "best_mean_auc", "auc", "ema"} <= line.keys()
+        assert list(line["auc"]) == list(LABELS)
+        defined = [v for v in line["auc"].values() if v is not None]
+        assert line["mean_auc"] == pytest.approx(np.mean(defined))
+        assert line["best_mean_auc"] == max(e["mean_auc"] for e in lines[: k + 1])
+    state = torch.load(run / "best_ckpt.pth", weights_only=True)
+    promised = {"model", "optimizer", "lr_scheduler", "epoch", "max_accuracy", "config", "amp", "model_ema"}
+    assert promised <= state.keys()
+    best = max(lines, key=lambda line: line["mean_auc"])
+    assert (state["epoch"], state["max_accuracy"]) == (best["epoch"], best["mean_auc"])
+    ema = checkpoint.read(run / "ema_best_ckpt.pth")
+    ema_best = max(lines, key=lambda line: line["ema"]["mean_auc"])
+    assert (ema["epoch"], ema["max_ema_accuracy"]) == (ema_best["epoch"], ema_best["ema"]["mean_auc"])
+    assert same(ema["model"], ema["model_ema"]) and not same(ema["model"], state["model"])
+
+
+def test_the_evaluation_agrees_with_its_own_predictions(finished, tree):
+    (folder,) = (finished / "results").glob("evaluation_*")
+    assert {p.name for p in folder.iterdir()} == {"metrics.json", "predictions.csv", "roc.png"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    rows = pd.read_csv(folder / "predictions.csv")
+    split = pd.read_csv(next(tree.glob("*-split.csv.gz")))
+    test = split[split.split == "test"]
+    assert set(rows.dicom_id) == set(test.dicom_id) and len(rows) == len(test) == metrics["images"]
+    truth = rows[["dicom_id", "study_id"]].merge(pd.read_csv(next(tree.glob("*-chexpert.csv.gz"))), on="study_id")
+    truth = truth.set_index("dicom_id").loc[rows.dicom_id]
+    values = []
+    for name in LABELS:
+        target = (truth[name] == 1).to_numpy(float)
+        np.testing.assert_array_equal(rows[f"{name}_target"], target)
+        if len(np.unique(target)) == 2:
+            values.append(roc_auc_score(target, rows[f"{name}_probability"]))
+            assert metrics["auc"][name] == pytest.approx(values[-1], abs=1e-6)
+        else:
+            assert metrics["auc"][name] is None
+        assert metrics["positives"][name] + metrics["negatives"][name] == len(rows)
+    assert metrics["mean_auc"] == pytest.approx(np.mean(values), abs=1e-6)
+    p = np.clip(rows[[f"{n}_probability" for n in LABELS]].to_numpy(), 1e-7, 1 - 1e-7)
+    t = rows[[f"{n}_target" for n in LABELS]].to_numpy()
+    assert metrics["loss"] == pytest.approx(-(t * np.log(p) + (1 - t) * np.log(1 - p)).mean(), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------- resume
+@pytest.mark.parametrize("at", [1, 4, 6], ids=["first update", "within epoch 2", "end of epoch 2"])
+def test_interrupted_and_resumed_equals_uninterrupted(finished, run_main, monkeypatch, at):
+    """A signal after update `at` stops the run there; the same command ends bit-identical."""
+    whole = finished / "out" / "tiny" / "default"
+    steps, step = [], torch.optim.AdamW.step
+
+    def counted(self, *a, **k):
+        steps.append(0)
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, *a, **k)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    folder = run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
+    assert run_main.status == signal.SIGUSR1 and len(steps) == at
+    run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
+    assert run_main.status == 0
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("where", ["update", "write", "rename"])
+def test_killed_and_resumed_equals_uninterrupted(finished, run_main, monkeypatch, where):
+    """Killed without warning: in an update, half way through a file, or just before its renaming."""
+    whole = finished / "out" / "tiny" / "default"
+    target, name = {
+        "update": (torch.optim.AdamW, "step"),
+        "write": (checkpoint.torch, "save"),
+        "rename": (checkpoint, "_replace"),
+    }[where]
+    original, calls = getattr(target, name), []
+
+    def dies(*arguments, **k):
+        calls.append(0)
+        if len(calls) == 5:
+            if where == "write":
+                arguments[1].write(b"half a file")
+                arguments[1].flush()
+            raise KeyboardInterrupt  # nothing catches it, as nothing catches SIGKILL
+        return original(*arguments, **k)
+
+    monkeypatch.setattr(target, name, dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
+    monkeypatch.undo()
+    assert_same_run(run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2), whole)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, run_main, caplog):
+    whole = finished / "out" / "tiny" / "default"
+    folder = run_main(TRAIN__EPOCHS=2, SAVE_FREQ=2)
+    last = folder / "last_ckpt.pth"
+    last.write_bytes(last.read_bytes()[:5000])
+    run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
+    log = (folder / "log_rank0.txt").read_text()
+    assert "last_ckpt.pth is not a whole checkpoint" in log and "falling back to the one before" in log
+    assert f"resumed from {folder / 'last_ckpt.previous.pth'}: epoch 2" in log
+    a, b = (checkpoint.read(f / "last_ckpt.pth") for f in (folder, whole))
+    assert a["epoch"] == b["epoch"] == 3
+
+
+def test_epochs_and_rate_may_change_on_resume(run_main):
+    folder = run_main(TRAIN__EPOCHS=2)
+    run_main(TRAIN__EPOCHS=4, TRAIN__BASE_LR=2e-3, TRAIN__WEIGHT_DECAY=0.1)
+    log = (folder / "log_rank0.txt").read_text()
+    for line in ("TRAIN.EPOCHS 2 -> 4", "TRAIN.BASE_LR 0.001 -> 0.002", "TRAIN.WEIGHT_DECAY 0.05 -> 0.1"):
+        assert f"changed since the checkpoint: {line}" in log
+    lines = epochs(folder)
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    # Epoch 3 of 4 with one of warm-up: its last rate is on the cosine of the new peak.
+    updates = checkpoint.read(folder / "last_ckpt.pth")["lr_scheduler"]["update"] // 4
+    done = (2 * updates - 1) / (3 * updates)
+    assert lines[2]["lr"] == pytest.approx(5e-6 + (2e-3 - 5e-6) * 0.5 * (1 + np.cos(np.pi * done)), rel=1e-6)
+    groups = checkpoint.read(folder / "last_ckpt.pth")["optimizer"]["param_groups"]
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.1}
+    run_main(TRAIN__EPOCHS=4)
+    assert "already finished: 4 of TRAIN.EPOCHS 4" in (folder / "log_rank0.txt").read_text()
+
+
+def test_number_of_workers_changes_nothing(run_main):
+    """Augmentation depends on seed, epoch and image alone."""
+    folder = run_main(TRAIN__EPOCHS=1, DATA__NUM_WORKERS=2)
+    alone = run_main(TRAIN__EPOCHS=1, out="alone")
+    assert_same_run(folder, alone)
+
+
+# ------------------------------------------------------------------------------------------ math
+def test_the_peak_rate_is_the_one_named_and_scales_linearly(run_main, capsys):
+    run_main(TRAIN__EPOCHS=1)
+    assert "peak learning rate 1.000e-03 = TRAIN.BASE_LR 0.001 x batch 16" in capsys.readouterr().out
+    run_main(TRAIN__EPOCHS=1, TRAIN__ACCUMULATION_STEPS=2, out="two")
+    assert "peak learning rate 2.000e-03" in capsys.readouterr().out
+    run_main(TRAIN__EPOCHS=1, TRAIN__LR_REFERENCE_BATCH=512, out="published")
+    assert "peak learning rate 3.125e-05" in capsys.readouterr().out
+
+
+def test_accumulation_equals_the_large_batch(run_main, monkeypatch):
+    """Two passes of 8 give the update of one pass of 16. BatchNorm in eval mode: it sees batches."""
+    plain = torch.nn.BatchNorm2d.train
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode=True: plain(self, False))
+    opts = dict(TRAIN__EPOCHS=1, MODEL__DROP_PATH_RATE=0.0)
+    one = epochs(run_main(**opts))
+    two = epochs(run_main("--batch-size", 8, "--accumulation-steps", 2, out="two", **opts))
+    for key in ("train_loss", "grad_norm", "val_loss"):
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-4), key
+
+
+def test_clipping(run_main):
+    """The norm reported is the one before clipping; 0 means none, not a gradient of zero."""
+    free = epochs(run_main(TRAIN__EPOCHS=1, TRAIN__CLIP_GRAD=0))
+    clipped = epochs(run_main(TRAIN__EPOCHS=1, TRAIN__CLIP_GRAD=5, out="b"))
+    assert free == clipped  # norms stay below 5 here: clipping must change nothing
+    assert 0 < free[0]["grad_norm"] < 5
+    sgd = dict(TRAIN__EPOCHS=1, TRAIN__OPTIMIZER__NAME="sgd")
+    tight = epochs(run_main(TRAIN__CLIP_GRAD=1e-6, out="c", **sgd))
+    loose = epochs(run_main(TRAIN__CLIP_GRAD=0, out="d", **sgd))
+    assert tight[0]["grad_norm"] > 0.1 and tight[0]["val_loss"] > loose[0]["val_loss"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_stays_near_float32(finished, run_main, dtype):
+    exact = epochs(finished / "out" / "tiny" / "default")[0]
+    mixed = epochs(run_main("--amp-opt-level", "O1", AMP_DTYPE=dtype, TRAIN__EPOCHS=1))[0]
+    assert mixed["train_loss"] != exact["train_loss"]
+    assert mixed["train_loss"] == pytest.approx(exact["train_loss"], rel=0.03)
+
+
+def test_recomputation_changes_nothing(run_main):
+    plain = epochs(run_main(TRAIN__EPOCHS=1, MODEL__DROP_PATH_RATE=0.0))
+    assert epochs(run_main("--use-checkpoint", out="c", TRAIN__EPOCHS=1, MODEL__DROP_PATH_RATE=0.0)) == plain
+
+
+def test_mixing_and_layer_decay_train(run_main):
+    folder = run_main(
+        AUG__MIXUP=0.5, AUG__CUTMIX=1.0, TRAIN__LR_LAYER_DECAY=True, TRAIN__OPTIMIZER__DCN_LR_MUL=0.1, TRAIN__EPOCHS=1
+    )
+    groups = checkpoint.read(folder / "last_ckpt.pth")["optimizer"]["param_groups"]
+    scale = {name: g["lr_scale"] for g in groups for name in g["names"]}
+    decay = {name: g["weight_decay"] for g in groups for name in g["names"]}
+    assert scale["head.weight"] == 1 and scale["levels.3.blocks.0.mlp.fc1.weight"] == 0.875
+    assert scale["levels.3.blocks.0.dcn.offset.weight"] == pytest.approx(0.0875)
+    assert scale["patch_embed.conv1.weight"] == 0.875**4
+    assert decay["head.weight"] == 0.05
+    assert {decay[n] for n in decay if n.endswith("bias") or ".norm" in n} == {0.0}
+
+
+def test_uncertain_labels_can_be_masked(run_main):
+    zeros = epochs(run_main(TRAIN__EPOCHS=1))
+    masked = epochs(run_main(TRAIN__EPOCHS=1, DATA__UNCERTAIN="ignore", out="m"))
+    assert masked[0]["train_loss"] != zeros[0]["train_loss"] and np.isfinite(masked[0]["val_loss"])
+
+
+# ----------------------------------------------------------------------------------------- ranks
+def test_two_ranks_give_the_metrics_of_one(finished, tree, tmp_path):
+    """Evaluation of an odd number of images by two gloo ranks, and an epoch of training by torchrun."""
+    best = finished / "out" / "tiny" / "default" / "best_ckpt.pth"
+    split = pd.read_csv(next(tree.glob("*-split.csv.gz")))
+    count = (split.split == "test").sum()
+    root = tmp_path / "tree"
+    root.mkdir()
+    (root / "files").symlink_to(tree / "files")
+    for path in tree.glob("*.csv.gz"):
+        (root / path.name).write_bytes(path.read_bytes())
+    if count % 2 == 0:
+        edit_csv(root, "split", lambda f: f.drop(f[f.split == "test"].index[0]))
+        count -= 1
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29871"]
+    command = ["main.py", "--cfg", str(finished / "tiny.yaml"), "--data-path", str(root), "--output", str(tmp_path)]
+    evaluate = ["--eval", "--resume", str(best), "--opts", "RESULTS"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    env.pop("PYTEST_CURRENT_TEST", None)
+    subprocess.run([*launch, *command, *evaluate, str(tmp_path / "two")], cwd=ROOT, env=env, check=True)
+    assert main.main([*command[1:], *evaluate, str(tmp_path / "one")]) == 0
+    one, two = (json.loads(next((tmp_path / n).glob("*/metrics.json")).read_text()) for n in ("one", "two"))
+    assert one["images"] == two["images"] == count
+    assert one["auc"] == two["auc"] and one["mean_auc"] == two["mean_auc"]
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+    a, b = (pd.read_csv(next((tmp_path / n).glob("*/predictions.csv"))) for n in ("one", "two"))
+    assert list(a.dicom_id) == list(b.dicom_id) and np.abs(a.iloc[:, 3:] - b.iloc[:, 3:]).max().max() < 1e-6
+
+    train = ["--batch-size", "4", "--accumulation-steps", "2", "--opts", "TRAIN.EPOCHS", "1", "RESULTS", str(tmp_path)]
+    subprocess.run([*launch, *command, *train], cwd=ROOT, env=env, check=True)
+    folder = tmp_path / "tiny" / "default"
+    assert len(checkpoint.read(folder / "last_ckpt.pth")["rng"]) == 2
+    log = (folder / "log_rank0.txt").read_text()
+    assert "updates of 16 images per epoch" in log and "peak learning rate 1.000e-03" in log
+    # The same images per update on one rank: the same training but for drop path and BatchNorm.
+    assert (folder / "log_rank1.txt").exists()
+
+
+def test_a_half_set_environment_is_named(run_main, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="RANK is set but LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"):
+        run_main()
+
+
+# ---------------------------------------------------------------------------------------- errors
+def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(run_main, monkeypatch):
+    folder = run_main(TRAIN__EPOCHS=1)
+    before = (folder / "last_ckpt.pth").read_bytes()
+    with pytest.raises(UserError, match=r"the loss is not finite \(epoch 2, update \d+ to \d+\); earlier checkpoints"):
+        run_main(TRAIN__EPOCHS=3, TRAIN__BASE_LR=1e30, TRAIN__WARMUP_LR=1e30, TRAIN__WARMUP_EPOCHS=0)
+    assert (folder / "last_ckpt.pth").read_bytes() == before
+
+
+def test_a_label_of_one_class_has_no_auc(own_tree, run_main):
+    edit_csv(own_tree, "chexpert", lambda f: f.assign(Fracture=None))
+    folder = run_main(data=own_tree, TRAIN__EPOCHS=1)
+    line = epochs(folder)[0]
+    assert line["auc"]["Fracture"] is None
+    defined = [v for v in line["auc"].values() if v is not None]
+    assert line["mean_auc"] == pytest.approx(np.mean(defined))
+    run_main("--eval", data=own_tree)
+    metrics = json.loads(next((folder.parents[1] / "results").glob("*/metrics.json")).read_text())
+    assert metrics["auc"]["Fracture"] is None and metrics["positives"]["Fracture"] == 0
+    log = (folder / "log_rank0.txt").read_text()
+    assert "Fracture -" in log and "left out of the mean: " in log
+
+
+def test_a_broken_image_stops_training_with_its_name(own_tree, run_main):
+    split = pd.read_csv(next(own_tree.glob("*-split.csv.gz")))
+    row = split[split.split == "train"].iloc[3]
+    path = next(own_tree.rglob(f"{row.dicom_id}.jpg"))
+    path.write_bytes(path.read_bytes()[:300])
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=f"^{path}: cannot be read as an image"):
+            run_main(data=own_tree, DATA__NUM_WORKERS=workers, out=f"w{workers}")
+
+
+def test_checkpoints_that_do_not_fit(finished, run_main, tree, tmp_path):
+    best = finished / "out" / "tiny" / "default" / "best_ckpt.pth"
+    wide = dict(MODEL__INTERN_IMAGE__CHANNELS=32)
+    with pytest.raises(UserError, match="best_ckpt.pth is a checkpoint of another model: patch_embed.conv1.weight is .8, 3, 3, 3., here .16"):
+        run_main("--eval", "--resume", best, **wide)
+    with pytest.raises(UserError, match="best_ckpt.pth is a checkpoint of another model"):
+        run_main("--resume", best, **wide)
+    with pytest.raises(UserError, match="best_ckpt.pth was trained on the labels Atelectasis.*the data has Edema"):
+        run_main("--eval", "--resume", best, DATA__LABELS="['Edema']", MODEL__NUM_CLASSES=1)
+    with pytest.raises(UserError, match="best_ckpt.pth does not exist"):
+        run_main("--eval", out="nothing here")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pth")
+    with pytest.raises(UserError, match="foreign.pth is not a checkpoint of this project"):
+        run_main("--eval", "--resume", tmp_path / "foreign.pth")
+
+
+def test_mistakes_are_found_before_training(run_main, tmp_path, tree):
+    with pytest.raises(UserError, match="MODEL.NUM_CLASSES is 5, but the data has 14 labels"):
+        run_main(MODEL__NUM_CLASSES=5)
+    with pytest.raises(UserError, match="DATA.DATASET is 'chexpert'; choose one of imagenet, mimic_cxr"):
+        run_main("--dataset", "chexpert")
+    with pytest.raises(UserError, match="MODEL.TYPE is 'resnet'; choose one of intern_image"):
+        run_main(MODEL__TYPE="resnet")
+    with pytest.raises(UserError, match="TRAIN.LOSS is 'focal'; choose one of bce"):
+        run_main(TRAIN__LOSS="focal")
+    with pytest.raises(UserError, match="fewer than one update takes .batch 4000 x 1"):
+        run_main("--batch-size", 4000)
+    with pytest.raises(UserError, match="DATA.DATA_PATH is empty; give the data folder with --data-path"):
+        run_main(data="")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="output folder .* cannot be written .* choose another --output"):
+        run_main(out="file/below")
+
+
+def test_the_command_line_prints_one_line_and_no_traceback(tiny, tmp_path):
+    """The smoke test of the entry point as a process of its own."""
+    command = [sys.executable, "main.py", "--cfg", str(tiny), "--data-path", str(tmp_path / "nowhere")]
+    done = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"error: data path {tmp_path / 'nowhere'} is not a folder; give the release folder with --data-path"
+    )
+
+
+def test_throughput(run_main, capsys):
+    run_main("--throughput")
+    assert "images/s (batch 16, torch.float32, cpu)" in capsys.readouterr().out
+
+
+def test_imagenet_folders(tiny, tmp_path):
+    """The published single-label task: class folders, cross-entropy, top-1."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 4)):
+        for k, name in enumerate(("dark", "bright")):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 90, (40, 48, 3)) + 160 * k
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    argv = ["--cfg", str(tiny), "--dataset", "imagenet", "--data-path", str(tmp_path / "photos")]
+    opts = {"MODEL.NUM_CLASSES": 2, "OUTPUT": tmp_path / "o", "RESULTS": tmp_path / "r", "DATA.BATCH_SIZE": 8,
+            "TRAIN.EPOCHS": 4, "TRAIN.LR_REFERENCE_BATCH": 8, "AUG.MIXUP": 0.2}  # fmt: skip
+    argv += ["--opts", *(str(x) for pair in opts.items() for x in pair)]
+    assert main.main(argv) == 0
+    assert main.main([*argv[:6], "--eval", *argv[6:]]) == 0
+    metrics = json.loads(next((tmp_path / "r").glob("*/metrics.json")).read_text())
+    assert metrics["acc1"] >= 0.9 and metrics["images"] == 8
+    assert Path(next((tmp_path / "r").glob("*/predictions.csv"))).read_text().startswith("path,bright_target")
