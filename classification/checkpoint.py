@@ -10,10 +10,11 @@ import shutil
 from collections import OrderedDict
 from pathlib import Path
 
-import config as config_module
 import torch
-from errors import UserError
 from safetensors.torch import load_file
+
+import config as config_module
+from errors import UserError
 
 LAST = "last_ckpt.pth"  # after every epoch, or where a signal stopped the run
 PREVIOUS = "last_ckpt.previous.pth"

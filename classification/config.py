@@ -10,8 +10,9 @@ import difflib
 from pathlib import Path
 
 import yaml
-from errors import UserError
 from yacs.config import CfgNode as CN
+
+from errors import UserError
 
 _C = CN()
 _C.BASE = [""]  # YAML files to start from, relative to the file that names them

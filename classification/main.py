@@ -15,12 +15,14 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import torch
+from timm.utils import ModelEmaV3
+
 import checkpoint
 import config as config_module
 import distributed
 import logger
 import report
-import torch
 from dataset.build import build_dataset, build_loader, worker_count
 from dataset.transforms import build_mixup
 from errors import UserError
@@ -28,7 +30,6 @@ from lr_scheduler import build_schedule
 from models import build_model
 from optimizer import build_optimizer, set_lr
 from tasks import build_task
-from timm.utils import ModelEmaV3
 from utils import autocast, progress
 
 

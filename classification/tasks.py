@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 import utils_multilabel as multilabel
 from errors import UserError
 from utils import predict

@@ -3,11 +3,12 @@
 import contextlib
 import sys
 
-import distributed
 import numpy as np
 import torch
-from errors import UserError
 from tqdm import tqdm
+
+import distributed
+from errors import UserError
 
 
 def autocast(config, device):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
+
 from utils import predict
 
 

@@ -6,10 +6,10 @@ import random
 from pathlib import Path
 
 import torch
-from errors import UserError
 from torch.utils.data import DataLoader, default_collate
 
 from dataset.images import ImageError
+from errors import UserError
 
 _NOT_DATASETS = {"__init__", "build", "images", "labels", "synthetic", "tables", "transforms"}
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from errors import UserError
 from torchvision.datasets import ImageFolder
 
 from dataset.transforms import photo_transform
+from errors import UserError
 
 FOLDERS = {"train": "train", "validate": "val", "test": "val"}  # ImageNet's test labels are not public
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from errors import UserError
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import UID
+
+from errors import UserError
 
 MAX_PIXELS = 100_000_000  # a chest X-ray has about 10 million; more is a broken header or a bomb
 Image.MAX_IMAGE_PIXELS = None  # the check below is stricter, and an error, not a warning

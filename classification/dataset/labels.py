@@ -1,6 +1,7 @@
 """The 14 CheXpert labels and what becomes of uncertain and missing ones. Knows only NumPy."""
 
 import numpy as np
+
 from errors import UserError
 
 # The order of the MIMIC-CXR label files; targets, logits and tables all follow it.

@@ -1,13 +1,13 @@
 """MIMIC-CXR as a dataset for multi-label classification (DATA.DATASET mimic_cxr)."""
 
 import torch
-from errors import UserError
 from PIL import Image
 
 from dataset import tables
 from dataset.images import FileStore, ZipStore, decode
 from dataset.labels import LABELS, apply_policy
 from dataset.transforms import radiograph_transform
+from errors import UserError
 
 
 class MIMICCXRDataset(torch.utils.data.Dataset):

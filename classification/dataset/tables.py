@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from errors import UserError
 
 from dataset.labels import LABELS
+from errors import UserError
 
 SPLITS = ("train", "validate", "test")
 SPLIT_ALIASES = {"val": "validate", "valid": "validate", "validation": "validate"}

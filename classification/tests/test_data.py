@@ -8,10 +8,10 @@ import pandas as pd
 import pydicom
 import pytest
 import torch
-from conftest import SHARED, edit_csv
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian
 
+from conftest import SHARED, edit_csv
 from dataset import tables
 from dataset.images import MAX_PIXELS, ImageError, ZipStore, decode
 from dataset.labels import LABELS, apply_policy

@@ -167,9 +167,7 @@ class TestPretrained:
 
     @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
     def test_hugging_face_names(self, published, tmp_path, suffix):
-        weights = {
-            "model." + k.replace("gamma", "layer_scale"): v.clone() for k, v in published.state_dict().items()
-        }
+        weights = {"model." + k.replace("gamma", "layer_scale"): v.clone() for k, v in published.state_dict().items()}
         path = tmp_path / f"w{suffix}"
         if suffix == ".bin":
             torch.save(weights, path)
