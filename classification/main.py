@@ -1,8 +1,10 @@
 """Train and evaluate. `python main.py --help` lists the flags; `config.py` lists every knob.
 
-python main.py --cfg configs/internimage_b_mimic_cxr_224.yaml --data-path /scratch/mimic
-torchrun --nproc-per-node 4 main.py --cfg ... --data-path ...
-python main.py --cfg ... --data-path ... --eval --resume output/.../best_ckpt.pth
+    python main.py --cfg configs/internimage_b_mimic_cxr_224.yaml --data-path /scratch/mimic
+    torchrun --nproc-per-node 4 main.py --cfg ... --data-path ...
+    python main.py --cfg ... --data-path ... --eval --resume output/.../best_ckpt.pth
+
+Read `main` at the end first: it leads to `train` and `evaluate`.
 """
 
 import argparse
@@ -14,6 +16,8 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+
+import torchvision_shim  # noqa: F401
 
 import torch
 from timm.utils import ModelEmaV3

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torchvision_shim  # noqa: F401
+
 from torchvision.datasets import ImageFolder
 
 from dataset.transforms import photo_transform

@@ -1,11 +1,11 @@
 """PIL image -> normalised tensor [3, S, S], with augmentation for training."""
 
+import torchvision_shim  # noqa: F401  (before torchvision)
+
 import torch
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import v2
-
-import torchvision_shim  # noqa: F401  (before torchvision)
 
 INTERPOLATION = {"bicubic": v2.InterpolationMode.BICUBIC, "bilinear": v2.InterpolationMode.BILINEAR}
 

@@ -344,9 +344,7 @@ def test_a_broken_image_stops_training_with_its_name(own_tree, run_main):
 def test_checkpoints_that_do_not_fit(finished, run_main, tree, tmp_path):
     best = finished / "out" / "tiny" / "default" / "best_ckpt.pth"
     wide = dict(MODEL__INTERN_IMAGE__CHANNELS=32)
-    with pytest.raises(
-        UserError, match=r"another model: patch_embed.conv1.weight is \(8, 3, 3, 3\), here"
-    ):
+    with pytest.raises(UserError, match=r"another model: patch_embed.conv1.weight is \(8, 3, 3, 3\), here"):
         run_main("--eval", "--resume", best, **wide)
     with pytest.raises(UserError, match="best_ckpt.pth is a checkpoint of another model"):
         run_main("--resume", best, **wide)
