@@ -1,27 +1,22 @@
 """Config -> datasets and loaders. A dataset is a file in this folder, found by DATA.DATASET."""
 
-import importlib
 import os
 import random
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+import builders
 from dataset.images import ImageError
 from errors import UserError
-
-_NOT_DATASETS = {"__init__", "build", "images", "labels", "synthetic", "tables", "transforms"}
 
 
 def build_dataset(config, split):
     """The dataset of one split: items (image, target), `label_names`, `task`, `summary`, `rows()`."""
-    known = sorted({p.stem for p in Path(__file__).parent.glob("*.py")} - _NOT_DATASETS)
-    if config.DATA.DATASET not in known:
-        raise UserError(f"DATA.DATASET is {config.DATA.DATASET!r}; choose one of {', '.join(known)}")
+    build = builders.find("dataset", config.DATA.DATASET, "DATA.DATASET")
     if not config.DATA.DATA_PATH:
         raise UserError("DATA.DATA_PATH is empty; give the data folder with --data-path FOLDER")
-    dataset = importlib.import_module(f"dataset.{config.DATA.DATASET}").build(config, split)
+    dataset = build(config, split)
     if len(dataset.label_names) != config.MODEL.NUM_CLASSES:
         raise UserError(
             f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but the data has {len(dataset.label_names)} labels"

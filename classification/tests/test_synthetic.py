@@ -13,7 +13,8 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
 from dataset import synthetic
 from dataset.labels import LABELS
-from dataset.synthetic import SIGNS, draw, plan, random_anatomy, write_tree
+from dataset.synthetic import plan, write_tree
+from dataset.synthetic_drawing import SIGNS, draw, random_anatomy
 
 TINY = dict(patients=24, size=96, studies=(1, 2), images=(1, 2), progress=False)
 PATHOLOGIES = [label for label in SIGNS if label != "Support Devices"]
