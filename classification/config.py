@@ -5,6 +5,7 @@ Order of precedence, later wins: the defaults here, the files named in BASE, the
 classification code keep their names and meanings; others are marked (new).
 """
 
+import argparse
 import ast
 import difflib
 from pathlib import Path
@@ -186,6 +187,39 @@ _FLAGS = {
     "use_checkpoint": "TRAIN.USE_CHECKPOINT",
     "amp_opt_level": "AMP_OPT_LEVEL",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the nearest known flag."""
+
+    def parse_args(self, args=None):
+        known, unknown = self.parse_known_args(args)
+        if unknown:
+            flags = [f for a in self._actions for f in a.option_strings]
+            self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0], flags)}")
+        return known
+
+
+def parse_args(argv=None):
+    parser = Parser(description="InternImage on chest X-rays: training and evaluation.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--cfg", required=True, metavar="FILE", help="YAML file of the experiment")
+    add("--opts", nargs="+", metavar="KEY VALUE", help="config keys to change, e.g. TRAIN.EPOCHS 10")
+    add("--data-path", help="data folder (DATA.DATA_PATH)")
+    add("--dataset", help="mimic_cxr or imagenet (DATA.DATASET)")
+    add("--batch-size", type=int, help="images per GPU and forward pass (DATA.BATCH_SIZE)")
+    add("--zip", action="store_true", default=None, help="read images from zip files (DATA.ZIP_MODE)")
+    add("--output", help="root of all runs (OUTPUT)")
+    add("--tag", help="name of this run (TAG)")
+    add("--pretrained", metavar="FILE", help="weights to start from (MODEL.PRETRAINED)")
+    add("--resume", metavar="FILE", help="checkpoint to go on from or to evaluate (MODEL.RESUME)")
+    add("--eval", action="store_true", default=None, help="evaluate on the test split (best_ckpt.pth of the run)")
+    add("--throughput", action="store_true", default=None, help="measure images/s of the forward pass and stop")
+    add("--accumulation-steps", type=int, help="forward passes per update (TRAIN.ACCUMULATION_STEPS)")
+    add("--use-checkpoint", action="store_true", default=None, help="recompute activations to save memory")
+    add("--amp-opt-level", choices=["O0", "O1"], help="O0: float32, O1: mixed precision (AMP_OPT_LEVEL)")
+    add("--local-rank", "--local_rank", type=int, help="accepted for old launchers; unused")
+    return parser.parse_args(argv)
 
 
 def _flatten(node, prefix=""):

@@ -7,14 +7,12 @@
 Read `main` at the end first: it leads to `train` and `evaluate`.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import signal
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 
 import torchvision_shim  # noqa: F401
@@ -35,40 +33,6 @@ from models import build_model
 from optimizer import build_optimizer, set_lr
 from tasks import build_task
 from utils import autocast, progress
-
-
-# ----------------------------------------------------------------------------------- command line
-class Parser(argparse.ArgumentParser):
-    """argparse that names the nearest known flag."""
-
-    def parse_args(self, args=None):
-        known, unknown = self.parse_known_args(args)
-        if unknown:
-            flags = [f for a in self._actions for f in a.option_strings]
-            self.error(f"unknown argument {unknown[0]}{config_module.did_you_mean(unknown[0], flags)}")
-        return known
-
-
-def parse_args(argv=None):
-    parser = Parser(description="InternImage on chest X-rays: training and evaluation.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--cfg", required=True, metavar="FILE", help="YAML file of the experiment")
-    add("--opts", nargs="+", metavar="KEY VALUE", help="config keys to change, e.g. TRAIN.EPOCHS 10")
-    add("--data-path", help="data folder (DATA.DATA_PATH)")
-    add("--dataset", help="mimic_cxr or imagenet (DATA.DATASET)")
-    add("--batch-size", type=int, help="images per GPU and forward pass (DATA.BATCH_SIZE)")
-    add("--zip", action="store_true", default=None, help="read images from zip files (DATA.ZIP_MODE)")
-    add("--output", help="root of all runs (OUTPUT)")
-    add("--tag", help="name of this run (TAG)")
-    add("--pretrained", metavar="FILE", help="weights to start from (MODEL.PRETRAINED)")
-    add("--resume", metavar="FILE", help="checkpoint to go on from or to evaluate (MODEL.RESUME)")
-    add("--eval", action="store_true", default=None, help="evaluate on the test split (best_ckpt.pth of the run)")
-    add("--throughput", action="store_true", default=None, help="measure images/s of the forward pass and stop")
-    add("--accumulation-steps", type=int, help="forward passes per update (TRAIN.ACCUMULATION_STEPS)")
-    add("--use-checkpoint", action="store_true", default=None, help="recompute activations to save memory")
-    add("--amp-opt-level", choices=["O0", "O1"], help="O0: float32, O1: mixed precision (AMP_OPT_LEVEL)")
-    add("--local-rank", "--local_rank", type=int, help="accepted for old launchers; unused")
-    return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -276,8 +240,8 @@ class Run:
 
         # The log first, the checkpoint after: a resume drops lines behind its epoch, and none is missing.
         if self.world.is_main:
-            append_metrics(self.folder / "metrics.jsonl", record)
-        self.log.info(epoch_lines(record, task.score))
+            report.append_metrics(self.folder / "metrics.jsonl", record)
+        self.log.info(report.epoch_lines(record, task.score))
         # LAST comes last: killed before it, the run repeats this epoch and writes the others again.
         done = epoch + 1
         names = [checkpoint.BEST] if is_best else []
@@ -286,36 +250,6 @@ class Run:
         if is_ema_best:
             self.save([checkpoint.EMA_BEST], done, 0, weights="model_ema")
         self.save([*names, checkpoint.LAST], done, 0)
-
-
-def append_metrics(path, record):
-    """Add an epoch's line to metrics.jsonl, in place of what an interrupted run wrote from it on."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    lines = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
-    temporary.replace(path)
-
-
-def epoch_lines(record, score):
-    """An epoch for the log: one line, and the AUROC by label below it."""
-
-    def number(value):
-        return "-" if value is None else f"{value:.4f}"
-
-    line = (
-        f"epoch {record['epoch']} done in {record['seconds']} s ({record['images_per_s']} images/s): "
-        f"train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}, {score} {number(record[score])} "
-        f"(best {number(record[f'best_{score}'])})"
-    )
-    if "ema" in record:
-        line += f", EMA {score} {number(record['ema'][score])} (best {number(record['ema']['best'])})"
-    if "auc" in record:
-        line += "\n" + "  ".join(f"{name} {number(value)}" for name, value in record["auc"].items())
-        undefined = [name for name, value in record["auc"].items() if value is None]
-        if undefined:
-            line += f"\nno AUROC, left out of the mean: {', '.join(undefined)} (one class only in the validation split)"
-    return line
 
 
 def train(config, world, folder, log):
@@ -337,6 +271,11 @@ def train(config, world, folder, log):
                 return number
     if world.is_main:
         report.plot_training(folder, run.task.score)
+    if run.best is None:
+        log.warning(
+            "no label has both classes in the validation split, so there is no best checkpoint; "
+            f"evaluate the last one with --eval --resume {folder / checkpoint.LAST}"
+        )
     log.info(f"finished: best {run.task.score} on the validation split {run.best}; everything is in {folder}")
     return 0
 
@@ -359,27 +298,11 @@ def evaluate(config, world, folder, log):
     metrics = task.test(model.to(world.device), loader, world, autocast(config, world.device)[0])
     if not world.is_main:
         return None
-    target = new_folder(Path(config.RESULTS), datetime.now().strftime("evaluation_%Y%m%d_%H%M%S"))
-    probabilities, targets = metrics.pop("probabilities"), metrics.pop("targets")
     metrics = {"checkpoint": str(path), "config": config_module.to_dict(config)} | metrics
-    (target / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    report.write_predictions(target / "predictions.csv", dataset.rows(), dataset.label_names, targets, probabilities)
-    report.plot_evaluation(target, metrics, dataset.label_names, targets, probabilities)
+    target = report.write_evaluation(Path(config.RESULTS), metrics, dataset)
     log.info("test split\n" + task.table(metrics))
-    undefined = [n for n, v in metrics.get("auc", {}).items() if v is None]
-    if undefined:
-        log.info(f"no AUROC, left out of the mean: {', '.join(undefined)} (one class only in the test split)")
     log.info(f"results in {target}")
     return target
-
-
-def new_folder(parent, name):
-    """A new folder; two evaluations within one second get two."""
-    for suffix in ["", *(f"_{k}" for k in range(2, 100))]:
-        with contextlib.suppress(FileExistsError):
-            (parent / (name + suffix)).mkdir(parents=True)
-            return parent / (name + suffix)
-    raise UserError(f"{parent}: too many evaluations named {name}")
 
 
 def measure_throughput(config, world, log):
@@ -403,8 +326,7 @@ def measure_throughput(config, world, log):
 # ------------------------------------------------------------------------------------------ entry
 def main(argv=None):
     """Run one command line; returns 0, or the number of the signal that stopped training."""
-    args = parse_args(argv)
-    config = config_module.get_config(args)
+    config = config_module.get_config(config_module.parse_args(argv))
     with distributed.session() as world:
         folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
         try:

@@ -1,6 +1,8 @@
 """Predictions and logs -> tables and figures."""
 
+import contextlib
 import json
+from datetime import datetime
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +12,63 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from sklearn.metrics import roc_curve
+
+from errors import UserError
+from utils_multilabel import undefined_note
+
+
+def append_metrics(path, record):
+    """Add an epoch's line to metrics.jsonl, in place of what an interrupted run wrote from it on."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    lines = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
+    temporary.replace(path)
+
+
+def epoch_lines(record, score):
+    """An epoch for the log: one line, and the AUROC by label below it."""
+
+    def number(value):
+        return "-" if value is None else f"{value:.4f}"
+
+    line = (
+        f"epoch {record['epoch']} done in {record['seconds']} s ({record['images_per_s']} images/s): "
+        f"train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}, {score} {number(record[score])} "
+        f"(best {number(record[f'best_{score}'])})"
+    )
+    if "ema" in record:
+        line += f", EMA {score} {number(record['ema'][score])} (best {number(record['ema']['best'])})"
+    if "auc" in record:
+        line += "\n" + "  ".join(f"{name} {number(value)}" for name, value in record["auc"].items())
+        line += "".join("\n" + note for note in undefined_note(record["auc"]))
+    return line
+
+
+def _new_folder(parent, name):
+    """A new folder; two evaluations within one second get two."""
+    for suffix in ["", *(f"_{k}" for k in range(2, 100))]:
+        with contextlib.suppress(FileExistsError):
+            (parent / (name + suffix)).mkdir(parents=True)
+            return parent / (name + suffix)
+    raise UserError(f"{parent}: too many evaluations named {name}")
+
+
+def write_evaluation(parent, metrics, dataset):
+    """Folder `evaluation_<timestamp>` with metrics.json, predictions.csv and roc.png; returns it.
+
+    metrics: of a task's `test`; its `probabilities` and `targets` [N, L] go to predictions.csv.
+    """
+    try:
+        folder = _new_folder(parent, datetime.now().strftime("evaluation_%Y%m%d_%H%M%S"))
+    except OSError as error:
+        raise UserError(f"RESULTS {parent} cannot be written ({error.strerror}); choose another folder") from error
+    figures = {k: v for k, v in metrics.items() if k not in ("probabilities", "targets")}
+    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+    arrays = dataset.label_names, metrics["targets"], metrics["probabilities"]
+    write_predictions(folder / "predictions.csv", dataset.rows(), *arrays)
+    plot_evaluation(folder, metrics, *arrays)
+    return folder
 
 
 def write_predictions(path, rows, label_names, targets, probabilities):

@@ -96,9 +96,11 @@ def auc_table(metrics):
     ]  # fmt: skip
     rows.append(("mean", number(metrics["mean_auc"]), number(metrics["mean_average_precision"]), "", ""))
     width = max(len(r[0]) for r in rows)
-    return "\n".join(r[0].ljust(width) + "".join(c.rjust(10) for c in r[1:]) for r in rows)
+    lines = [r[0].ljust(width) + "".join(c.rjust(10) for c in r[1:]) for r in rows]
+    return "\n".join([*lines, *undefined_note(metrics["auc"])])
 
 
-def undefined_labels(auc):
-    """Names of the labels without an AUROC."""
-    return [name for name, value in auc.items() if value is None]
+def undefined_note(auc):
+    """One line that names the labels without an AUROC, or none."""
+    names = [name for name, value in auc.items() if value is None]
+    return [f"no AUROC (one class only), left out of the mean: {', '.join(names)}"] if names else []

@@ -67,7 +67,10 @@ def _decode_dicom(data):
     photometric = dataset.get("PhotometricInterpretation")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"PhotometricInterpretation is {photometric!r}; expected MONOCHROME1 or MONOCHROME2")
-    grey = _to_uint8(apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset))
+    values = apply_modality_lut(dataset.pixel_array, dataset)
+    if "VOILUTSequence" in dataset:  # a table is looked up by whole numbers; rescaling makes floats
+        values = np.round(values).astype(np.int32)
+    grey = _to_uint8(apply_voi_lut(values, dataset))
     return 255 - grey if photometric == "MONOCHROME1" else grey
 
 

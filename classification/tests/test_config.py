@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from config import get_config
+from config import get_config, parse_args
 from errors import UserError
-from main import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 MIMIC = ROOT / "configs" / "internimage_b_mimic_cxr_224.yaml"

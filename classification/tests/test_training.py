@@ -411,3 +411,14 @@ def test_imagenet_folders(tiny, tmp_path):
     metrics = json.loads(next((tmp_path / "r").glob("*/metrics.json")).read_text())
     assert metrics["acc1"] >= 0.9 and metrics["images"] == 8
     assert Path(next((tmp_path / "r").glob("*/predictions.csv"))).read_text().startswith("path,bright_target")
+
+
+def test_without_any_auc_there_is_no_best_and_it_is_said(own_tree, run_main):
+    """Every label has one class only: null everywhere, no best checkpoint, and the way out."""
+    edit_csv(own_tree, "chexpert", lambda f: f.assign(**dict.fromkeys(LABELS)))
+    folder = run_main(data=own_tree, TRAIN__EPOCHS=1)
+    assert epochs(folder)[0]["mean_auc"] is None and not (folder / "best_ckpt.pth").exists()
+    assert f"--eval --resume {folder / 'last_ckpt.pth'}" in (folder / "log_rank0.txt").read_text()
+    run_main("--eval", "--resume", folder / "last_ckpt.pth", data=own_tree)
+    metrics = json.loads(next((folder.parents[1] / "results").glob("*/metrics.json")).read_text())
+    assert metrics["mean_auc"] is None
