@@ -232,7 +232,7 @@ def load_pretrained(model, path, log):
         )
     model.load_state_dict(matching, strict=False)
     report = {"loaded": sorted(matching), "replaced": replaced, "missing": missing, "unexpected": unexpected}
-    log.info(f"pretrained weights from {path}: {len(matching)} keys loaded")
+    log.info(f"pretrained weights from {path}: {len(matching)} of {len(ours)} keys loaded, all but those named here")
     for what in ("replaced", "missing", "unexpected"):
         log.info(f"  {what}: {', '.join(report[what]) or 'none'}")
     return report
