@@ -107,12 +107,14 @@ def find_last(folder, log):
     folder = Path(folder)
     numbered = [(int(m[1]), p) for p in folder.glob("ckpt_epoch_*.pth") if (m := re.search(r"_(\d+)\.pth$", p.name))]
     candidates = [folder / LAST, folder / PREVIOUS, *(p for _, p in sorted(numbered, reverse=True)), folder / BEST]
-    for path in candidates:
-        if path.is_file():
-            try:
-                return path, read(path)
-            except UserError as error:
-                log.warning(f"{error} - falling back to the one before")
+    there = [path for path in candidates if path.is_file()]
+    for path in there:
+        try:
+            return path, read(path)
+        except UserError as error:
+            log.warning(f"{error} - falling back to the one before")
+    if there:  # to begin anew here would overwrite what may still be saved
+        raise UserError(f"none of the checkpoints in {folder} can be read; move them away or use another --tag")
     return None
 
 
@@ -129,7 +131,7 @@ def _load_strictly(module, weights, path):
     if problems:
         raise UserError(
             f"{path} is a checkpoint of another model: {problems[0]} ({len(problems)} such keys); "
-            "use the configuration it was trained with, or --pretrained to start from its weights"
+            "use the configuration it was trained with, or another --tag to begin a new run"
         )
     module.load_state_dict(weights)
 
@@ -155,6 +157,8 @@ def resume(state, path, *, model, ema, optimizer, scaler, config, label_names, w
     Rates, decay and betas stay those of the present config: what the user changed since counts.
     """
     load_weights(model, state, path, label_names)
+    if state["weights"] != "model":
+        raise UserError(f"{path} holds averaged weights: evaluate them or start from them (--pretrained)")
     if ema is not None:
         if state["model_ema"] is None:
             log.warning(f"{path} has no EMA weights (TRAIN.EMA.ENABLE was off): the average starts from its weights")
@@ -168,15 +172,23 @@ def resume(state, path, *, model, ema, optimizer, scaler, config, label_names, w
         optimizer.load_state_dict({"state": moments, "param_groups": ours})
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: the optimizer's state does not fit ({error})") from error
-    scaler.load_state_dict(state["amp"])
+    if state["amp"]:  # empty where the run was not in float16
+        scaler.load_state_dict(state["amp"])
     if len(state["rng"]) == world.size:
         torch.set_rng_state(state["rng"][world.rank]["cpu"])
         if world.device.type == "cuda" and state["rng"][world.rank]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"][world.rank]["cuda"], world.device)
     else:
         log.warning(f"{path} was saved by {len(state['rng'])} processes, now {world.size}: random numbers start anew")
-    for line in config_module.differences(state["config"], config_module.to_dict(config)):
-        log.info(f"changed since the checkpoint: {line}")
+    log_differences(state, config, log)
+
+
+def log_differences(state, config, log, but=()):
+    """Say which options are others than when the checkpoint was written."""
+    now = config_module.to_dict(config)
+    for line in config_module.differences(state["config"], now):
+        if not line.startswith(but):
+            log.info(f"changed since the checkpoint: {line}")
 
 
 def rng_state(world):

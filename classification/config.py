@@ -139,6 +139,7 @@ _CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
+    "AUG.REMODE": ("const", "rand", "pixel"),
     "AMP_OPT_LEVEL": ("O0", "O1"),
     "AMP_DTYPE": ("auto", "bfloat16", "float16"),
 }
@@ -152,6 +153,14 @@ _AT_LEAST = {
     "TRAIN.WARMUP_EPOCHS": 0,
     "TRAIN.WEIGHT_DECAY": 0,
     "TRAIN.BASE_LR": 0,
+    "TRAIN.WARMUP_LR": 0,
+    "TRAIN.MIN_LR": 0,
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": 1,
+    "TRAIN.LR_LAYER_DECAY_RATIO": 0,
+    "MODEL.INTERN_IMAGE.CHANNELS": 2,
+    "AUG.COLOR_JITTER": 0,
+    "AUG.RECOUNT": 1,
+    "SEED": 0,
     "TRAIN.LR_REFERENCE_BATCH": 1,
     "TRAIN.CLIP_GRAD": 0,
     "TRAIN.ACCUMULATION_STEPS": 1,
@@ -204,7 +213,7 @@ def parse_args(argv=None):
     parser = Parser(description="InternImage on chest X-rays: training and evaluation.", allow_abbrev=False)
     add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="YAML file of the experiment")
-    add("--opts", nargs="+", metavar="KEY VALUE", help="config keys to change, e.g. TRAIN.EPOCHS 10")
+    add("--opts", nargs="+", action="extend", metavar="KEY VALUE", help="config keys to change, e.g. TRAIN.EPOCHS 10")
     add("--data-path", help="data folder (DATA.DATA_PATH)")
     add("--dataset", help="mimic_cxr or imagenet (DATA.DATASET)")
     add("--batch-size", type=int, help="images per GPU and forward pass (DATA.BATCH_SIZE)")
@@ -227,7 +236,7 @@ def _flatten(node, prefix=""):
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value
 
 
 def lookup(config, key):
@@ -266,6 +275,10 @@ def _typed(key, value, source):
         value = ""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{source}: {key} must be of type {kind.__name__}, got {value!r}")
+    if kind is list and default:
+        if len(value) != len(default) or not all(isinstance(v, (int, float)) for v in value):
+            raise UserError(f"{source}: {key} must be {len(default)} numbers such as {default}, got {value!r}")
+        value = [type(d)(v) for d, v in zip(default, value)]
     return value
 
 
@@ -278,19 +291,22 @@ def _set(config, key, value, source):
     config[name] = _typed(key, value, source)
 
 
-def _merge_file(config, path):
+def _merge_file(config, path, above=()):
     path = Path(path)
+    if path.resolve() in above:
+        raise UserError(f"config file {path}: BASE leads back to the file itself")
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"config file {path} holds no keys")
-    for base in content.pop("BASE", []):
+    bases = content.pop("BASE", None) or []
+    for base in [bases] if isinstance(bases, str) else bases:
         if base:
-            _merge_file(config, path.parent / base)
+            _merge_file(config, path.parent / base, (*above, path.resolve()))
     for key, value in _flatten(content):
         _set(config, key, value, path)
 
@@ -313,7 +329,12 @@ def _validate(config):
     for key in _FRACTIONS:
         if not 0 <= lookup(config, key) <= 1:
             raise UserError(f"{key} is {lookup(config, key)}; it must lie between 0 and 1")
+    low, high = config.AUG.CROP_SCALE
+    if not 0 < low <= high <= 1:
+        raise UserError(f"AUG.CROP_SCALE is {[low, high]}; it must be [smallest, largest] area within 0 to 1")
     m = config.MODEL.INTERN_IMAGE
+    if m.USE_CLIP_PROJECTOR and config.DATA.IMG_SIZE % 32:
+        raise UserError(f"DATA.IMG_SIZE is {config.DATA.IMG_SIZE}; with the CLIP projector it must be a multiple of 32")
     for level, groups in enumerate(m.GROUPS):
         if groups < 1 or m.CHANNELS * 2**level % groups:
             raise UserError(

@@ -27,6 +27,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: object = None  # gloo, for numbers and flags: they never wait for a GPU
 
     @property
     def is_main(self):
@@ -75,7 +76,7 @@ def session():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size)
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
     finally:
         if size > 1:
             dist.destroy_process_group()
@@ -86,7 +87,7 @@ def gather(value, world):
     if world.size == 1:
         return [value]
     values = [None] * world.size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=world.group)
     return values
 
 
@@ -143,6 +144,6 @@ class StopRequest:
         """The signal's number if any rank has received one, else 0; all ranks must call it."""
         if self.world.size == 1:
             return self.received
-        flag = torch.tensor(self.received, device=self.world.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        flag = torch.tensor(self.received)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.world.group)
         return int(flag)

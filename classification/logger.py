@@ -24,6 +24,14 @@ def build_logger(folder, rank=0):
     return logger
 
 
+def to_file(logger, text):
+    """Write an error to the log file alone."""
+    record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, None, None)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
 def close(logger):
     """Close the handlers: a second run in one process starts with its own files."""
     for handler in list(logger.handlers):

@@ -68,8 +68,9 @@ def train_epoch(run, epoch, first_update):
         run.optimizer.zero_grad(set_to_none=True)
         if run.ema is not None:
             run.ema.update(run.model)
-        # A scaler that skipped the update has an infinite norm; it says nothing about the run.
-        sums["norm"] = sums["norm"] + torch.where(norm.isfinite(), norm, 0).double()
+        if run.scaler.is_enabled():  # float16: the scaler skips updates of infinite norm, as it should
+            norm = norm.where(norm.isfinite(), 0)
+        sums["norm"] = sums["norm"] + norm.double()
         sums["updates"] += 1
 
         sums["seconds"] = seconds_before + time.time() - started
@@ -77,10 +78,10 @@ def train_epoch(run, epoch, first_update):
         last, stopped_by = update == sampler.updates - 1, run.stop.agreed()
         if last or stopped_by or (update + 1) % config.PRINT_FREQ == 0:
             # Summed and looked at here only: reading a GPU value waits for the GPU.
-            if not math.isfinite(distributed.mean(sums["loss"].item(), world)):
+            if not math.isfinite(distributed.mean(sums["loss"].item(), world) + sums["norm"].item()):
                 raise UserError(
-                    f"the loss is not finite (epoch {epoch + 1}, update {checked + 1} to {update + 1}); earlier "
-                    "checkpoints are intact. Try a smaller TRAIN.BASE_LR, TRAIN.CLIP_GRAD 1, or --amp-opt-level O0"
+                    f"the loss or its gradient is not finite (epoch {epoch + 1}, update {checked + 1} to {update + 1}); "
+                    "earlier checkpoints are intact. Try a smaller TRAIN.BASE_LR, TRAIN.CLIP_GRAD 1, or --amp-opt-level O0"
                 )
             checked = update + 1
             speed = (update + 1 - first_update) * run.images_per_update / (time.time() - started)
@@ -152,6 +153,9 @@ class Run:
             f"{self.images_per_update} / TRAIN.LR_REFERENCE_BATCH {config.TRAIN.LR_REFERENCE_BATCH}"
         )
 
+        if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+            log.warning("TRAIN.WARMUP_EPOCHS is not below TRAIN.EPOCHS: the peak learning rate is never reached")
+
     def _resume(self):
         config = self.config
         found = checkpoint.find_last(self.folder, self.log) if config.TRAIN.AUTO_RESUME else None
@@ -160,7 +164,7 @@ class Run:
         if found is None:
             return
         path, state = found
-        if config.MODEL.RESUME and Path(config.MODEL.RESUME) != path:
+        if config.MODEL.RESUME and Path(config.MODEL.RESUME).absolute() != Path(path).absolute():
             # So that a job submitted with --resume goes on from its own progress when it is requeued.
             self.log.warning(f"{path} is used, not --resume: this run has begun. Use another --tag to begin a new one")
         checkpoint.resume(
@@ -171,14 +175,15 @@ class Run:
         self.best, self.ema_best = state["max_accuracy"], state["max_ema_accuracy"]
         if self.first_update:
             # The position counts updates: it means other images if an update takes others now.
-            if state["images_per_update"] != self.images_per_update:
+            if (state["images_per_update"], len(state["sums"])) != (self.images_per_update, self.world.size):
                 self.log.warning(
-                    f"updates took {state['images_per_update']} images, now {self.images_per_update}: "
-                    f"epoch {self.epoch + 1} begins anew"
+                    f"{path} was saved within epoch {self.epoch + 1} with {state['images_per_update']} images per "
+                    f"update on {len(state['sums'])} processes, other than now: that epoch begins anew"
                 )
                 self.first_update = 0
             else:
-                self.sums = {k: v.to(self.world.device) if torch.is_tensor(v) else v for k, v in state["sums"].items()}
+                sums = state["sums"][self.world.rank]
+                self.sums = {k: v.to(self.world.device) if torch.is_tensor(v) else v for k, v in sums.items()}
         self.log.info(f"resumed from {path}: epoch {self.epoch + 1}, update {self.first_update + 1}")
 
     def save(self, names, epoch, update, sums=None, weights="model"):
@@ -186,7 +191,8 @@ class Run:
 
         weights: what a reader of `model` gets: the model's own, or the EMA's ("model_ema").
         """
-        rng = distributed.gather(checkpoint.rng_state(self.world), self.world)
+        # What differs between ranks: random numbers, and the loss summed so far.
+        ranks = distributed.gather({"rng": checkpoint.rng_state(self.world), "sums": sums}, self.world)
         if not self.world.is_main:
             return
         state = {
@@ -198,10 +204,11 @@ class Run:
             "epoch": epoch,
             "update": update,
             "images_per_update": self.images_per_update,
-            "sums": sums,
+            "sums": [r["sums"] for r in ranks],
             "max_accuracy": self.best,
             "max_ema_accuracy": self.ema_best,
-            "rng": rng,
+            "rng": [r["rng"] for r in ranks],
+            "weights": weights,
             "label_names": list(self.label_names),
             "config": config_module.to_dict(self.config),
         }
@@ -222,7 +229,7 @@ class Run:
         record = {
             "epoch": epoch + 1,
             "train_loss": distributed.mean(sums["loss"].item(), self.world) / sums["updates"],
-            "lr": self.optimizer.param_groups[-1]["lr"] / self.optimizer.param_groups[-1]["lr_scale"],
+            "lr": self.schedule((epoch + 1) * self.train_loader.batch_sampler.updates - 1),
             "grad_norm": sums["norm"].item() / sums["updates"],
             "val_loss": loss,
             task.score: score,
@@ -257,6 +264,8 @@ def train(config, world, folder, log):
     with distributed.StopRequest(world) as stop:
         run = Run(config, world, folder, log)
         run.stop = stop
+        if world.is_main:
+            (folder / "config.json").write_text(json.dumps(config_module.to_dict(config), indent=2) + "\n")
         if run.epoch >= config.TRAIN.EPOCHS:
             log.info(f"already finished: {run.epoch} of TRAIN.EPOCHS {config.TRAIN.EPOCHS} epochs are done")
             return 0
@@ -287,19 +296,24 @@ def evaluate(config, world, folder, log):
     log.info(f"data in {config.DATA.DATA_PATH}\n{dataset.summary}")
     loader = build_loader(config, dataset, train=False, rank=world.rank, world_size=world.size)
     task, model = build_task(config, dataset), build_model(config)
-    if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
+    # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
+    path = Path(config.MODEL.RESUME or folder / checkpoint.BEST)
+    if not config.MODEL.RESUME and config.MODEL.PRETRAINED and not path.exists():
         path = config.MODEL.PRETRAINED
-        if checkpoint.load_pretrained(model, path, log)["replaced"]:
-            raise UserError(f"--eval: the head of {path} has another number of classes; it must be trained first")
+        keys = checkpoint.load_pretrained(model, path, log)
+        if keys["replaced"] or keys["missing"]:
+            raise UserError(f"--eval: {path} has no head for these {config.MODEL.NUM_CLASSES} classes; train first")
     else:
-        path = config.MODEL.RESUME or folder / checkpoint.BEST
-        checkpoint.load_weights(model, checkpoint.read(path), path, dataset.label_names)
+        state = checkpoint.read(path)
+        checkpoint.load_weights(model, state, path, dataset.label_names)
+        checkpoint.log_differences(state, config, log, but=("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS"))
+    target = report.new_evaluation(config.RESULTS) if world.is_main else None
     log.info(f"evaluating {path} on {len(dataset):,} test images")
     metrics = task.test(model.to(world.device), loader, world, autocast(config, world.device)[0])
     if not world.is_main:
         return None
     metrics = {"checkpoint": str(path), "config": config_module.to_dict(config)} | metrics
-    target = report.write_evaluation(Path(config.RESULTS), metrics, dataset)
+    report.write_evaluation(target, metrics, dataset)
     log.info("test split\n" + task.table(metrics))
     log.info(f"results in {target}")
     return target
@@ -343,9 +357,10 @@ def main(argv=None):
             if config.EVAL_MODE:
                 evaluate(config, world, folder, log)
                 return 0
-            if world.is_main:
-                (folder / "config.json").write_text(json.dumps(config_module.to_dict(config), indent=2) + "\n")
             return train(config, world, folder, log)
+        except UserError as error:
+            logger.to_file(log, f"error: {error}")  # the terminal gets it from `run_command`
+            raise
         finally:
             logger.close(log)
 

@@ -17,10 +17,18 @@ from errors import UserError
 from utils_multilabel import undefined_note
 
 
+def _read_metrics(path):
+    """Epochs of metrics.jsonl; a line that an outage cut short is passed over."""
+    epochs = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            epochs.append(json.loads(line))
+    return epochs
+
+
 def append_metrics(path, record):
     """Add an epoch's line to metrics.jsonl, in place of what an interrupted run wrote from it on."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    lines = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
+    lines = [json.dumps(e) for e in _read_metrics(path) if e["epoch"] < record["epoch"]]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
     temporary.replace(path)
@@ -54,21 +62,24 @@ def _new_folder(parent, name):
     raise UserError(f"{parent}: too many evaluations named {name}")
 
 
-def write_evaluation(parent, metrics, dataset):
-    """Folder `evaluation_<timestamp>` with metrics.json, predictions.csv and roc.png; returns it.
+def new_evaluation(parent):
+    """A new folder `evaluation_<timestamp>` in `parent`, made before the work whose results it takes."""
+    try:
+        return _new_folder(Path(parent), datetime.now().strftime("evaluation_%Y%m%d_%H%M%S"))
+    except OSError as error:
+        raise UserError(f"RESULTS {parent} cannot be written ({error.strerror}); choose another folder") from error
+
+
+def write_evaluation(folder, metrics, dataset):
+    """metrics.json, predictions.csv and roc.png.
 
     metrics: of a task's `test`; its `probabilities` and `targets` [N, L] go to predictions.csv.
     """
-    try:
-        folder = _new_folder(parent, datetime.now().strftime("evaluation_%Y%m%d_%H%M%S"))
-    except OSError as error:
-        raise UserError(f"RESULTS {parent} cannot be written ({error.strerror}); choose another folder") from error
     figures = {k: v for k, v in metrics.items() if k not in ("probabilities", "targets")}
     (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
     arrays = dataset.label_names, metrics["targets"], metrics["probabilities"]
     write_predictions(folder / "predictions.csv", dataset.rows(), *arrays)
     plot_evaluation(folder, metrics, *arrays)
-    return folder
 
 
 def write_predictions(path, rows, label_names, targets, probabilities):
@@ -85,7 +96,7 @@ def write_predictions(path, rows, label_names, targets, probabilities):
 
 def plot_training(folder, score):
     """training.png from metrics.jsonl: losses, score and learning rate over the epochs."""
-    epochs = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    epochs = _read_metrics(Path(folder) / "metrics.jsonl")
     x = [e["epoch"] for e in epochs]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     axes[0].plot(x, [e["train_loss"] for e in epochs], label="train")

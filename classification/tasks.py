@@ -5,6 +5,7 @@ A task is a row of `TASKS`; a dataset names its own (`dataset.task`).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ def _multilabel(config, label_names):
     return Task(
         criterion=criterion,
         score="mean_auc",
-        validate=lambda *a: multilabel.validate_multilabel(*a[:2], criterion, label_names, *a[2:]),
-        test=lambda *a: multilabel.evaluate_test_set(*a[:2], criterion, label_names, *a[2:]),
+        validate=partial(multilabel.validate_multilabel, criterion=criterion, label_names=label_names),
+        test=partial(multilabel.evaluate_test_set, criterion=criterion, label_names=label_names),
         table=multilabel.auc_table,
     )
 

@@ -17,7 +17,9 @@ def autocast(config, device):
         return contextlib.nullcontext, torch.float32
     name = config.AMP_DTYPE
     if name == "auto":
-        name = "bfloat16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "float16"
+        name = (
+            "bfloat16" if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        )
     dtype = getattr(torch, name)
     return lambda: torch.autocast(device.type, dtype=dtype), dtype
 

@@ -64,7 +64,7 @@ def multilabel_metrics(logits, targets, label_names, criterion):
     }
 
 
-def validate_multilabel(model, loader, criterion, label_names, world, amp):
+def validate_multilabel(model, loader, world, amp, *, criterion, label_names):
     """(mean AUROC, loss, AUROC by label) of a model on a loader, every image once on any number of ranks.
 
     amp: a function that returns the autocast context.
@@ -74,7 +74,7 @@ def validate_multilabel(model, loader, criterion, label_names, world, amp):
     return metrics["mean_auc"], metrics["loss"], metrics["auc"]
 
 
-def evaluate_test_set(model, loader, criterion, label_names, world, amp):
+def evaluate_test_set(model, loader, world, amp, *, criterion, label_names):
     """Dictionary of all metrics of :func:`multilabel_metrics`, and `probabilities`, `targets` [N, L]."""
     logits, targets = predict(model, loader, world, amp)
     metrics = multilabel_metrics(logits, targets, label_names, criterion)

@@ -3,6 +3,7 @@
 import os
 import random
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
@@ -41,16 +42,18 @@ class SeededDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         with torch.random.fork_rng(devices=[]):  # workers apart, the model's own random numbers go on undisturbed
-            state = random.getstate()
+            states = random.getstate(), np.random.get_state()  # timm draws from both
             seed = hash((self.seed, epoch, int(index))) % 2**63
             torch.manual_seed(seed)
             random.seed(seed)
+            np.random.seed(seed % 2**32)
             try:
                 return self.dataset[int(index)]
             except ImageError as error:
                 return error
             finally:
-                random.setstate(state)
+                random.setstate(states[0])
+                np.random.set_state(states[1])
 
 
 def _collate(items):

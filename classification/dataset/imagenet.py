@@ -5,11 +5,21 @@ from pathlib import Path
 import torchvision_shim  # noqa: F401
 
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
 
+from dataset.images import ImageError
 from dataset.transforms import photo_transform
 from errors import UserError
 
 FOLDERS = {"train": "train", "validate": "val", "test": "val"}  # ImageNet's test labels are not public
+
+
+def _load(path):
+    """RGB image, or an ImageError that names the file."""
+    try:
+        return default_loader(path)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read as an image ({error}); replace the file") from error
 
 
 class ImageNetDataset(ImageFolder):
@@ -22,7 +32,7 @@ class ImageNetDataset(ImageFolder):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; --data-path must hold train/ and val/ with a folder per class")
         try:
-            super().__init__(str(folder), transform)
+            super().__init__(str(folder), transform, loader=_load)
         except FileNotFoundError as error:  # no class folders, or an empty one
             raise UserError(str(error)) from error
         self.label_names = tuple(self.classes)

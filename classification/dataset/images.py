@@ -138,6 +138,12 @@ class ZipStore:
                 raise UserError(f"{shard}: not a whole zip file ({error})") from error
         self._files = {}
 
+    def check(self, paths):
+        """Raise a UserError if a path has no member."""
+        missing = [path for path in paths if path not in self.members]
+        if missing:
+            raise UserError(f"{len(missing)} images are not in the zip files of {self.root}, the first {missing[0]}")
+
     def read(self, path):
         """Bytes of the member `path`."""
         if path not in self.members:

@@ -32,6 +32,9 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
 
     def __init__(self, root, split, transform=None, *, uncertain="zeros", missing="zeros", in_zip=False, **table):
         whole = tables.load_table(root, in_zip=in_zip, **table)
+        self.store = ZipStore(whole.root) if in_zip else FileStore(whole.root)
+        if in_zip:
+            self.store.check(p.decode() for p in whole.path)
         rows = whole.split == tables.split_index(split)
         if not rows.any():
             raise UserError(f"{root}: the split {split!r} has no image")
@@ -39,7 +42,6 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
         self.label_names = whole.label_names
         self.targets = apply_policy(self.table.labels, uncertain=uncertain, missing=missing)
         self.transform = transform
-        self.store = ZipStore(whole.root) if in_zip else FileStore(whole.root)
         self.summary = tables.summary(whole, apply_policy(whole.labels, uncertain=uncertain, missing=missing))
 
     def __len__(self):

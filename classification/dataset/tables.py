@@ -30,6 +30,7 @@ class Table:
     """
 
     root: Path
+    sources: tuple  # names of the CSV files
     label_names: tuple
     path: np.ndarray
     dicom_id: np.ndarray
@@ -44,7 +45,7 @@ class Table:
 
     def select(self, keep):
         rows = {name: getattr(self, name)[keep] for name in ("path", "dicom_id", "study", "subject", "split", "labels")}
-        return Table(self.root, self.label_names, left_out=dict(self.left_out), **rows)
+        return Table(self.root, self.sources, self.label_names, left_out=dict(self.left_out), **rows)
 
 
 def split_index(split):
@@ -57,13 +58,17 @@ def split_index(split):
 
 def _read_csv(path, required):
     try:
-        frame = pd.read_csv(path, encoding="utf-8-sig", low_memory=False)
+        # Names stay text: an id of digits alone is none to calculate with, and keeps its zeros.
+        text = {"dicom_id": str, "path": str, "split": str}
+        frame = pd.read_csv(path, encoding="utf-8-sig", low_memory=False, dtype=text)
     except (OSError, ValueError, EOFError) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{path}: cannot be read as CSV ({error})") from error
     frame.columns = [str(c).strip() for c in frame.columns]
     missing = [c for c in required if c not in frame.columns]
     if missing:
         raise UserError(f"{path}: column {missing[0]!r} is missing (the file has: {', '.join(frame.columns)})")
+    if frame.empty:
+        raise UserError(f"{path}: the file has no rows")
     return frame
 
 
@@ -133,6 +138,8 @@ def _own_csv(folders):
     """The CSV files with a `path` column in the data folder: a tree of the user's own."""
     found = []
     for path in sorted([*folders[0].glob("*.csv"), *folders[0].glob("*.csv.gz")]):
+        if path.name.startswith("cxr-record-list"):  # of the DICOM release: paths without splits and labels
+            continue
         try:
             columns = pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns
         except (OSError, ValueError, EOFError):
@@ -172,6 +179,9 @@ def _official_table(base, folders, labeler, label_names, image_format):
     images["subject_id"] = _integers(images, "subject_id", files["split"])
     images["study_id"] = _integers(images, "study_id", files["split"])
     studies["study_id"] = _integers(studies, "study_id", files[labeler])
+    if images["dicom_id"].isna().any():
+        row = int(np.flatnonzero(images["dicom_id"].isna())[0])
+        raise UserError(f"{files['split']}: dicom_id is empty in data row {row + 1}")
     _duplicates(images["dicom_id"], "image", files["split"])
     _duplicates(studies["study_id"], "study", files[labeler])
     raw = _label_values(studies, label_names, files[labeler])
@@ -188,6 +198,7 @@ def _official_table(base, folders, labeler, label_names, image_format):
     suffix = _find_suffix(stem, base) if image_format == "auto" else "." + image_format
     return Table(
         root=base,
+        sources=tuple(path.name for path in files.values()),
         label_names=tuple(label_names),
         path=_bytes(s + suffix for s in stem),
         dicom_id=_bytes(images["dicom_id"].astype(str)),
@@ -201,8 +212,6 @@ def _official_table(base, folders, labeler, label_names, image_format):
 
 def _own_table(base, csv, label_names):
     frame = _read_csv(csv, ("path", "split", *label_names))
-    if frame.empty:
-        raise UserError(f"{csv}: the file has no rows")
     if frame["path"].isna().any():
         raise UserError(f"{csv}: path is empty in data row {int(np.flatnonzero(frame['path'].isna())[0]) + 1}")
     frame["path"] = frame["path"].astype(str)
@@ -211,6 +220,7 @@ def _own_table(base, csv, label_names):
     name = frame["dicom_id"] if "dicom_id" in frame else frame["path"]
     return Table(
         root=base,
+        sources=(csv.name,),
         label_names=tuple(label_names),
         path=_bytes(frame["path"]),
         dicom_id=_bytes(name.astype(str)),
@@ -323,5 +333,6 @@ def summary(table, targets):
     ]
     lines.insert(4, "positive labels")
     left_out = [f"{n:,} {reason}" for reason, n in table.left_out.items() if n]
+    lines.append("from " + ", ".join(table.sources))
     lines.append("left out: " + ("; ".join(left_out) if left_out else "nothing"))
     return "\n".join(lines)

@@ -26,8 +26,12 @@ def radiograph_transform(config, train):
     if not train:
         steps = _eval_steps(size, interpolation, config.TEST.CROP) + _tensor_steps(aug.MEAN, aug.STD)
         return v2.Compose(steps)
-    # The narrow range of aspect ratios keeps the heart's relative width, which is itself a sign.
-    steps = [v2.RandomResizedCrop(size, scale=tuple(aug.CROP_SCALE), ratio=(0.9, 1.1), interpolation=interpolation)]
+    # Squeezed to a square first, as at test time: crops of the original would train on other proportions,
+    # and the heart's relative width is itself a sign. Hence the narrow range of ratios, too.
+    steps = [
+        v2.Resize((int(size * 8 / 7),) * 2, interpolation),
+        v2.RandomResizedCrop(size, scale=tuple(aug.CROP_SCALE), ratio=(0.9, 1.1), interpolation=interpolation),
+    ]
     if aug.HFLIP > 0:
         steps.append(v2.RandomHorizontalFlip(aug.HFLIP))
     if aug.COLOR_JITTER > 0:

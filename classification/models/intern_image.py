@@ -233,7 +233,10 @@ class InternImage(nn.Module):
         return self.conv_head(fourth).mean((2, 3))
 
     def forward(self, x):
-        return self.head(self.forward_features(x))
+        features = self.forward_features(x)
+        # In full precision also under autocast: logits rounded to bfloat16 tie, and ties move the AUROC.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(features.to(self.head.weight.dtype))
 
     def lr_scales(self, decay):
         """Layer-wise learning rate decay: prefix of parameter names -> factor.
