@@ -3,13 +3,11 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-DEMO := $(CURDIR)/demo
-CONFIG := configs/internimage_tiny_synthetic.yaml
-# A run belongs to its data: another DATA folder gets a run of its own.
-TAG := $(if $(DATA),data-$(firstword $(shell printf '%s' '$(abspath $(DATA))' | cksum)),synthetic)
-IMAGES := $(if $(DATA),$(abspath $(DATA)),$(DEMO)/synthetic)
+# Where the demo writes, and what it trains; DATA is the user's own tree.
+DEMO ?= $(CURDIR)/demo
+CONFIG ?= configs/internimage_tiny_synthetic.yaml
+export DATA DEMO CONFIG
 PY = cd classification && . ./mimic_settings.sh && "$$MIMIC_PYTHON"
-ARGS = --cfg $(CONFIG) --data-path '$(IMAGES)' --output '$(DEMO)/output' --tag $(TAG) --opts RESULTS '$(DEMO)/results/$(TAG)'
 
 .PHONY: help setup demo test lint
 
@@ -23,13 +21,7 @@ setup:
 	@bash classification/setup_mimic_env.sh --yes
 
 demo: setup
-	@if [ -z '$(DATA)' ]; then $(PY) -m dataset.synthetic --out '$(DEMO)/synthetic'; fi
-	@$(PY) main.py $(ARGS)
-	@$(PY) main.py $(ARGS) --eval
-	@echo
-	@echo "data         $(IMAGES)"
-	@echo "the run      $(DEMO)/output/internimage_tiny/$(TAG)   (checkpoints, log, training.png)"
-	@echo "the results  $$(ls -d '$(DEMO)/results/$(TAG)'/evaluation_* | tail -n 1)   (metrics.json, predictions.csv, roc.png)"
+	@bash classification/demo.sh
 
 test: setup
 	@$(PY) -m pytest -q --durations=10 tests ops_dcnv3/tests

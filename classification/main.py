@@ -80,8 +80,9 @@ def train_epoch(run, epoch, first_update):
             # Summed and looked at here only: reading a GPU value waits for the GPU.
             if not math.isfinite(distributed.mean(sums["loss"].item(), world) + sums["norm"].item()):
                 raise UserError(
-                    f"the loss or its gradient is not finite (epoch {epoch + 1}, update {checked + 1} to {update + 1}); "
-                    "earlier checkpoints are intact. Try a smaller TRAIN.BASE_LR, TRAIN.CLIP_GRAD 1, or --amp-opt-level O0"
+                    f"the loss or its gradient is not finite (epoch {epoch + 1}, update {checked + 1} to {update + 1});"
+                    " earlier checkpoints are intact. Try a smaller TRAIN.BASE_LR, TRAIN.CLIP_GRAD 1, or "
+                    "--amp-opt-level O0"
                 )
             checked = update + 1
             speed = (update + 1 - first_update) * run.images_per_update / (time.time() - started)

@@ -43,7 +43,13 @@ done
 
 settings=$here/mimic_settings.sh
 # Answers of an earlier run are the defaults of this one.
-[ -f "$settings" ] && [ -z "$data_path" ] && data_path=$(. "$settings"; printf '%s' "${MIMIC_DATA_PATH:-}")
+if [ -z "$data_path" ] && [ -f "$settings" ]; then
+  data_path=$(. "$settings" && printf '%s' "${MIMIC_DATA_PATH:-}")
+  if [ -n "$data_path" ] && [ ! -d "$data_path" ]; then
+    say "the data folder of the last set-up, $data_path, is gone; name the new one with --data-path"
+    data_path=''
+  fi
+fi
 if [ "$ask" = 1 ]; then
   read -r -p "MIMIC-CXR folder [${data_path:-none yet}]: " answer
   data_path=${answer:-$data_path}
@@ -51,6 +57,7 @@ fi
 if [ -n "$data_path" ] && [ ! -d "$data_path" ]; then
   fail "--data-path $data_path is not a folder; give the folder that holds files/ and the CSV files"
 fi
+[ -z "$data_path" ] || data_path=$(cd "$data_path" && pwd)
 
 # --------------------------------------------------------------------------------- environment
 fits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
@@ -77,7 +84,8 @@ else
   fi
 fi
 py=$env_dir/bin/python
-fits "$py" || fail "$env_dir holds no working Python 3.10 to 3.13; remove it and run again"
+fits "$py" && "$py" -m pip --version >/dev/null 2>&1 ||
+  fail "$env_dir holds no working Python 3.10 to 3.13 with pip (on Debian and Ubuntu install python3-venv); remove it and run again"
 env_dir=$(cd "$env_dir" && pwd) py=$env_dir/bin/python
 
 # Two set-ups of one environment wait for each other.
@@ -105,9 +113,11 @@ else
     "$py" -m pip install --quiet --disable-pip-version-check --index-url "$index" "torch==$torch" "torchvision==$torchvision"
   else
     say "$index cannot be reached; taking torch from pip's default index (there, Linux builds may bring CUDA along: several GB)"
-    "$py" -m pip install --quiet --disable-pip-version-check "torch==$torch" "torchvision==$torchvision"
+    "$py" -m pip install --quiet --disable-pip-version-check "torch==$torch" "torchvision==$torchvision" ||
+      fail "pip could not install torch (its message is above); with a network, run this again"
   fi
-  "$py" -m pip install --quiet --disable-pip-version-check -r "$here/requirements_mimic.txt"
+  "$py" -m pip install --quiet --disable-pip-version-check -r "$here/requirements_mimic.txt" ||
+    fail "pip could not install requirements_mimic.txt (its message is above); with a network, run this again"
   mark_done packages "$step"
 fi
 
