@@ -1,0 +1,134 @@
+// The only file that includes torch: puts the kernels behind the operators that _ops.py declares.
+// Narrow headers: it compiles in seconds and depends on little of torch's interface.
+#include <ATen/Context.h>
+#include <ATen/TensorIterator.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#ifdef DCNV3_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include "dcnv3.h"
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+dcnv3::Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble: return dcnv3::Dtype::float64;
+    case at::kFloat: return dcnv3::Dtype::float32;
+    case at::kHalf: return dcnv3::Dtype::float16;
+    case at::kBFloat16: return dcnv3::Dtype::bfloat16;
+    default: TORCH_CHECK_VALUE(false, "dcnv3: no kernel for ", tensor.scalar_type());
+  }
+}
+
+// Offset and mask may be slices of a wider tensor (one projection for both): all that the kernels
+// ask is one distance between pixels. Anything else is copied.
+bool has_pixel_stride(const Tensor& t) {
+  return t.stride(3) == 1 && t.stride(1) == t.stride(2) * t.size(2) && t.stride(0) == t.stride(1) * t.size(1);
+}
+Tensor with_pixel_stride(const Tensor& t) { return has_pixel_stride(t) ? t : t.contiguous(); }
+
+// One call, and the tensors that its pointers lead to.
+struct Call {
+  dcnv3::Problem problem{};
+  Tensor input, offset, mask;
+
+  Call(const Tensor& input_, const Tensor& offset_, const Tensor& mask_, int64_t group, IntArrayRef kernel,
+       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, double offset_scale, bool remove_center,
+       bool softmax)
+      : input(input_.contiguous()), offset(with_pixel_stride(offset_)), mask(with_pixel_stride(mask_)) {
+    const int64_t points = kernel[0] * kernel[1] - (remove_center ? 1 : 0);
+    // Memory safety only, for those who call the operator directly: dcnv3.dcnv3 has said it better.
+    const bool fits = input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4 && group > 0 &&
+        input.size(3) % group == 0 && offset.size(3) == group * points * 2 && mask.size(3) == group * points &&
+        offset.sizes().slice(0, 3) == mask.sizes().slice(0, 3) && offset.size(0) == input.size(0) &&
+        offset.scalar_type() == input.scalar_type() && mask.scalar_type() == input.scalar_type() &&
+        offset.device() == input.device() && mask.device() == input.device() &&
+        input.size(1) * input.size(2) < (int64_t(1) << 31);
+    TORCH_CHECK_VALUE(fits, "dcnv3: shapes, dtypes or devices do not fit together; dcnv3.dcnv3 says which");
+
+    problem.dtype = dtype_of(input);
+    problem.batch = input.size(0), problem.height = input.size(1), problem.width = input.size(2);
+    problem.out_height = offset.size(1), problem.out_width = offset.size(2);
+    problem.group = group, problem.channels = input.size(3) / group;
+    problem.offset_stride = offset.stride(2), problem.mask_stride = mask.stride(2);
+    problem.kernel_h = int(kernel[0]), problem.kernel_w = int(kernel[1]);
+    problem.stride_h = int(stride[0]), problem.stride_w = int(stride[1]);
+    problem.padding_h = int(padding[0]), problem.padding_w = int(padding[1]);
+    problem.dilation_h = int(dilation[0]), problem.dilation_w = int(dilation[1]);
+    problem.offset_scale = offset_scale, problem.remove_center = remove_center, problem.softmax = softmax;
+    problem.input = input.const_data_ptr();
+    problem.offset = offset.const_data_ptr(), problem.mask = mask.const_data_ptr();
+  }
+
+  Tensor new_output() {
+    Tensor output = at::empty({problem.batch, problem.out_height, problem.out_width, input.size(3)}, input.options());
+    problem.output = output.mutable_data_ptr();
+    return output;
+  }
+  std::tuple<Tensor, Tensor, Tensor> new_gradients() {
+    const auto dense = at::MemoryFormat::Contiguous;
+    Tensor grad_input = at::empty(input.sizes(), input.options(), dense);
+    Tensor grad_offset = at::empty(offset.sizes(), input.options(), dense);
+    Tensor grad_mask = at::empty(mask.sizes(), input.options(), dense);
+    problem.grad_input = grad_input.mutable_data_ptr();
+    problem.grad_offset = grad_offset.mutable_data_ptr(), problem.grad_mask = grad_mask.mutable_data_ptr();
+    return {grad_input, grad_offset, grad_mask};
+  }
+};
+
+// ---- CPU --------------------------------------------------------------------------------------
+
+using Range = void (*)(const dcnv3::Problem&, int64_t, int64_t);
+
+// Runs `range` on parts of [0, tasks) in torch's own threads. at::parallel_for would be compiled into
+// this file and needs its OpenMP flags, which differ by compiler; a TensorIterator's loop is parallel
+// inside torch. It walks over a tensor that holds one number a task: the task's index.
+void run_in_parallel(const dcnv3::Problem& problem, int64_t tasks, Range range) {
+  Tensor index = at::empty({tasks}, at::TensorOptions().dtype(at::kLong));
+  int64_t* numbers = index.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < tasks; ++i) numbers[i] = i;
+  auto iterator = at::TensorIteratorConfig().check_all_same_dtype(false).resize_outputs(false).add_output(index).build();
+  iterator.for_each(
+      [&](char** data, const int64_t* /*strides*/, int64_t inner, int64_t outer) {
+        const int64_t begin = *reinterpret_cast<const int64_t*>(data[0]);
+        range(problem, begin, begin + inner * outer);
+      },
+      /*grain_size=*/1);
+}
+
+Tensor forward_cpu(const Tensor& input, const Tensor& offset, const Tensor& mask, int64_t group, IntArrayRef kernel,
+                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, double offset_scale,
+                   bool remove_center, bool softmax) {
+  Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
+  Tensor output = call.new_output();
+  if (output.numel() > 0) run_in_parallel(call.problem, dcnv3::cpu_forward_tasks(call.problem), dcnv3::cpu_forward);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& offset,
+                                                const Tensor& mask, int64_t group, IntArrayRef kernel,
+                                                IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                                double offset_scale, bool remove_center, bool softmax) {
+  Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
+  const Tensor dense = grad_output.contiguous();
+  call.problem.grad_output = dense.const_data_ptr();
+  auto gradients = call.new_gradients();
+  if (input.numel() > 0) run_in_parallel(call.problem, dcnv3::cpu_backward_tasks(call.problem), dcnv3::cpu_backward);
+  return gradients;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dcnv3, CPU, library) {
+  library.impl("forward", forward_cpu);
+  library.impl("backward", backward_cpu);
+}

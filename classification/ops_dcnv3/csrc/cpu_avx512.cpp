@@ -1,0 +1,20 @@
+// The CPU kernels for AVX512; cpu_baseline.cpp chooses at run time. The instruction set is named here
+// rather than on the command line, so that every source is compiled with the same flags.
+#if defined(__x86_64__)
+#include "dcnv3.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#endif
+
+#include "dcnv3_math.h"
+#define DCNV3_ISA avx512
+#define DCNV3_VECTOR_BYTES 64
+#include "cpu_kernels.inc"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

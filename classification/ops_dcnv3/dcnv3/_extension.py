@@ -1,0 +1,64 @@
+"""Loads the compiled kernels, if there are any that fit this torch, and says what is missing.
+
+setup.py leaves two files here: the library `_C.so`, and last `_build.json`, which says what it was
+built against. A library is tied to the torch it was built with, so the two are compared before it
+is loaded: loading into another torch may crash instead of failing.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_MEND = "run `pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv3` to build them"
+_kernels = ()  # devices with loaded kernels
+_reason = "they were never built here"
+
+
+def describe_torch():
+    """What a build is tied to."""
+    return {"torch": torch.__version__, "cuda": torch.version.cuda}
+
+
+def load(folder=_FOLDER):
+    """Loads the library in `folder`; what keeps it from loading is warned about once, and remembered."""
+    global _kernels, _reason
+    library, record = folder / "_C.so", folder / "_build.json"
+    if not record.exists():
+        if not library.exists():
+            return  # Python only: said at the first call, when it matters
+        _reason = "an earlier build stopped half-way"
+    else:
+        build = json.loads(record.read_text())
+        if not build["kernels"]:
+            _reason = build["reason"]
+            return
+        built_for = {key: build[key] for key in describe_torch()}
+        if built_for != describe_torch():
+            _reason = f"they were built for {_versions(built_for)}, and this is {_versions(describe_torch())}"
+        else:
+            try:
+                torch.ops.load_library(str(library))
+                _kernels, _reason = tuple(build["kernels"]), build["reason"]
+                return
+            except OSError as error:
+                _reason = f"they do not load ({error})"
+    warnings.warn(f"dcnv3: the compiled kernels are not used: {_reason}; {_MEND}", stacklevel=2)
+
+
+def _versions(versions):
+    return f"torch {versions['torch']}" + (f" with CUDA {versions['cuda']}" if versions["cuda"] else "")
+
+
+def kernels():
+    """Device types with compiled kernels, such as ('cpu', 'cuda')."""
+    return _kernels
+
+
+def why_not(device_type):
+    """Why there is no kernel for a device, and what to do about it."""
+    if device_type not in ("cpu", "cuda"):
+        return f"there are kernels for cpu and cuda only, not for {device_type}"
+    return f"{_reason}; {_MEND}"
