@@ -13,10 +13,6 @@ namespace avx2 {
 void run_forward(const Problem& p, int64_t begin, int64_t end);
 void run_backward(const Problem& p, int64_t begin, int64_t end);
 }  // namespace avx2
-namespace avx512 {
-void run_forward(const Problem& p, int64_t begin, int64_t end);
-void run_backward(const Problem& p, int64_t begin, int64_t end);
-}  // namespace avx512
 #endif
 
 namespace {
@@ -28,9 +24,6 @@ struct Kernels {
 
 Kernels choose() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return {"avx512", avx512::run_forward, avx512::run_backward};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return {"avx2", avx2::run_forward, avx2::run_backward};
 #endif

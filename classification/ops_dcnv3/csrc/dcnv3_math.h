@@ -16,10 +16,6 @@
 namespace dcnv3 {
 namespace {  // a copy per object file: objects are compiled for different instruction sets
 
-// Overloads instead of <cmath>: the builtins become one instruction wherever there is one.
-DCNV3_INLINE float floor_of(float x) { return __builtin_floorf(x); }
-DCNV3_INLINE double floor_of(double x) { return __builtin_floor(x); }
-
 // Points of a kernel; remove_center leaves the middle one out.
 DCNV3_INLINE int point_count(int kernel_h, int kernel_w, bool remove_center) {
   return kernel_h * kernel_w - (remove_center ? 1 : 0);
@@ -50,36 +46,30 @@ DCNV3_INLINE A position_of(A origin, int element, int dilation, A offset, A offs
 // One axis of a bilinear sample: the two neighbours, their weights, and the weights' derivatives.
 template <typename A>
 struct Axis {
-  int low, high;            // clamped: always an index that exists
+  int low, high;              // clamped: always an index that exists
   A low_weight, high_weight;  // 0 where the neighbour lies outside the input
   A low_slope, high_slope;    // d weight / d position: -1 and 1, or 0 outside
 };
 
-// `position` along an axis of `size` pixels. At an integer the cell is that of floor. `inside` is
-// whether the point counts at all (see `counts`), and is the same for both axes.
+// `position` along an axis of `size` pixels. At an integer the cell is that of floor. A point counts
+// if -1 < position < size on both axes; otherwise, and at NaN, all four numbers of the axis are 0, so
+// that the sample and all its gradients are, whatever the other axis says.
 template <typename A>
-DCNV3_INLINE Axis<A> axis_of(A position, int size, bool inside) {
-  const A x = inside ? position : A(0);
-  const A cell = floor_of(x);
+DCNV3_INLINE Axis<A> axis_of(A position, int size) {
+  const A above = position > A(-1) ? position : A(-1);  // -1 for NaN as well
+  const A x = above < A(size) ? above : A(size);
+  const int truncated = int(x);
+  const int low = truncated - (A(truncated) > x ? 1 : 0);  // floor
+  const A cell = A(low);
   const A fraction = x - cell;
-  const int low = int(cell);
-  const bool low_valid = inside & (low >= 0);
-  const bool high_valid = inside & (low + 1 < size);
   Axis<A> axis;
-  axis.low = low < 0 ? 0 : low;
+  axis.low = low < 0 ? 0 : (low < size ? low : size - 1);
   axis.high = low + 1 < size ? low + 1 : size - 1;
-  axis.low_weight = low_valid ? A(1) - fraction : A(0);
-  axis.high_weight = high_valid ? fraction : A(0);
-  axis.low_slope = low_valid ? A(-1) : A(0);
-  axis.high_slope = high_valid ? A(1) : A(0);
+  axis.low_slope = (cell >= A(0)) & (cell < A(size)) ? A(-1) : A(0);
+  axis.high_slope = (x > A(-1)) & (cell + A(1) < A(size)) ? A(1) : A(0);
+  axis.low_weight = (fraction - A(1)) * axis.low_slope;
+  axis.high_weight = fraction * axis.high_slope;
   return axis;
-}
-
-// Whether a point at (x, y) counts: less than one pixel outside. False for NaN: such a point samples
-// zero and has zero gradients.
-template <typename A>
-DCNV3_INLINE bool counts(A x, A y, int height, int width) {
-  return (x > A(-1)) & (x < A(width)) & (y > A(-1)) & (y < A(height));
 }
 
 }  // namespace
