@@ -14,7 +14,8 @@ import torch
 _FOLDER = Path(__file__).parent
 _MEND = "run `pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv3` to build them"
 _kernels = ()  # devices with loaded kernels
-_reason = "they were never built here"
+_missing = {}  # device -> why it has none
+_DEVICES = ("cpu", "cuda")
 
 
 def describe_torch():
@@ -23,29 +24,29 @@ def describe_torch():
 
 
 def load(folder=_FOLDER):
-    """Loads the library in `folder`; what keeps it from loading is warned about once, and remembered."""
-    global _kernels, _reason
+    """Loads the library in `folder`. Why kernels are missing is remembered for the first call that would need them;
+    kernels that were built and cannot be used are warned about at once."""
+    global _kernels, _missing
     library, record = folder / "_C.so", folder / "_build.json"
     if not record.exists():
-        if not library.exists():
-            return  # Python only: said at the first call, when it matters
-        _reason = "an earlier build stopped half-way"
+        unusable = "an earlier build stopped half-way" if library.exists() else None
+        _missing = dict.fromkeys(_DEVICES, unusable or "they were never built")
     else:
         build = json.loads(record.read_text())
-        if not build["kernels"]:
-            _reason = build["reason"]
-            return
-        built_for = {key: build[key] for key in describe_torch()}
-        if built_for != describe_torch():
-            _reason = f"they were built for {_versions(built_for)}, and this is {_versions(describe_torch())}"
-        else:
-            try:
-                torch.ops.load_library(str(library))
-                _kernels, _reason = tuple(build["kernels"]), build["reason"]
-                return
-            except OSError as error:
-                _reason = f"they do not load ({error})"
-    warnings.warn(f"dcnv3: the compiled kernels are not used: {_reason}; {_MEND}", stacklevel=2)
+        _missing, unusable = build["missing"], None
+        if build["kernels"]:
+            built_for = {key: build[key] for key in describe_torch()}
+            if built_for != describe_torch():
+                unusable = f"they were built for {_versions(built_for)}, and this is {_versions(describe_torch())}"
+            else:
+                try:
+                    torch.ops.load_library(str(library))
+                    _kernels = tuple(build["kernels"])
+                except OSError as error:
+                    unusable = f"they do not load ({error})"
+    if unusable:
+        _missing = {**dict.fromkeys(_DEVICES, unusable), **_missing}
+        warnings.warn(f"dcnv3: the compiled kernels are not used: {unusable}; {_MEND}", stacklevel=2)
 
 
 def _versions(versions):
@@ -59,6 +60,6 @@ def kernels():
 
 def why_not(device_type):
     """Why there is no kernel for a device, and what to do about it."""
-    if device_type not in ("cpu", "cuda"):
+    if device_type not in _DEVICES:
         return f"there are kernels for cpu and cuda only, not for {device_type}"
-    return f"{_reason}; {_MEND}"
+    return f"{_missing[device_type]}; {_MEND}"
