@@ -7,6 +7,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #ifdef DCNV3_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -74,6 +76,15 @@ struct Call {
     problem.output = output.mutable_data_ptr();
     return output;
   }
+  Tensor set_grad_output(const Tensor& grad_output) {
+    TORCH_CHECK_VALUE(grad_output.sizes() == IntArrayRef({problem.batch, problem.out_height, problem.out_width,
+                                                          input.size(3)}) &&
+                          grad_output.scalar_type() == input.scalar_type() && grad_output.device() == input.device(),
+                      "dcnv3: the output gradient and the output do not fit together");
+    Tensor dense = grad_output.contiguous();
+    problem.grad_output = dense.const_data_ptr();
+    return dense;
+  }
   std::tuple<Tensor, Tensor, Tensor> new_gradients() {
     const auto dense = at::MemoryFormat::Contiguous;
     Tensor grad_input = at::empty(input.sizes(), input.options(), dense);
@@ -91,8 +102,11 @@ using Range = void (*)(const dcnv3::Problem&, int64_t, int64_t);
 
 // Runs `range` on parts of [0, tasks) in torch's own threads. at::parallel_for would be compiled into
 // this file and needs its OpenMP flags, which differ by compiler; a TensorIterator's loop is parallel
-// inside torch. It walks over a tensor that holds one number a task: the task's index.
+// inside torch. It walks over a tensor that holds one number a task: the task's index. Threads are
+// woken for no less than about 20 microseconds of work each.
 void run_in_parallel(const dcnv3::Problem& problem, int64_t tasks, Range range) {
+  const int64_t products = problem.batch * problem.out_height * problem.out_width * problem.group * problem.channels *
+      problem.kernel_h * problem.kernel_w * 4;
   Tensor index = at::empty({tasks}, at::TensorOptions().dtype(at::kLong));
   int64_t* numbers = index.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < tasks; ++i) numbers[i] = i;
@@ -102,7 +116,7 @@ void run_in_parallel(const dcnv3::Problem& problem, int64_t tasks, Range range) 
         const int64_t begin = *reinterpret_cast<const int64_t*>(data[0]);
         range(problem, begin, begin + inner * outer);
       },
-      /*grain_size=*/1);
+      /*grain_size=*/std::max<int64_t>(1, 100000 * tasks / std::max<int64_t>(1, products)));
 }
 
 Tensor forward_cpu(const Tensor& input, const Tensor& offset, const Tensor& mask, int64_t group, IntArrayRef kernel,
@@ -119,8 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const
                                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                                 double offset_scale, bool remove_center, bool softmax) {
   Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
-  const Tensor dense = grad_output.contiguous();
-  call.problem.grad_output = dense.const_data_ptr();
+  const Tensor dense = call.set_grad_output(grad_output);
   auto gradients = call.new_gradients();
   if (input.numel() > 0) run_in_parallel(call.problem, dcnv3::cpu_backward_tasks(call.problem), dcnv3::cpu_backward);
   return gradients;

@@ -21,7 +21,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _library.define(
-    f"backward(Tensor grad_output, Tensor input, Tensor offset, Tensor mask, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
+    "backward(Tensor grad_output, Tensor input, Tensor offset, Tensor mask, "
+    f"{_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
