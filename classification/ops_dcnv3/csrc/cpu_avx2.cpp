@@ -1,6 +1,10 @@
 // The CPU kernels for AVX2; cpu_baseline.cpp chooses at run time. The instruction set is named here
 // rather than on the command line, so that every source is compiled with the same flags.
 #if defined(__x86_64__)
+#include <math.h>  // system headers before the instruction set: their inline functions are shared
+#include <stdint.h>
+#include <string.h>
+
 #include "dcnv3.h"
 
 #if defined(__clang__)

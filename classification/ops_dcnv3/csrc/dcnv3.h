@@ -38,4 +38,11 @@ void cpu_forward(const Problem& problem, int64_t begin, int64_t end);
 void cpu_backward(const Problem& problem, int64_t begin, int64_t end);
 const char* cpu_instruction_set();  // "avx2" or "baseline"
 
+// CUDA, on the current device and on `stream` (a cudaStream_t), without waiting for the result.
+// Return null, or what went wrong.
+const char* cuda_forward(const Problem& problem, void* stream);
+// `accumulator` takes the gradient of the input: float32 (float64 for float64), all zeros, dense as
+// input. problem.grad_input is not used. Sums into it are in no fixed order unless `deterministic`.
+const char* cuda_backward(const Problem& problem, void* accumulator, bool deterministic, void* stream);
+
 }  // namespace dcnv3
