@@ -85,14 +85,12 @@ struct Call {
     problem.grad_output = dense.const_data_ptr();
     return dense;
   }
-  std::tuple<Tensor, Tensor, Tensor> new_gradients() {
-    const auto dense = at::MemoryFormat::Contiguous;
-    Tensor grad_input = at::empty(input.sizes(), input.options(), dense);
-    Tensor grad_offset = at::empty(offset.sizes(), input.options(), dense);
-    Tensor grad_mask = at::empty(mask.sizes(), input.options(), dense);
-    problem.grad_input = grad_input.mutable_data_ptr();
+  // Dense, of offset and mask.
+  std::tuple<Tensor, Tensor> new_small_gradients() {
+    Tensor grad_offset = at::empty(offset.sizes(), input.options(), at::MemoryFormat::Contiguous);
+    Tensor grad_mask = at::empty(mask.sizes(), input.options(), at::MemoryFormat::Contiguous);
     problem.grad_offset = grad_offset.mutable_data_ptr(), problem.grad_mask = grad_mask.mutable_data_ptr();
-    return {grad_input, grad_offset, grad_mask};
+    return {grad_offset, grad_mask};
   }
 };
 
@@ -134,13 +132,60 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const
                                                 double offset_scale, bool remove_center, bool softmax) {
   Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
   const Tensor dense = call.set_grad_output(grad_output);
-  auto gradients = call.new_gradients();
+  auto [grad_offset, grad_mask] = call.new_small_gradients();
+  Tensor grad_input = at::empty(input.sizes(), input.options(), at::MemoryFormat::Contiguous);
+  call.problem.grad_input = grad_input.mutable_data_ptr();
   if (input.numel() > 0) run_in_parallel(call.problem, dcnv3::cpu_backward_tasks(call.problem), dcnv3::cpu_backward);
-  return gradients;
+  return {grad_input, grad_offset, grad_mask};
 }
+
+#ifdef DCNV3_WITH_CUDA
+// ---- CUDA -------------------------------------------------------------------------------------
+
+void check_cuda(const char* error) {
+  TORCH_CHECK(error == nullptr, "dcnv3: the CUDA kernel did not start: ", error,
+              ". If it has no image for this GPU, build it again for its architecture, as in TORCH_CUDA_ARCH_LIST=8.9 "
+              "pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv3");
+}
+
+Tensor forward_cuda(const Tensor& input, const Tensor& offset, const Tensor& mask, int64_t group, IntArrayRef kernel,
+                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, double offset_scale,
+                    bool remove_center, bool softmax) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
+  Tensor output = call.new_output();
+  if (output.numel() > 0)
+    check_cuda(dcnv3::cuda_forward(call.problem, c10::cuda::getCurrentCUDAStream().stream()));
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& offset,
+                                                 const Tensor& mask, int64_t group, IntArrayRef kernel,
+                                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                                 double offset_scale, bool remove_center, bool softmax) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
+  const Tensor dense = call.set_grad_output(grad_output);
+  auto [grad_offset, grad_mask] = call.new_small_gradients();
+  // The sums are float32 (float64 for float64), and become the gradient where that is its type.
+  const auto sums = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor grad_input = at::zeros(input.sizes(), input.options().dtype(sums));
+  if (input.numel() > 0)
+    check_cuda(dcnv3::cuda_backward(call.problem, grad_input.mutable_data_ptr(),
+                                    at::globalContext().deterministicAlgorithms(),
+                                    c10::cuda::getCurrentCUDAStream().stream()));
+  return {grad_input.to(input.scalar_type()), grad_offset, grad_mask};
+}
+#endif
 
 }  // namespace
 
+#ifdef DCNV3_WITH_CUDA
+TORCH_LIBRARY_IMPL(dcnv3, CUDA, library) {
+  library.impl("forward", forward_cuda);
+  library.impl("backward", backward_cuda);
+}
+#endif
 TORCH_LIBRARY_IMPL(dcnv3, CPU, library) {
   library.impl("forward", forward_cpu);
   library.impl("backward", backward_cpu);

@@ -115,7 +115,9 @@ def test_kernels_alone(program, name, tmp_path):
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def test_cuda_sources_compile_for_every_target(tmp_path):
     """No GPU and no CUDA build of torch needed: the sources include no torch header."""
-    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)] + ["-gencode=arch=compute_90,code=compute_90"]
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)] + [
+        "-gencode=arch=compute_90,code=compute_90"
+    ]
     for source in ("cuda_forward.cu", "cuda_backward.cu"):
         command = [NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", *targets, "-c", SOURCES / source]
         run = subprocess.run([*command, "-o", tmp_path / "object"], capture_output=True, text=True)
