@@ -287,16 +287,13 @@ def check():
 
 
 def describe(device):
-    print(f"Command: `python ops_dcnv3/{Path(__file__).name} {' '.join(sys.argv[1:])}`".replace(" `", "`"))
+    print(f"Command: `{' '.join(['python', 'ops_dcnv3/benchmark.py', *sys.argv[1:]])}`")
     if device == "cuda":
         print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     else:
-        names = (
-            [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-            if Path("/proc/cpuinfo").exists()
-            else []
-        )
-        cpu = names[0].split(":")[1].strip() if names else platform.processor()
+        listed = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        names = [line.split(":")[1].strip() for line in listed.splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else platform.processor()
         load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
         print(f"\n{cpu}, {torch.get_num_threads()} threads{load}, torch {torch.__version__}")
     print(f"dcnv3 {importlib.metadata.version('dcnv3')}, kernels for {', '.join(dcnv3.kernels()) or 'no device'}\n")

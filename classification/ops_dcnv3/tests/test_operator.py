@@ -279,3 +279,26 @@ def test_module_starts_as_a_plain_average(scale):
     if scale:
         box = 0.5 * box + 0.5 * projected
     torch.testing.assert_close(module(x), module.output_proj(box), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("group, remove_center", [(1, False), (3, True), (8, False)])
+def test_module_equals_its_layers_one_by_one(group, remove_center):
+    """The fused projection and softmax change nothing but the rounding, and every parameter gets its gradient."""
+    torch.manual_seed(0)
+    module = DCNv3(8 * group, group, remove_center=remove_center).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 5, 6, 8 * group, dtype=torch.float64)
+    features = module.dw_conv(x.permute(0, 3, 1, 2))
+    mask = module.mask(features).unflatten(-1, (group, module.points)).softmax(-1).flatten(-2)
+    y = reference(module.input_proj(x), module.offset(features), mask, group=group, remove_center=remove_center)
+    expected = module.output_proj(y)
+    output = module(x)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    parameters = dict(module.named_parameters())
+    for name, got, want in zip(
+        parameters,
+        torch.autograd.grad(output.square().sum(), parameters.values()),
+        torch.autograd.grad(expected.square().sum(), parameters.values()),
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
