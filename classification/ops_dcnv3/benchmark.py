@@ -61,40 +61,51 @@ def torchvision_sampling(deform_conv2d):
 
 
 def deformops_sampling():
-    """DCNv3 of PyPI's deformops, by its functional interface."""
-    from deformops.ops import dcnv3 as theirs
+    """(pack, run): DCNv3 of PyPI's deformops. It takes (x, y, mask) of every point packed in one tensor."""
+    from deformops.registry import attn
 
-    def run(input, offset, mask, group):
-        return theirs(input, offset, mask, kernel_size=(3, 3), padding=(1, 1), groups=group)
+    def pack(input, offset, mask):
+        packed = torch.cat([offset.unflatten(-1, (-1, 2)), mask.unsqueeze(-1)], -1).flatten(-2)
+        return [input, packed.detach().requires_grad_()]
 
-    return run
+    def run(input, packed, group):
+        return attn(input, packed, groups=group, group_dims=input.shape[-1] // group)
+
+    return pack, run
 
 
 def contestants(device):
-    """Column -> function(input, offset, mask, group); and column -> why it is missing."""
+    """Column -> (what makes its tensors, function(*tensors, group)), and column -> why it is missing."""
     columns, missing = {}, {}
-    columns["grid_sample"] = grid_sample_reference
-    columns["dcnv3.reference"] = lambda *t: dcnv3.reference(*t[:3], group=t[3])
+
+    def as_they_are(*tensors):
+        return list(tensors)
+
+    columns["grid_sample"] = as_they_are, grid_sample_reference
+    columns["dcnv3.reference"] = as_they_are, lambda *t: dcnv3.reference(*t[:3], group=t[3])
     try:
         from torchvision.ops import deform_conv2d
 
         run = torchvision_sampling(deform_conv2d)
         sample = level_tensors(1, 5, 6, 2, 4, torch.float32, device)
         torch.testing.assert_close(run(*sample, 2), dcnv3.reference(*sample, group=2), rtol=1e-4, atol=1e-4)
-        columns["torchvision"] = run
+        columns["torchvision"] = as_they_are, run
     except Exception as error:
         missing["torchvision"] = str(error).strip().splitlines()[0]
     if device == "cuda":
         try:
-            run = deformops_sampling()
+            pack, run = deformops_sampling()
             sample = level_tensors(1, 5, 6, 2, 16, torch.float32, device)
-            torch.testing.assert_close(run(*sample, 2), dcnv3.reference(*sample, group=2), rtol=1e-3, atol=1e-3)
-            columns["deformops"] = run
+            torch.testing.assert_close(run(*pack(*sample), 2), dcnv3.reference(*sample, group=2), rtol=1e-3, atol=1e-3)
+            columns["deformops"] = pack, run
         except Exception as error:
             missing["deformops"] = str(error).strip().splitlines()[0]
     if device in dcnv3.kernels():
-        columns["dcnv3"] = lambda *t: dcnv3.dcnv3(*t[:3], group=t[3])
-        columns["dcnv3, logits"] = lambda *t: dcnv3.dcnv3(*t[:3], group=t[3], mask_is_logits=True)
+        columns["dcnv3"] = as_they_are, lambda *t: dcnv3.dcnv3(*t[:3], group=t[3])
+        columns["dcnv3, logits"] = (
+            as_they_are,
+            lambda *t: dcnv3.dcnv3(*t[:3], group=t[3], mask_is_logits=True),
+        )
     else:
         missing["dcnv3"] = "no kernels are loaded, see `python -m dcnv3`"
     return columns, missing
@@ -111,7 +122,7 @@ def level_tensors(batch, height, width, group, channels, dtype, device):
 
 def milliseconds(function, device, repeats):
     """Median time of a call. On a GPU by events, without waiting for each call."""
-    for _ in range(3):
+    for _ in range(3 if device == "cuda" else 1):
         function()
     if device == "cpu":
         times = []
@@ -131,8 +142,9 @@ def milliseconds(function, device, repeats):
 
 
 def forward_and_backward_times(run, tensors, group, device, repeats):
-    """(forward without a graph, backward alone on a GPU or forward plus backward on a CPU) in ms."""
-    grad = torch.randn_like(tensors[0])
+    """Milliseconds of (forward without a graph, forward and backward, backward: on a GPU only)."""
+    output = run(*tensors, group)
+    grad = torch.randn_like(output)
 
     def forward():
         with torch.no_grad():
@@ -141,7 +153,11 @@ def forward_and_backward_times(run, tensors, group, device, repeats):
     def both():
         torch.autograd.grad(run(*tensors, group), tensors, grad)
 
-    return milliseconds(forward, device, repeats), milliseconds(both, device, repeats)
+    def backward():
+        torch.autograd.grad(output, tensors, grad, retain_graph=True)
+
+    functions = (forward, both, backward) if device == "cuda" else (forward, both)
+    return tuple(milliseconds(f, device, repeats) for f in functions)
 
 
 def table(header, rows):
@@ -158,29 +174,30 @@ def levels_table(device, dtype, batch, variants, repeats):
         print(f"No column {name}: {reason}\n")
     best = "dcnv3" if "dcnv3" in columns else "dcnv3.reference"
     header = ["level", *columns, f"grid_sample : {best}"]
-    for title, which in (("forward", 0), ("forward + backward", 1)):
+    titles = ("forward", "forward + backward", "backward")[: 3 if device == "cuda" else 2]
+    tables, totals = [[] for _ in titles], {}
+    for variant in variants:
+        channels, groups, depths = VARIANTS[variant]
+        for level, size in enumerate(SIZES):
+            group = groups << level
+            tensors = level_tensors(batch, size, size, group, channels // groups, dtype, device)
+            times = {}
+            for name, (prepare, run) in columns.items():
+                times[name] = forward_and_backward_times(run, prepare(*tensors), group, device, repeats)
+            shape = f"{variant} {size}x{size}x{channels << level} G {group}"
+            for which, rows in enumerate(tables):
+                for name in columns:
+                    key = variant, name, which
+                    totals[key] = totals.get(key, 0) + times[name][which] * depths[level]
+                ratio = times["grid_sample"][which] / times[best][which]
+                rows.append([shape, *(f"{times[name][which]:.3f}" for name in columns), f"{ratio:.1f}"])
+        for which, rows in enumerate(tables):
+            total = {name: totals[variant, name, which] for name in columns}
+            ratio = total["grid_sample"] / total[best]
+            title = f"{variant}, all {sum(depths)} blocks"
+            rows.append([title, *(f"{total[name]:.2f}" for name in columns), f"{ratio:.1f}"])
+    for title, rows in zip(titles, tables):
         print(f"{title}, ms, {str(dtype).removeprefix('torch.')}, batch {batch}\n")
-        rows, totals = [], {}
-        for variant in variants:
-            channels, groups, depths = VARIANTS[variant]
-            for level, size in enumerate(SIZES):
-                group = groups << level
-                tensors = level_tensors(batch, size, size, group, channels // groups, dtype, device)
-                times = {}
-                for name, run in columns.items():
-                    times[name] = forward_and_backward_times(run, tensors, group, device, repeats)[which]
-                    totals[variant, name] = totals.get((variant, name), 0) + times[name] * depths[level]
-                shape = f"{variant} {size}x{size}x{channels << level} G {group}"
-                ratio = times["grid_sample"] / times[best]
-                rows.append([shape, *(f"{times[name]:.3f}" for name in columns), f"{ratio:.1f}"])
-            total = {name: totals[variant, name] for name in columns}
-            rows.append(
-                [
-                    f"{variant}, all {sum(depths)} blocks",
-                    *(f"{total[name]:.2f}" for name in columns),
-                    f"{total['grid_sample'] / total[best]:.1f}",
-                ]
-            )
         table(header, rows)
 
 
@@ -317,7 +334,7 @@ def main():
             memory_line()
         model_table("cuda", torch.bfloat16, 32, "B", ("dcnv3", "compiled"), repeats)
     else:
-        repeats = 3 if arguments.quick else 15
+        repeats = 3 if arguments.quick else 7
         torch.set_num_threads(min(2, torch.get_num_threads()))
         describe("cpu")
         levels_table("cpu", torch.float32, 2, ("T", "B"), repeats)
