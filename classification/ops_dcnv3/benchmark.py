@@ -1,4 +1,4 @@
-"""Times the operator against others that do the same: `python ops_dcnv3/benchmark.py [--check] [--quick]`.
+"""Times the operator against others that do the same: `python ops_dcnv3/benchmark.py [--check] [--quick] [--threads N]`.
 
 On a CPU: the levels of InternImage-T and B at 224 pixels, batch 2, float32, and InternImage-T end to
 end. On a GPU: batch 32, bfloat16 and float32, summed over all 33 blocks of InternImage-B, beside the
@@ -320,6 +320,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="run the tests first")
     parser.add_argument("--quick", action="store_true", help="few repeats: whether it runs, not how fast")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU; 1 is steadier on a busy machine (default 2)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*plain PyTorch.*")
     if arguments.check:
@@ -335,7 +336,7 @@ def main():
         model_table("cuda", torch.bfloat16, 32, "B", ("dcnv3", "compiled"), repeats)
     else:
         repeats = 3 if arguments.quick else 7
-        torch.set_num_threads(min(2, torch.get_num_threads()))
+        torch.set_num_threads(arguments.threads)
         describe("cpu")
         levels_table("cpu", torch.float32, 2, ("T", "B"), repeats)
         model_table("cpu", torch.float32, 2, "T", ("grid_sample", "dcnv3"), repeats)

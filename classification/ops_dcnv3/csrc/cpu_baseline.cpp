@@ -17,7 +17,6 @@ void run_backward(const Problem& p, int64_t begin, int64_t end);
 
 namespace {
 struct Kernels {
-  const char* name;
   void (*forward)(const Problem&, int64_t, int64_t);
   void (*backward)(const Problem&, int64_t, int64_t);
 };
@@ -25,9 +24,9 @@ struct Kernels {
 Kernels choose() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {"avx2", avx2::run_forward, avx2::run_backward};
+    return {avx2::run_forward, avx2::run_backward};
 #endif
-  return {"baseline", baseline::run_forward, baseline::run_backward};
+  return {baseline::run_forward, baseline::run_backward};
 }
 const Kernels& kernels() {
   static const Kernels chosen = choose();
@@ -39,6 +38,5 @@ int64_t cpu_forward_tasks(const Problem& p) { return p.batch * p.out_height; }
 int64_t cpu_backward_tasks(const Problem& p) { return p.batch * p.group; }
 void cpu_forward(const Problem& p, int64_t begin, int64_t end) { kernels().forward(p, begin, end); }
 void cpu_backward(const Problem& p, int64_t begin, int64_t end) { kernels().backward(p, begin, end); }
-const char* cpu_instruction_set() { return kernels().name; }
 
 }  // namespace dcnv3

@@ -36,7 +36,6 @@ int64_t cpu_forward_tasks(const Problem& problem);   // output rows of the batch
 int64_t cpu_backward_tasks(const Problem& problem);  // groups of the batch
 void cpu_forward(const Problem& problem, int64_t begin, int64_t end);
 void cpu_backward(const Problem& problem, int64_t begin, int64_t end);
-const char* cpu_instruction_set();  // "avx2" or "baseline"
 
 // CUDA, on the current device and on `stream` (a cudaStream_t), without waiting for the result.
 // Return null, or what went wrong.
