@@ -1,4 +1,4 @@
-"""Times the operator against others that do the same: `python ops_dcnv3/benchmark.py [--check] [--quick] [--threads N]`.
+"""Times the operator against others that do the same: `python ops_dcnv3/benchmark.py [--check] [--quick]`.
 
 On a CPU: the levels of InternImage-T and B at 224 pixels, batch 2, float32, and InternImage-T end to
 end. On a GPU: batch 32, bfloat16 and float32, summed over all 33 blocks of InternImage-B, beside the
