@@ -84,20 +84,37 @@ class DCNv3(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def _offset_and_logits(self, features):
+        """[N, H, W, C] -> offsets [N, H, W, G*P*2] and mask logits [N, H, W, G*P].
+
+        Both projections are one matrix product. Its width is rounded up to a multiple of 8, because
+        odd ones (63 rows at 7 groups) are slow in 16 bits; the results are slices of it, which the
+        operator reads in place.
+        """
+        weights, biases = [self.offset.weight, self.mask.weight], [self.offset.bias, self.mask.bias]
+        sizes = [len(bias) for bias in biases]
+        spare = -sum(sizes) % 8
+        if spare:
+            weights.append(weights[0].new_zeros(spare, self.channels))
+            biases.append(biases[0].new_zeros(spare))
+        both = nn.functional.linear(features, torch.cat(weights), torch.cat(biases))
+        return both[..., : sizes[0]], both[..., sizes[0] : sum(sizes)]
+
     def forward(self, x):
         features = self.dw_conv(x.permute(0, 3, 1, 2))  # [N, H, W, C]
         projected = self.input_proj(x)
-        mask = self.mask(features).unflatten(-1, (self.group, self.points)).softmax(-1).flatten(-2)
+        offset, logits = self._offset_and_logits(features)
         pad = self.kernel_size // 2
         y = dcnv3(
             projected,
-            self.offset(features),
-            mask,
+            offset,
+            logits,
             group=self.group,
             kernel=(self.kernel_size, self.kernel_size),
             padding=(pad, pad),
             offset_scale=self.offset_scale,
             remove_center=self.remove_center,
+            mask_is_logits=True,
         )
         if self.center_feature_scale:
             scale = nn.functional.linear(

@@ -11,6 +11,9 @@ the one of `floor`, as in the published kernel.
 
 Memory: the points are taken one after the other and recomputed in the backward pass, so that
 nothing of size `P` times the output is ever kept.
+
+:func:`forward` and :func:`backward` take the arguments of the operators `dcnv3::forward` and
+`dcnv3::backward`, in their order.
 """
 
 import torch
@@ -37,7 +40,9 @@ class _Sampler:
     rows are the input seen as a table [N*H*W*G, D]: one row a pixel and group.
     """
 
-    def __init__(self, input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center):
+    def __init__(
+        self, input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax
+    ):
         self.points = kernel_points(kernel, remove_center)
         batch, self.height, self.width, channels = input.shape
         out_h, out_w = offset.shape[1:3]
@@ -45,7 +50,10 @@ class _Sampler:
         self.dtype = _compute_dtype(input.dtype)
         self.rows = input.to(self.dtype).reshape(-1, channels // group)
         self.offset = offset.reshape(*self.shape, len(self.points), 2)
-        self.mask = mask.reshape(*self.shape, len(self.points))
+        self.mask = mask.reshape(*self.shape, len(self.points)).to(self.dtype)
+        self.softmax = softmax
+        if softmax:
+            self.mask = self.mask.softmax(-1)
         self.dilation, self.offset_scale = dilation, offset_scale
 
         # The kernel's centre for every output column and row: where point (0, 0) would sample
@@ -95,56 +103,63 @@ class _Sampler:
 
     def mask_column(self, p):
         """Mask values of point p: [M, 1]."""
-        return self.mask[..., p].reshape(-1, 1).to(self.dtype)
+        return self.mask[..., p].reshape(-1, 1)
 
 
-class _Reference(torch.autograd.Function):
+def forward(input, offset, mask, *parameters):
+    """[N, Ho, Wo, G*D] in the input's dtype."""
+    sampler = _Sampler(input, offset, mask, *parameters)
+    batch, out_h, out_w, group = sampler.shape
+    output = sampler.rows.new_zeros(batch * out_h * out_w * group, sampler.rows.shape[1])
+    if output.numel() > 0:  # embedding_bag refuses an empty table
+        for p in range(len(sampler.points)):
+            index, weight, _, _ = sampler.corners(p)
+            # A bag is one sample: the weighted sum of its four rows, without a copy of them.
+            output += F.embedding_bag(
+                index, sampler.rows, mode="sum", per_sample_weights=weight * sampler.mask_column(p)
+            )
+    return output.view(batch, out_h, out_w, input.shape[-1]).to(input.dtype)
+
+
+def backward(grad_output, input, offset, mask, *parameters):
+    """The gradients of input, offset and mask, in their shapes and dtypes."""
+    sampler = _Sampler(input, offset, mask, *parameters)
+    rows = sampler.rows
+    grad = grad_output.to(sampler.dtype).reshape(-1, rows.shape[1])
+    grad_rows = torch.zeros_like(rows)
+    grad_offset = torch.empty(sampler.offset.shape, dtype=sampler.dtype, device=input.device)
+    grad_mask = torch.empty(sampler.mask.shape, dtype=sampler.dtype, device=input.device)
+    for p in range(len(sampler.points)):
+        index, weight, weight_dx, weight_dy = sampler.corners(p)
+        mask_p = sampler.mask_column(p)
+        # dot[m, c] = <output gradient, corner c>: all three small gradients follow from it.
+        dot = torch.empty_like(weight)
+        for c in range(4):
+            dot[:, c] = (rows.index_select(0, index[:, c]) * grad).sum(-1)
+            grad_rows.index_add_(0, index[:, c], grad * (weight[:, c : c + 1] * mask_p))
+        scale = mask_p[:, 0] * sampler.offset_scale
+        grad_mask[..., p] = (dot * weight).sum(-1).view(sampler.shape)
+        grad_offset[..., p, 0] = ((dot * weight_dx).sum(-1) * scale).view(sampler.shape)
+        grad_offset[..., p, 1] = ((dot * weight_dy).sum(-1) * scale).view(sampler.shape)
+    if sampler.softmax:
+        grad_mask = sampler.mask * (grad_mask - (grad_mask * sampler.mask).sum(-1, keepdim=True))
+    return (
+        grad_rows.view(input.shape).to(input.dtype),
+        grad_offset.view(offset.shape).to(offset.dtype),
+        grad_mask.view(mask.shape).to(mask.dtype),
+    )
+
+
+class Reference(torch.autograd.Function):
+    """The same with a gradient, for :func:`dcnv3.reference`."""
+
     @staticmethod
     def forward(ctx, input, offset, mask, *parameters):
         ctx.save_for_backward(input, offset, mask)
         ctx.parameters = parameters
-        sampler = _Sampler(input, offset, mask, *parameters)
-        batch, out_h, out_w, group = sampler.shape
-        output = sampler.rows.new_zeros(batch * out_h * out_w * group, sampler.rows.shape[1])
-        if output.numel() > 0:  # embedding_bag refuses an empty table
-            for p in range(len(sampler.points)):
-                index, weight, _, _ = sampler.corners(p)
-                # A bag is one sample: the weighted sum of its four rows, without a copy of them.
-                output += F.embedding_bag(
-                    index, sampler.rows, mode="sum", per_sample_weights=weight * sampler.mask_column(p)
-                )
-        return output.view(batch, out_h, out_w, input.shape[-1]).to(input.dtype)
+        return forward(input, offset, mask, *parameters)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        input, offset, mask = ctx.saved_tensors
-        sampler = _Sampler(input, offset, mask, *ctx.parameters)
-        rows = sampler.rows
-        grad = grad_output.to(sampler.dtype).reshape(-1, rows.shape[1])
-        grad_rows = torch.zeros_like(rows)
-        grad_offset = torch.zeros_like(sampler.offset)
-        grad_mask = torch.zeros_like(sampler.mask)
-        for p in range(len(sampler.points)):
-            index, weight, weight_dx, weight_dy = sampler.corners(p)
-            mask_p = sampler.mask_column(p)
-            # dot[m, c] = <output gradient, corner c>: all three small gradients follow from it.
-            dot = torch.empty_like(weight)
-            for c in range(4):
-                dot[:, c] = (rows.index_select(0, index[:, c]) * grad).sum(-1)
-                grad_rows.index_add_(0, index[:, c], grad * (weight[:, c : c + 1] * mask_p))
-            scale = mask_p[:, 0] * sampler.offset_scale
-            grad_mask[..., p] = (dot * weight).sum(-1).view(sampler.shape)
-            grad_offset[..., p, 0] = ((dot * weight_dx).sum(-1) * scale).view(sampler.shape)
-            grad_offset[..., p, 1] = ((dot * weight_dy).sum(-1) * scale).view(sampler.shape)
-        gradients = (
-            grad_rows.view(input.shape).to(input.dtype),
-            grad_offset.view(offset.shape),
-            grad_mask.view(mask.shape),
-        )
-        return *gradients, *(None,) * len(ctx.parameters)
-
-
-def dcnv3_reference(input, offset, mask, *, group, kernel, stride, padding, dilation, offset_scale, remove_center):
-    """The operator without any compiled code; arguments and result as in :func:`dcnv3.dcnv3`."""
-    return _Reference.apply(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center)
+        return *backward(grad_output, *ctx.saved_tensors, *ctx.parameters), *(None for _ in ctx.parameters)

@@ -1,0 +1,346 @@
+"""Times the operator against others that do the same: `python ops_dcnv3/benchmark.py [--check] [--quick]`.
+
+On a CPU: the levels of InternImage-T and B at 224 pixels, batch 2, float32, and InternImage-T end to
+end. On a GPU: batch 32, bfloat16 and float32, summed over all 33 blocks of InternImage-B, beside the
+bytes that must move. Medians of one run, as Markdown. Columns whose package does not load are left out,
+and it says why.
+
+--check   first the operator tests, on a GPU also compute-sanitizer where it is found
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import dcnv3
+
+HERE = Path(__file__).parent
+SIZES = (56, 28, 14, 7)
+VARIANTS = {"T": (64, 4, (4, 4, 18, 4)), "B": (112, 7, (4, 4, 21, 4))}  # channels, groups, depths
+
+
+def grid_sample_reference(input, offset, mask, group):
+    """DCNv3 as most write it in PyTorch: all points at once through `grid_sample`; 3x3, padding 1."""
+    n, h, w, channels = input.shape
+    images = input.view(n, h * w, group, -1).permute(0, 2, 3, 1).reshape(n * group, channels // group, h, w)
+    point = torch.arange(9, device=input.device, dtype=input.dtype)
+    x = torch.arange(w, device=input.device, dtype=input.dtype).view(-1, 1, 1) + point // 3 - 1
+    y = torch.arange(h, device=input.device, dtype=input.dtype).view(-1, 1, 1, 1) + point % 3 - 1
+    offset = offset.view(n, h, w, group, 9, 2)
+    grid = torch.stack([(2 * (offset[..., 0] + x) + 1) / w - 1, (2 * (offset[..., 1] + y) + 1) / h - 1], -1)
+    grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(n * group, h * w, 9, 2)
+    samples = F.grid_sample(images, grid, align_corners=False)  # [N*G, D, H*W, 9]
+    weights = mask.view(n, h * w, group, 9).permute(0, 2, 1, 3).reshape(n * group, 1, h * w, 9)
+    return (samples * weights).sum(-1).view(n, channels, h, w).permute(0, 2, 3, 1)
+
+
+def torchvision_sampling(deform_conv2d):
+    """The same samples by torchvision: nine copies of every channel, added up by a depthwise kernel of ones."""
+
+    def run(input, offset, mask, group):
+        n, h, w, channels = input.shape
+        # Theirs: channels first, points by row then column, (y, x), kernel centre in the middle.
+        offset = offset.view(n, h, w, group, 3, 3, 2).permute(0, 3, 5, 4, 6, 1, 2).flip(4).reshape(n, -1, h, w)
+        mask = mask.view(n, h, w, group, 3, 3).permute(0, 3, 5, 4, 1, 2).reshape(n, -1, h, w)
+        weight = input.new_ones(channels, 1, 3, 3)
+        output = deform_conv2d(input.permute(0, 3, 1, 2), offset, weight, padding=1, mask=mask)
+        return output.permute(0, 2, 3, 1)
+
+    return run
+
+
+def deformops_sampling():
+    """(pack, run): DCNv3 of PyPI's deformops. It takes (x, y, mask) of every point packed in one tensor."""
+    from deformops.registry import attn
+
+    def pack(input, offset, mask):
+        packed = torch.cat([offset.unflatten(-1, (-1, 2)), mask.unsqueeze(-1)], -1).flatten(-2)
+        return [input, packed.detach().requires_grad_()]
+
+    def run(input, packed, group):
+        return attn(input, packed, groups=group, group_dims=input.shape[-1] // group)
+
+    return pack, run
+
+
+def contestants(device):
+    """Column -> (what makes its tensors, function(*tensors, group)), and column -> why it is missing."""
+    columns, missing = {}, {}
+
+    def as_they_are(*tensors):
+        return list(tensors)
+
+    columns["grid_sample"] = as_they_are, grid_sample_reference
+    columns["dcnv3.reference"] = as_they_are, lambda *t: dcnv3.reference(*t[:3], group=t[3])
+    try:
+        from torchvision.ops import deform_conv2d
+
+        run = torchvision_sampling(deform_conv2d)
+        sample = level_tensors(1, 5, 6, 2, 4, torch.float32, device)
+        torch.testing.assert_close(run(*sample, 2), dcnv3.reference(*sample, group=2), rtol=1e-4, atol=1e-4)
+        columns["torchvision"] = as_they_are, run
+    except Exception as error:
+        missing["torchvision"] = str(error).strip().splitlines()[0]
+    if device == "cuda":
+        try:
+            pack, run = deformops_sampling()
+            sample = level_tensors(1, 5, 6, 2, 16, torch.float32, device)
+            torch.testing.assert_close(run(*pack(*sample), 2), dcnv3.reference(*sample, group=2), rtol=1e-3, atol=1e-3)
+            columns["deformops"] = pack, run
+        except Exception as error:
+            missing["deformops"] = str(error).strip().splitlines()[0]
+    if device in dcnv3.kernels():
+        columns["dcnv3"] = as_they_are, lambda *t: dcnv3.dcnv3(*t[:3], group=t[3])
+        columns["dcnv3, logits"] = (
+            as_they_are,
+            lambda *t: dcnv3.dcnv3(*t[:3], group=t[3], mask_is_logits=True),
+        )
+    else:
+        missing["dcnv3"] = "no kernels are loaded, see `python -m dcnv3`"
+    return columns, missing
+
+
+def level_tensors(batch, height, width, group, channels, dtype, device):
+    """Input, offsets drawn N(0, 1), and softmaxed masks."""
+    g = torch.Generator().manual_seed(0)
+    input = torch.randn(batch, height, width, group * channels, generator=g)
+    offset = torch.randn(batch, height, width, group * 18, generator=g)
+    mask = torch.randn(batch, height, width, group, 9, generator=g).softmax(-1).flatten(-2)
+    return [t.to(device, dtype).requires_grad_() for t in (input, offset, mask)]
+
+
+def milliseconds(function, device, repeats):
+    """Median time of a call. On a GPU by events, without waiting for each call."""
+    for _ in range(3 if device == "cuda" else 1):
+        function()
+    if device == "cpu":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append((time.perf_counter() - start) * 1e3)
+        return statistics.median(times)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    torch.cuda.synchronize()
+    for start, end in events:
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def forward_and_backward_times(run, tensors, group, device, repeats):
+    """Milliseconds of (forward without a graph, forward and backward, backward: on a GPU only)."""
+    output = run(*tensors, group)
+    grad = torch.randn_like(output)
+
+    def forward():
+        with torch.no_grad():
+            run(*tensors, group)
+
+    def both():
+        torch.autograd.grad(run(*tensors, group), tensors, grad)
+
+    def backward():
+        torch.autograd.grad(output, tensors, grad, retain_graph=True)
+
+    functions = (forward, both, backward) if device == "cuda" else (forward, both)
+    return tuple(milliseconds(f, device, repeats) for f in functions)
+
+
+def table(header, rows):
+    print("| " + " | ".join(header) + " |")
+    print("|" + " --- |" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
+    print()
+
+
+def levels_table(device, dtype, batch, variants, repeats):
+    columns, missing = contestants(device)
+    for name, reason in missing.items():
+        print(f"No column {name}: {reason}\n")
+    best = "dcnv3" if "dcnv3" in columns else "dcnv3.reference"
+    header = ["level", *columns, f"grid_sample : {best}"]
+    titles = ("forward", "forward + backward", "backward")[: 3 if device == "cuda" else 2]
+    tables, totals = [[] for _ in titles], {}
+    for variant in variants:
+        channels, groups, depths = VARIANTS[variant]
+        for level, size in enumerate(SIZES):
+            group = groups << level
+            tensors = level_tensors(batch, size, size, group, channels // groups, dtype, device)
+            times = {}
+            for name, (prepare, run) in columns.items():
+                times[name] = forward_and_backward_times(run, prepare(*tensors), group, device, repeats)
+            shape = f"{variant} {size}x{size}x{channels << level} G {group}"
+            for which, rows in enumerate(tables):
+                for name in columns:
+                    key = variant, name, which
+                    totals[key] = totals.get(key, 0) + times[name][which] * depths[level]
+                ratio = times["grid_sample"][which] / times[best][which]
+                rows.append([shape, *(f"{times[name][which]:.3f}" for name in columns), f"{ratio:.1f}"])
+        for which, rows in enumerate(tables):
+            total = {name: totals[variant, name, which] for name in columns}
+            ratio = total["grid_sample"] / total[best]
+            title = f"{variant}, all {sum(depths)} blocks"
+            rows.append([title, *(f"{total[name]:.2f}" for name in columns), f"{ratio:.1f}"])
+    for title, rows in zip(titles, tables):
+        print(f"{title}, ms, {str(dtype).removeprefix('torch.')}, batch {batch}\n")
+        table(header, rows)
+
+
+def bytes_table(repeats):
+    """What InternImage-B must move at batch 32 in bfloat16, at the rate of a device-to-device copy."""
+    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    rate = 2 * source.numel() / milliseconds(lambda: target.copy_(source), "cuda", repeats) * 1e3
+    channels, groups, depths = VARIANTS["B"]
+    forward = backward = 0
+    for level, depth in enumerate(depths):
+        pixels, c, g = 32 * SIZES[level] ** 2, channels << level, groups << level
+        forward += depth * pixels * (2 * c + 27 * g) * 2
+        backward += depth * pixels * (3 * c + 54 * g) * 2
+    print(f"Copy rate {rate / 1e12:.2f} TB/s. InternImage-B, 33 blocks, bfloat16, batch 32:")
+    print(f"forward {forward / 1e9:.2f} GB = {forward / rate * 1e3:.2f} ms, ", end="")
+    print(f"backward {backward / 1e9:.2f} GB = {backward / rate * 1e3:.2f} ms at that rate.\n")
+
+    print("Adding 64 MiB of float32 to memory, scattered by row of 16, ms (it decides the backward pass):")
+    index = torch.randint(0, 1 << 20, (1 << 20,), device="cuda")
+    rows, memory = torch.randn(1 << 20, 16, device="cuda"), torch.zeros(1 << 20, 16, device="cuda")
+    print(f"index_add_ {milliseconds(lambda: memory.index_add_(0, index, rows), 'cuda', repeats):.3f}\n")
+
+
+def memory_line():
+    """Peak of forward plus backward at the first level of B against what it must hold."""
+    tensors = level_tensors(32, 56, 56, 7, 16, torch.bfloat16, "cuda")
+    grad = torch.randn_like(tensors[0])
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(dcnv3.dcnv3(*tensors, group=7), tensors, grad)
+    held = sum(t.numel() for t in tensors) * 2 * 2 + grad.numel() * 2 * 2 + tensors[0].numel() * 4
+    peak = torch.cuda.max_memory_allocated()
+    print(
+        f"Peak memory {peak / 2**20:.0f} MiB; inputs, outputs, gradients and one accumulator {held / 2**20:.0f} MiB.\n"
+    )
+
+
+def model_table(device, dtype, batch, variant, modes, repeats):
+    """InternImage end to end with the operator, and with others in its place."""
+    sys.path.insert(0, str(HERE.parent))
+    try:
+        import torchvision_shim  # noqa: F401
+    except ImportError:
+        pass
+    from models.intern_image import InternImage
+
+    channels, groups, depths = VARIANTS[variant]
+    torch.manual_seed(0)
+    model = InternImage(
+        num_classes=14,
+        channels=channels,
+        groups=tuple(groups << i for i in range(4)),
+        depths=depths,
+        layer_scale=None if variant == "T" else 1e-5,
+        post_norm=variant != "T",
+    ).to(device)
+    for name, parameter in model.named_parameters():  # a fresh model has no offsets
+        if ".dcn.offset.weight" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    x = torch.randn(batch, 3, 224, 224, device=device)
+
+    def slow(input, offset, mask, *, group, mask_is_logits=False, **_):
+        if mask_is_logits:
+            mask = mask.unflatten(-1, (group, 9)).softmax(-1).flatten(-2)
+        return grid_sample_reference(input, offset.contiguous(), mask.contiguous(), group)
+
+    rows = []
+    for mode in modes:
+        dcnv3.module.dcnv3 = slow if mode == "grid_sample" else dcnv3.dcnv3
+        model.eval()
+        run = torch.compile(model) if mode == "compiled" else model
+
+        def infer(run=run):
+            with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                run(x)
+
+        def step(run=run):
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                loss = run(x).float().square().mean()
+            loss.backward()
+
+        inference = milliseconds(infer, device, repeats)
+        model.train()
+        rows.append([mode, f"{inference:.1f}", f"{milliseconds(step, device, repeats):.1f}"])
+    dcnv3.module.dcnv3 = dcnv3.dcnv3
+    print(f"InternImage-{variant}, 224 pixels, batch {batch}, {str(dtype).removeprefix('torch.')}, ms\n")
+    table(["operator", "forward", "forward + backward"], rows)
+
+
+def check():
+    """The tests, and compute-sanitizer where it is found. Ends the run where something fails."""
+    command = [sys.executable, "-m", "pytest", "-q", str(HERE / "tests")]
+    if subprocess.run(command).returncode:
+        sys.exit("benchmark: the operator tests fail: no figures for an operator that is wrong")
+    sanitizer = shutil.which("compute-sanitizer")
+    if torch.cuda.is_available() and sanitizer:
+        script = HERE / "tests" / "test_operator.py"
+        for tool in ("memcheck", "racecheck", "initcheck"):
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
+            if subprocess.run([*command, str(script), "-k", "any_kernel or any_width"]).returncode:
+                sys.exit(f"benchmark: compute-sanitizer {tool} reports errors")
+    elif torch.cuda.is_available():
+        print("compute-sanitizer is not found: memory and races on the GPU are not checked\n")
+
+
+def describe(device):
+    print(f"Command: `{' '.join(['python', 'ops_dcnv3/benchmark.py', *sys.argv[1:]])}`")
+    if device == "cuda":
+        print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    else:
+        listed = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        names = [line.split(":")[1].strip() for line in listed.splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else platform.processor()
+        load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+        print(f"\n{cpu}, {torch.get_num_threads()} threads{load}, torch {torch.__version__}")
+    print(f"dcnv3 {importlib.metadata.version('dcnv3')}, kernels for {', '.join(dcnv3.kernels()) or 'no device'}\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="run the tests first")
+    parser.add_argument("--quick", action="store_true", help="few repeats: whether it runs, not how fast")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU; 1 is steadier on a busy machine (default 2)")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*plain PyTorch.*")
+    if arguments.check:
+        check()
+    if torch.cuda.is_available():
+        repeats = 5 if arguments.quick else 50
+        describe("cuda")
+        bytes_table(repeats)
+        for dtype in (torch.bfloat16, torch.float32):
+            levels_table("cuda", dtype, 32, ("T", "B"), repeats)
+        if "cuda" in dcnv3.kernels():
+            memory_line()
+        model_table("cuda", torch.bfloat16, 32, "B", ("dcnv3", "compiled"), repeats)
+    else:
+        repeats = 3 if arguments.quick else 7
+        torch.set_num_threads(arguments.threads)
+        describe("cpu")
+        levels_table("cpu", torch.float32, 2, ("T", "B"), repeats)
+        model_table("cpu", torch.float32, 2, "T", ("grid_sample", "dcnv3"), repeats)
+
+
+if __name__ == "__main__":
+    main()

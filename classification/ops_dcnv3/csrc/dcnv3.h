@@ -1,0 +1,47 @@
+// One call of the operator as plain data: what the torch binding hands to the kernels. No torch here.
+#pragma once
+
+#include <stdint.h>
+
+namespace dcnv3 {
+
+enum class Dtype { float64, float32, float16, bfloat16 };
+
+// Tensors are dense, channels last, but for the distance between output pixels of offset and mask,
+// which may be views of a wider tensor. Strides count elements.
+struct Problem {
+  Dtype dtype;
+  int64_t batch, height, width, out_height, out_width;
+  int64_t group, channels;  // channels of one group
+  int64_t offset_stride, mask_stride;
+  int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  double offset_scale;
+  bool remove_center;
+  bool softmax;  // mask holds logits: the softmax over the points of a group comes first
+
+  const void* input;   // [batch, height, width, group, channels]
+  const void* offset;  // [batch, out_height, out_width, (group, point, (x, y))], by offset_stride
+  const void* mask;    // [batch, out_height, out_width, (group, point)], by mask_stride
+
+  void* output;             // [batch, out_height, out_width, group, channels]; forward only
+  const void* grad_output;  // as output; backward only, like all that follows
+  void* grad_input;
+  void* grad_offset;  // dense
+  void* grad_mask;    // dense; the gradient of the logits with `softmax`
+};
+
+// CPU. The caller splits the range of tasks over threads; tasks write to disjoint memory and each
+// sums in a fixed order, so results do not depend on the number of threads.
+int64_t cpu_forward_tasks(const Problem& problem);   // output rows of the batch
+int64_t cpu_backward_tasks(const Problem& problem);  // groups of the batch
+void cpu_forward(const Problem& problem, int64_t begin, int64_t end);
+void cpu_backward(const Problem& problem, int64_t begin, int64_t end);
+
+// CUDA, on the current device and on `stream` (a cudaStream_t), without waiting for the result.
+// Return null, or what went wrong.
+const char* cuda_forward(const Problem& problem, void* stream);
+// `accumulator` takes the gradient of the input: float32 (float64 for float64), all zeros, dense as
+// input. problem.grad_input is not used. Sums into it are in no fixed order unless `deterministic`.
+const char* cuda_backward(const Problem& problem, void* accumulator, bool deterministic, void* stream);
+
+}  // namespace dcnv3

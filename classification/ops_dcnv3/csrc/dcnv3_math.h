@@ -1,0 +1,174 @@
+// The arithmetic of DCNv3, shared by the CPU and the CUDA kernels: where a point samples, with what
+// weights, and how those move with its position. The CPU tests thereby exercise what a GPU computes.
+//
+// All functions are branch-free, so that a loop over points vectorises on a CPU and does not diverge
+// on a GPU.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#define DCNV3_INLINE __host__ __device__ __forceinline__
+#else
+#define DCNV3_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace dcnv3 {
+namespace {  // a copy per object file: objects are compiled for different instruction sets
+
+// ---- numbers ----------------------------------------------------------------------------------
+
+// 16-bit floats, as bits: the same for host and device, whatever the compiler has for them.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+DCNV3_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits under another type");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+DCNV3_INLINE float widen(float x) { return x; }
+DCNV3_INLINE double widen(double x) { return x; }
+DCNV3_INLINE float widen(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
+DCNV3_INLINE float widen(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
+  // Exponent and fraction move to their places in a float32; the product mends the exponent's bias,
+  // and makes subnormal numbers normal on the way.
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;  // infinity or NaN
+  const float scaled = bits_as<float>(magnitude) * 0x1p112f;
+  return bits_as<float>(bits_as<uint32_t>(scaled) | special | uint32_t(x.bits & 0x8000) << 16);
+#endif
+}
+
+// Rounding is to nearest, ties to even.
+DCNV3_INLINE void narrow(float x, float* to) { *to = x; }
+DCNV3_INLINE void narrow(double x, double* to) { *to = x; }
+DCNV3_INLINE void narrow(float x, BFloat16* to) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to->bits = uint16_t(x != x ? 0x7fc0 : rounded);
+#endif
+}
+DCNV3_INLINE void narrow(float x, Float16* to) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  // Normal results: round away 13 bits, then mend the bias. Subnormal ones: an addition that puts
+  // the last bit of a half at the last bit of a float rounds them by itself.
+  const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - bits_as<uint32_t>(0.5f);
+  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00 : half;  // 65520 and above
+  half = magnitude > 0x7f800000u ? 0x7e00 : half;   // NaN
+  to->bits = uint16_t(half | (bits >> 16 & 0x8000));
+#endif
+}
+
+template <typename T>
+using Accumulator = decltype(widen(T{}));  // float32, or float64 for float64
+
+// e^x for the softmax, x <= 0.
+DCNV3_INLINE float exp_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);
+#else
+  // e^x = 2^n e^r with |r| <= ln(2) / 2, and e^r by its Taylor polynomial of degree 7,
+  // whose error is below that of float32. Below -87 the result would be subnormal: clamped, so that
+  // 2^n stays a normal number. NaN passes through.
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln(2) in two parts
+  float e = 1.0f / 5040;
+  e = e * r + 1.0f / 720;
+  e = e * r + 1.0f / 120;
+  e = e * r + 1.0f / 24;
+  e = e * r + 1.0f / 6;
+  e = e * r + 0.5f;
+  e = e * r + 1.0f;
+  e = e * r + 1.0f;
+  return e * bits_as<float>((bits_as<uint32_t>(shifted) << 23) + 0x3f800000u);
+#endif
+}
+DCNV3_INLINE double exp_of(double x) { return exp(x); }
+
+// ---- points -----------------------------------------------------------------------------------
+
+// Points of a kernel; remove_center leaves the middle one out.
+DCNV3_INLINE int point_count(int kernel_h, int kernel_w, bool remove_center) {
+  return kernel_h * kernel_w - (remove_center ? 1 : 0);
+}
+
+// Row and column of point p in the kernel: columns outside, rows inside.
+DCNV3_INLINE void point_of(int p, int kernel_h, int kernel_w, bool remove_center, int* row, int* column) {
+  const int center = (kernel_w / 2) * kernel_h + kernel_h / 2;
+  const int q = p + (remove_center && p >= center ? 1 : 0);
+  *column = q / kernel_h;
+  *row = q % kernel_h;
+}
+
+// Position, along one axis, of kernel element 0 at output `step` with a zero offset. offset_scale
+// stretches the grid around the middle of the kernel.
+template <typename A>
+DCNV3_INLINE A origin_of(int64_t step, int kernel, int stride, int padding, int dilation, A offset_scale) {
+  const int extent = (dilation * (kernel - 1)) / 2;
+  return A(extent - padding + step * stride) - A(extent) * offset_scale;
+}
+
+// Position, along one axis, of the kernel element `grid` pixels (row or column times dilation) from
+// element 0.
+template <typename A>
+DCNV3_INLINE A position_of(A origin, A grid, A offset, A offset_scale) {
+  return origin + (grid + offset) * offset_scale;
+}
+
+// One axis of a bilinear sample: the two neighbours, their weights, and the weights' derivatives.
+template <typename A>
+struct Axis {
+  int low, high;              // clamped: always an index that exists
+  A low_weight, high_weight;  // 0 where the neighbour lies outside the input
+  A low_slope, high_slope;    // d weight / d position: -1 and 1, or 0 outside
+};
+
+// `position` along an axis of `size` pixels. At an integer the cell is that of floor. A point counts
+// if -1 < position < size on both axes; otherwise, and at NaN, all four numbers of the axis are 0, so
+// that the sample and all its gradients are, whatever the other axis says.
+template <typename A>
+DCNV3_INLINE Axis<A> axis_of(A position, int size) {
+  const A above = position > A(-1) ? position : A(-1);  // -1 for NaN as well
+  const A x = above < A(size) ? above : A(size);
+  const int truncated = int(x);
+  const int low = truncated - (A(truncated) > x ? 1 : 0);  // floor
+  const A cell = A(low);
+  const A fraction = x - cell;
+  Axis<A> axis;
+  axis.low = low < 0 ? 0 : (low < size ? low : size - 1);
+  axis.high = low + 1 < size ? low + 1 : size - 1;
+  axis.low_slope = (cell >= A(0)) & (cell < A(size)) ? A(-1) : A(0);
+  axis.high_slope = (x > A(-1)) & (cell + A(1) < A(size)) ? A(1) : A(0);
+  axis.low_weight = (fraction - A(1)) * axis.low_slope;
+  axis.high_weight = fraction * axis.high_slope;
+  return axis;
+}
+
+}  // namespace
+}  // namespace dcnv3

@@ -1,0 +1,83 @@
+"""`dcnv3::forward` and `dcnv3::backward`: the schema, and what runs behind it.
+
+Where compiled kernels are loaded (see `_extension.py`) the dispatcher takes them for their device.
+For every other device there is the definition in PyTorch. Both have the same fake kernels and the
+same autograd formula. Arguments are checked by :func:`dcnv3.dcnv3`, not here.
+"""
+
+import warnings
+
+import torch
+
+from . import _extension, definition
+
+_PARAMETERS = (
+    "int group, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
+    "float offset_scale, bool remove_center, bool softmax"
+)
+_library = torch.library.Library("dcnv3", "DEF")  # declarations vanish with their Library object
+_library.define(
+    f"forward(Tensor input, Tensor offset, Tensor mask, {_PARAMETERS}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_library.define(
+    "backward(Tensor grad_output, Tensor input, Tensor offset, Tensor mask, "
+    f"{_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+_said = set()
+
+
+def _say_slow(device):
+    """Once a device: the definition runs because nothing better is there."""
+    if device.type not in _said:
+        _said.add(device.type)
+        warnings.warn(
+            f"dcnv3: the operator runs in plain PyTorch on {device.type}, several times slower than its kernels: "
+            f"{_extension.why_not(device.type)}",
+            stacklevel=2,
+        )
+
+
+def _forward_fallback(input, *args):
+    _say_slow(input.device)
+    return definition.forward(input, *args)
+
+
+def _backward_fallback(grad_output, *args):
+    return definition.backward(grad_output, *args)
+
+
+_library.impl("forward", _forward_fallback, "CompositeExplicitAutograd")
+_library.impl("backward", _backward_fallback, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("dcnv3::forward", lib=_library)
+def _forward_fake(input, offset, mask, *parameters):
+    return input.new_empty((*offset.shape[:3], input.shape[3]))
+
+
+@torch.library.register_fake("dcnv3::backward", lib=_library)
+def _backward_fake(grad_output, input, offset, mask, *parameters):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (input, offset, mask))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.parameters = inputs[3:]
+
+
+def _backward(ctx, grad_output):
+    gradients = torch.ops.dcnv3.backward(grad_output, *ctx.saved_tensors, *ctx.parameters)
+    return *gradients, *(None for _ in ctx.parameters)
+
+
+def _double_backward(ctx, *gradients):
+    raise NotImplementedError("dcnv3: the gradient of the gradient is not implemented (create_graph=True needs it)")
+
+
+torch.library.register_autograd("dcnv3::forward", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("dcnv3::backward", _double_backward, lib=_library)
+
+_extension.load()

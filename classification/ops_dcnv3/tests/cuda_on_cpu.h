@@ -1,0 +1,115 @@
+// Just enough of CUDA to run the kernels' own source on a CPU, where no GPU is: every thread of a block
+// is a fiber, and barriers and shuffles hand over to the next one. It shows whether indices, guards and
+// sums are right; nothing about speed, and nothing about races between blocks.
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <vector>
+
+#define DCNV3_EMULATED
+#define __global__
+#define __device__
+#define __launch_bounds__(threads)
+#define DCNV3_SHARED(name) Wide* const name = reinterpret_cast<Wide*>(emulated::shared)
+
+struct alignas(16) Wide {
+  double numbers[2];
+};
+struct dim3 {
+  unsigned x;
+  explicit dim3(unsigned n = 1) : x(n) {}
+};
+typedef int cudaError_t;
+typedef void* cudaStream_t;
+constexpr cudaError_t cudaSuccess = 0;
+inline cudaError_t cudaGetLastError() { return 0; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
+
+static dim3 threadIdx, blockIdx;
+
+namespace emulated {
+static char* shared;
+static std::vector<ucontext_t> fibers;
+static std::vector<long> block_barriers, warp_barriers;  // how many each fiber has reached
+static std::vector<bool> done;
+static std::vector<double> slots;  // what a thread offers to its warp
+static ucontext_t scheduler;
+
+inline void hand_over() { swapcontext(&fibers[threadIdx.x], &scheduler); }
+
+// Waits until all threads [first, last) have reached as many barriers as this one.
+inline void wait_for(std::vector<long>& reached, unsigned first, unsigned last) {
+  const long mine = ++reached[threadIdx.x];
+  for (unsigned i = first; i < last; ++i)
+    while (!done[i] && reached[i] < mine) hand_over();
+}
+inline unsigned warp() { return threadIdx.x / 32 * 32; }
+}  // namespace emulated
+
+inline void __syncthreads() { emulated::wait_for(emulated::block_barriers, 0, unsigned(emulated::fibers.size())); }
+inline void __syncwarp() { emulated::wait_for(emulated::warp_barriers, emulated::warp(), emulated::warp() + 32); }
+template <typename A>
+A __shfl_xor_sync(unsigned, A value, int mask) {
+  emulated::slots[threadIdx.x] = value;
+  __syncwarp();
+  const A other = A(emulated::slots[threadIdx.x ^ unsigned(mask)]);
+  __syncwarp();
+  return other;
+}
+template <typename A>
+void atomicAdd(A* to, A value) {
+  *to += value;
+}
+
+namespace emulated {
+static void (*body)(const void*);
+static const void* argument;
+inline void run() {
+  body(argument);
+  done[threadIdx.x] = true;
+  for (;;) hand_over();
+}
+}  // namespace emulated
+
+template <typename Arguments>
+cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, void** list, size_t bytes,
+                             cudaStream_t) {
+  using namespace emulated;
+  static void (*called)(Arguments);
+  called = kernel;
+  body = [](const void* a) { called(*static_cast<const Arguments*>(a)); };
+  argument = list[0];
+  const size_t stack = 256 * 1024;
+  std::vector<char> stacks(stack * block.x);
+  // Exactly as large as asked for: AddressSanitizer sees what lies beyond.
+  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+    shared = static_cast<char*>(aligned_alloc(16, (bytes + 15) / 16 * 16));
+    memset(shared, 0xff, bytes);  // NaN: what is read before it is written shows
+    fibers.assign(block.x, ucontext_t());
+    block_barriers.assign(block.x, 0);
+    warp_barriers.assign(block.x, 0);
+    done.assign(block.x, false);
+    slots.assign(block.x, 0);
+    for (unsigned i = 0; i < block.x; ++i) {
+      getcontext(&fibers[i]);
+      fibers[i].uc_stack.ss_sp = stacks.data() + stack * i;
+      fibers[i].uc_stack.ss_size = stack;
+      makecontext(&fibers[i], run, 0);
+    }
+    for (bool running = true; running;) {
+      running = false;
+      for (unsigned i = 0; i < block.x; ++i) {
+        if (done[i]) continue;
+        running = true;
+        threadIdx.x = i;
+        swapcontext(&scheduler, &fibers[i]);
+      }
+    }
+    free(shared);
+  }
+  return cudaSuccess;
+}

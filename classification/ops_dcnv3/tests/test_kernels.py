@@ -1,0 +1,124 @@
+"""The kernels without torch, under AddressSanitizer; the CUDA ones run on the CPU by an imitation of CUDA.
+
+Skipped where the compiler they need is not found. That no GPU is needed is the point: what these tests
+show of the CUDA kernels is that indices, guards and sums are right, not that they run on a GPU.
+"""
+
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from common import assert_same, random_inputs
+
+from dcnv3 import definition
+from dcnv3.functional import output_size
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parent / "csrc"
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+NVCC = shutil.which("nvcc")
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def program(request, tmp_path_factory):
+    """(device, path) of the kernels of a device as a program."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    path = tmp_path_factory.mktemp("kernels") / request.param
+    sources = [HERE / "kernels_alone.cpp"]
+    if request.param == "cpu":
+        sources += [SOURCES / "cpu_baseline.cpp", SOURCES / "cpu_avx2.cpp"]
+    flags = ["-DDCNV3_TEST_CUDA"] if request.param == "cuda" else []
+    command = [COMPILER, "-std=c++17", "-O0", "-I", SOURCES, "-I", HERE, *flags, *sources, "-o", path]
+    if subprocess.run([*command, *SANITIZERS], capture_output=True).returncode:
+        subprocess.run(command, check=True)  # a compiler without the sanitizers
+    return request.param, path
+
+
+CASES = {
+    "fast": dict(h=5, w=7, group=3, width=16),
+    "wide": dict(h=3, w=5, group=9, width=32),
+    "logits": dict(h=5, w=7, group=7, width=16, softmax=True),
+    "half": dict(h=5, w=7, group=3, width=16, softmax=True, dtype=torch.float16),
+    "bfloat": dict(h=5, w=7, group=3, width=32, softmax=True, dtype=torch.bfloat16),
+    "double": dict(h=5, w=7, group=3, width=4, softmax=True, dtype=torch.float64),
+    "misaligned": dict(h=5, w=7, group=3, width=16, shift=1),
+    "width 24": dict(h=5, w=4, group=2, width=24, softmax=True, kernel=(1, 2), padding=(0, 1)),
+    "width 7": dict(h=5, w=7, group=10, width=7, softmax=True, kernel=(2, 2)),
+    "width 1": dict(h=5, w=7, group=2, width=1),
+    "width 40": dict(h=3, w=5, group=1, width=40, softmax=True, kernel=(2, 1), dtype=torch.bfloat16),
+    "1x1": dict(h=5, w=7, group=3, width=16, kernel=(1, 1), padding=(0, 0)),
+    "any kernel": dict(
+        h=11, w=8, group=2, width=5, kernel=(3, 5), stride=(2, 3), padding=(1, 2), dilation=(2, 1), scale=1.5,
+        remove_center=True, softmax=True,
+    ),
+    "large kernel": dict(h=5, w=4, group=3, width=4, kernel=(7, 7), padding=(3, 3), softmax=True),
+    "one pixel": dict(h=1, w=1, group=5, width=16, softmax=True),
+    "strided": dict(h=5, w=7, group=3, width=16, softmax=True, extra=5),
+    "deterministic": dict(h=7, w=9, group=3, width=16, softmax=True, deterministic=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_alone(program, name, tmp_path):
+    device, path = program
+    case = dict(
+        kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), scale=1.0, remove_center=False, softmax=False,
+        dtype=torch.float32, shift=0, extra=0, deterministic=False,
+    )  # fmt: skip
+    case.update(CASES[name])
+    h, w, group, width, dtype = (case[k] for k in ("h", "w", "group", "width", "dtype"))
+    shape = {k: case[k] for k in ("kernel", "stride", "padding", "dilation")}
+    points = case["kernel"][0] * case["kernel"][1] - case["remove_center"]
+    out = output_size(h, w, **shape)
+    inputs = [
+        t.detach()
+        for t in random_inputs(n=2, h=h, w=w, group=group, width=width, points=points, out=out, spread=2.5, dtype=dtype)
+    ]
+    inputs[1][0, 0, 0, :2] = torch.tensor([float("nan"), float("inf")])
+    grad = torch.randn(2, *out, group * width, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+    spread = [torch.nn.functional.pad(t, (0, case["extra"])) for t in inputs[1:]]
+    header = [DTYPES[dtype], 2, h, w, *out, group, width, *(t.shape[-1] for t in spread)]
+    header += [v for pair in shape.values() for v in pair]
+    header += [case["remove_center"], case["softmax"], dtype.itemsize, case["shift"], case["deterministic"], 0]
+    tensors = [inputs[0], *spread, grad]
+    file = tmp_path / "problem"
+    raw = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
+    file.write_bytes(struct.pack("24qd", *header, case["scale"]) + raw)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # seconds a run
+    run = subprocess.run([path, file], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+
+    parameters = (group, *shape.values(), case["scale"], case["remove_center"], case["softmax"])
+    expected = [
+        definition.forward(*inputs, *parameters),
+        *definition.backward(grad, *inputs, *parameters),
+    ]
+    memory, got = file.read_bytes(), []
+    for i, tensor in enumerate(expected):
+        kind = torch.promote_types(dtype, torch.float32) if device == "cuda" and i == 1 else dtype
+        size = tensor.numel() * kind.itemsize
+        got.append(torch.frombuffer(bytearray(memory[:size]), dtype=kind).view(tensor.shape).to(dtype))
+        memory = memory[size:]
+    assert not memory
+    eps = torch.finfo(dtype).eps
+    assert_same(got, expected, rtol=8 * eps, atol=8 * eps * max(1.0, max(t.abs().max().item() for t in expected)))
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+def test_cuda_sources_compile_for_every_target(tmp_path):
+    """No GPU and no CUDA build of torch needed: the sources include no torch header."""
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)] + [
+        "-gencode=arch=compute_90,code=compute_90"
+    ]
+    for source in ("cuda_forward.cu", "cuda_backward.cu"):
+        command = [NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", *targets, "-c", SOURCES / source]
+        run = subprocess.run([*command, "-o", tmp_path / "object"], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr

@@ -1,0 +1,195 @@
+"""The operator within PyTorch: schema, compile, export, autocast, error messages, loading."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from common import DEVICES, IMPLEMENTATIONS, assert_same, random_inputs, results
+
+from dcnv3 import DCNv3, _extension, _ops, dcnv3, kernels
+
+every_device = pytest.mark.parametrize("device", DEVICES)
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+PARAMETERS = (3, (3, 3), (1, 1), (1, 1), (1, 1), 1.0, False)
+
+
+@every_device
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(device, softmax, dtype):
+    inputs = random_inputs(n=1, h=3, w=4, dtype=dtype, device=device)
+    torch.library.opcheck(torch.ops.dcnv3.forward.default, (*inputs, *PARAMETERS, softmax))
+    grad = torch.randn_like(inputs[0]).detach()
+    inputs = [t.detach() for t in inputs]
+    torch.library.opcheck(torch.ops.dcnv3.backward.default, (grad, *inputs, *PARAMETERS, softmax))
+
+
+@every_device
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(device, dynamic):
+    module = DCNv3(12, 3, center_feature_scale=True).to(device)
+    torch.nn.init.normal_(module.offset.weight, std=0.3)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for size in (5, 8):
+        x = torch.randn(2, size, 6, 12, device=device)
+        torch.testing.assert_close(compiled(x), module(x))
+        module.zero_grad()
+        compiled(x).square().sum().backward()
+        got = {name: p.grad.clone() for name, p in module.named_parameters()}
+        module.zero_grad()
+        module(x).square().sum().backward()
+        for name, p in module.named_parameters():
+            torch.testing.assert_close(got[name], p.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@every_device
+def test_exports(device):
+    module = DCNv3(12, 3).to(device)
+    x = torch.randn(2, 5, 6, 12, device=device)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert "dcnv3.forward" in str(program.graph)
+    more = torch.randn(3, 5, 6, 12, device=device)
+    torch.testing.assert_close(program.module()(more), module(more))
+
+
+@both
+@every_device
+def test_autocast_casts_all_three(implementation, device):
+    inputs = random_inputs(dtype=torch.float32, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output = IMPLEMENTATIONS[implementation](*inputs, group=3)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in inputs)
+
+
+@both
+def test_second_derivative_is_a_clear_error(implementation):
+    inputs = random_inputs()
+    (grad,) = torch.autograd.grad(
+        IMPLEMENTATIONS[implementation](*inputs, group=3).square().sum(), inputs[:1], create_graph=True
+    )
+    with pytest.raises((NotImplementedError, RuntimeError), match="gradient of the gradient|once_differentiable"):
+        grad.sum().backward()
+
+
+@every_device
+def test_deterministic_mode(device):
+    inputs = random_inputs(n=2, h=20, w=21, dtype=torch.float32, spread=9, device=device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = results(dcnv3, inputs, group=3)
+        for _ in range(3):
+            assert_same(results(dcnv3, inputs, group=3), first, rtol=0, atol=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@both
+def test_only_the_inputs_are_kept(implementation):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        inputs = random_inputs(dtype=torch.float32)
+        IMPLEMENTATIONS[implementation](*inputs, group=3)
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in inputs}
+
+
+@both
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(group=5), "12 channels do not divide into 5 groups"),
+        (dict(kernel=(3,)), "kernel must be two integers"),
+        (dict(stride=(0, 1)), "stride must be two integers"),
+        (dict(kernel=(9, 9), padding=(0, 0)), "smaller than the dilated kernel"),
+        (dict(kernel=(2, 2), remove_center=True), "kernel of odd size"),
+        (dict(kernel=(1, 1), remove_center=True), "no point"),
+        (dict(kernel=(1, 1), padding=(0, 0)), r"offset must have shape \(2, 6, 7, 6\)"),
+    ],
+)
+def test_wrong_arguments_are_named(implementation, change, message):
+    with pytest.raises(ValueError, match=message):
+        IMPLEMENTATIONS[implementation](*random_inputs(), **{"group": 3, **change})
+
+
+@both
+def test_wrong_tensors_are_named(implementation):
+    function = IMPLEMENTATIONS[implementation]
+    input, offset, mask = random_inputs()
+    with pytest.raises(ValueError, match="mask must have shape"):
+        function(input, offset, mask[:1], group=3)
+    with pytest.raises(ValueError, match="offset must be floating point"):
+        function(input, offset.detach().long(), mask, group=3)
+    with pytest.raises(ValueError, match="offset is torch.float32, the input torch.float64"):
+        function(input, offset.float(), mask, group=3)
+    with pytest.raises(ValueError, match=r"input must be \[N, H, W, channels\]"):
+        function(input[0], offset, mask, group=3)
+    with pytest.raises(ValueError, match="mask is on meta, the input on cpu"):
+        function(input, offset, mask.to("meta"), group=3)
+
+
+@pytest.mark.skipif("cpu" not in kernels(), reason="no CPU kernels built")
+def test_the_schema_itself_is_safe():
+    """Who calls the operator past the checks gets an error, not somebody else's memory."""
+    input, offset, mask = (t.detach() for t in random_inputs())
+    grad = torch.zeros_like(input)
+    for wrong in ((input, offset[..., :-2], mask), (input[..., :-1], offset, mask), (input, offset, mask.float())):
+        with pytest.raises((ValueError, RuntimeError), match="do not fit"):
+            torch.ops.dcnv3.forward(*wrong, *PARAMETERS, False)
+        with pytest.raises((ValueError, RuntimeError), match="do not fit"):
+            torch.ops.dcnv3.backward(grad, *wrong, *PARAMETERS, False)
+    with pytest.raises((ValueError, RuntimeError), match="do not fit"):
+        torch.ops.dcnv3.backward(grad[:, :-1], input, offset, mask, *PARAMETERS, False)
+
+
+def test_a_device_without_kernels_is_said_once(monkeypatch):
+    monkeypatch.setattr(_ops, "_said", set())
+    monkeypatch.setattr(_extension, "_missing", {"cpu": "because", "cuda": "because"})
+    arguments = (*(t.detach() for t in random_inputs()), *PARAMETERS, False)
+    with pytest.warns(UserWarning, match="because; run `pip install"):
+        _ops._forward_fallback(*arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _ops._forward_fallback(*arguments)
+
+
+@pytest.mark.parametrize(
+    "record, library, message",
+    [
+        (None, b"", "stopped half-way"),
+        ({"torch": "1.0"}, b"", "built for torch 1.0"),
+        ({}, b"no library", "do not load"),
+        ({}, None, "do not load"),
+    ],
+)
+def test_a_build_that_does_not_fit_is_said_and_not_used(tmp_path, monkeypatch, record, library, message):
+    monkeypatch.setattr(_extension, "_kernels", ())
+    monkeypatch.setattr(_extension, "_missing", {})
+    if record is not None:
+        complete = {**_extension.describe_torch(), "kernels": ["cpu"], "missing": {"cuda": "no nvcc"}, **record}
+        (tmp_path / "_build.json").write_text(json.dumps(complete))
+    if library is not None:
+        (tmp_path / "_C.so").write_bytes(library)
+    with pytest.warns(UserWarning, match=message) as said:
+        _extension.load(tmp_path)
+    assert "pip install" in str(said[0].message)
+    assert _extension.kernels() == ()
+    assert message in _extension.why_not("cpu")
+    assert "pip install" in _extension.why_not("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_graph_capture_and_other_stream():
+    inputs = [t.detach() for t in random_inputs(dtype=torch.float32, device="cuda")]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        dcnv3(*inputs, group=3)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = dcnv3(*inputs, group=3)
+    inputs[0].mul_(2)
+    graph.replay()
+    torch.testing.assert_close(output, dcnv3(*inputs, group=3))
