@@ -122,8 +122,12 @@ else
 fi
 
 operator=$here/ops_dcnv3
-step=$(cd "$operator" && find . -type f \( -name '*.py' -o -name '*.toml' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' \) \
-  -not -path './build/*' | LC_ALL=C sort | tr '\n' '\0' | xargs -0 sha256sum | sha256sum | cut -c1-16)
+# What the kernels depend on: their sources, torch, and which compilers there are.
+step=$({
+  cd "$operator" && find csrc dcnv3 setup.py pyproject.toml -type f -not -name '*.pyc' -not -name '*.so' -not -name '_build.json' |
+    LC_ALL=C sort | tr '\n' '\0' | xargs -0 sha256sum
+  echo "$torch $build $(command -v "${CXX:-c++}" nvcc || true)"
+} | sha256sum | cut -c1-16)
 if is_done operator "$step" && "$py" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("dcnv3") is None)'; then
   say "the DCNv3 operator is up to date"
 else
@@ -132,6 +136,7 @@ else
   "$py" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --force-reinstall "$operator"
   mark_done operator "$step"
 fi
+"$py" -m dcnv3 | sed "s/^/setup: DCNv3 on /"
 
 # ------------------------------------------------------------------------------------ settings
 cat >"$settings" <<TEXT

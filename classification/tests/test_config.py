@@ -76,6 +76,8 @@ def test_numbers_in_the_ways_people_write_them(tmp_path):
         (["AUG.REPROB", "1.5"], "AUG.REPROB is 1.5; it must lie between 0 and 1"),
         (["AMP_DTYPE", "half"], "AMP_DTYPE is 'half'; choose one of auto, bfloat16, float16"),
         (["MODEL.INTERN_IMAGE.GROUPS", "[7,14,28,50]"], "level 3 has 896 channels, which do not divide into 50 groups"),
+        (["MODEL.INTERN_IMAGE.DEPTHS", "[4,4]"], "DEPTHS must be 4 numbers such as"),
+        (["AUG.CROP_SCALE", "[0.9,0.5]"], r"AUG.CROP_SCALE is \[0.9, 0.5\]; it must be"),
         (["TRAIN.EPOCHS"], "--opts takes pairs KEY VALUE; 'TRAIN.EPOCHS' has no partner"),
         (["TRAIN", "3"], "--opts: unknown key TRAIN"),
     ],
@@ -95,6 +97,9 @@ def test_bad_files(tmp_path):
     bad.write_text("TRIAN: {EPOCHS: 3}")
     with pytest.raises(UserError, match="bad.yaml: unknown key TRIAN.EPOCHS .did you mean TRAIN.EPOCHS"):
         load(cfg=bad)
+    bad.write_text("BASE: bad.yaml")
+    with pytest.raises(UserError, match="bad.yaml: BASE leads back to the file itself"):
+        load(cfg=bad)
     bad.write_text("")
     with pytest.raises(UserError, match="bad.yaml holds no keys"):
         load(cfg=bad)
@@ -104,3 +109,8 @@ def test_an_unknown_flag_names_the_nearest(capsys):
     with pytest.raises(SystemExit):
         load("--batchsize", "3")
     assert "unknown argument --batchsize (did you mean --batch-size?)" in capsys.readouterr().err
+
+
+def test_opts_given_twice_add_up():
+    c = load("--opts", "TRAIN.EPOCHS", "3", "--tag", "x", "--opts", "SEED", "5")
+    assert (c.TRAIN.EPOCHS, c.SEED, c.TAG) == (3, 5, "x")

@@ -186,6 +186,8 @@ def test_wrong_folders(tree, tmp_path):
         ("split", lambda f: f.assign(split=["train", "test"] * (len(f) // 2) + ["train"] * (len(f) % 2)),
          r"patient\(s\) are in more than one split, such as subject_id 1\d{7} in train, test"),
         ("split", lambda f: f[f.split != "train"], "the split 'train' has no image"),
+        ("split", lambda f: f.assign(dicom_id=None), "split.csv.gz: dicom_id is empty in data row 1"),
+        ("split", lambda f: f.head(0), "split.csv.gz: the file has no rows"),
     ],
 )  # fmt: skip
 def test_bad_tables(own_tree, kind, change, message):
@@ -326,6 +328,10 @@ def test_zip_gives_the_same_images(own_tree, tmp_path):
             new.writestr(name, old.read(name))
     (own_tree / "images.zip").unlink()
     np.testing.assert_array_equal(np.asarray(MIMICCXRDataset(own_tree, "test", in_zip=True)[0][0]), first)
+    with zipfile.ZipFile(own_tree / "new.zip", "w") as new:
+        new.writestr("files/other.jpg", b"")
+    with pytest.raises(UserError, match="images are not in the zip files of .*, the first files/p1"):
+        MIMICCXRDataset(own_tree, "test", in_zip=True)
 
 
 # ------------------------------------------------------------------------------------ real X-rays
@@ -355,5 +361,7 @@ def test_real_dicoms_show_the_pictures_of_the_sample():
 
 @shared
 def test_public_dicom_files_are_read():
-    for path in (SHARED / "cxr_dicom" / "other").glob("*.dcm"):
+    paths = list((SHARED / "cxr_dicom" / "other").glob("*.dcm"))
+    assert len(paths) == 4
+    for path in paths:
         assert decode(path.read_bytes(), str(path)).std() > 5, path.name

@@ -266,7 +266,7 @@ def test_uncertain_labels_can_be_masked(run_main):
 
 # ----------------------------------------------------------------------------------------- ranks
 def test_two_ranks_give_the_metrics_of_one(finished, tree, tmp_path):
-    """Evaluation of an odd number of images by two gloo ranks, and an epoch of training by torchrun."""
+    """Evaluation of an odd number of images by two gloo ranks."""
     best = finished / "out" / "tiny" / "default" / "best_ckpt.pth"
     split = pd.read_csv(next(tree.glob("*-split.csv.gz")))
     count = (split.split == "test").sum()
@@ -278,7 +278,7 @@ def test_two_ranks_give_the_metrics_of_one(finished, tree, tmp_path):
     if count % 2 == 0:
         edit_csv(root, "split", lambda f: f.drop(f[f.split == "test"].index[0]))
         count -= 1
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29871"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["main.py", "--cfg", str(finished / "tiny.yaml"), "--data-path", str(root), "--output", str(tmp_path)]
     evaluate = ["--eval", "--resume", str(best), "--opts", "RESULTS"]
     env = dict(os.environ, OMP_NUM_THREADS="1")
@@ -292,14 +292,57 @@ def test_two_ranks_give_the_metrics_of_one(finished, tree, tmp_path):
     a, b = (pd.read_csv(next((tmp_path / n).glob("*/predictions.csv"))) for n in ("one", "two"))
     assert list(a.dicom_id) == list(b.dicom_id) and np.abs(a.iloc[:, 3:] - b.iloc[:, 3:]).max().max() < 1e-6
 
-    train = ["--batch-size", "4", "--accumulation-steps", "2", "--opts", "TRAIN.EPOCHS", "1", "RESULTS", str(tmp_path)]
-    subprocess.run([*launch, *command, *train], cwd=ROOT, env=env, check=True)
-    folder = tmp_path / "tiny" / "default"
-    assert len(checkpoint.read(folder / "last_ckpt.pth")["rng"]) == 2
-    log = (folder / "log_rank0.txt").read_text()
-    assert "updates of 16 images per epoch" in log and "peak learning rate 1.000e-03" in log
-    # The same images per update on one rank: the same training but for drop path and BatchNorm.
-    assert (folder / "log_rank1.txt").exists()
+
+RANKS = """
+import os, signal, sys
+import torch
+import main
+# BatchNorm in eval mode: otherwise each rank normalises by its own half of the batch.
+plain = torch.nn.BatchNorm2d.train
+torch.nn.BatchNorm2d.train = lambda self, mode=True: plain(self, False)
+if "STOP_AT" in os.environ:
+    step, steps = torch.optim.AdamW.step, []
+    def counted(self, *a, **k):
+        steps.append(0)
+        if len(steps) == int(os.environ["STOP_AT"]) and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *a, **k)
+    torch.optim.AdamW.step = counted
+main.main(sys.argv[1:])
+"""
+
+
+def test_two_ranks_train_as_one_and_resume_within_an_epoch(finished, tree, tmp_path, monkeypatch):
+    """Gradients are averaged: half the batch on each of two ranks is the whole batch on one.
+
+    And stopped by a signal to one rank in the middle of an epoch, both go on exactly.
+    """
+    (tmp_path / "ranks.py").write_text(RANKS)
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def arguments(out):
+        given = ["--cfg", str(finished / "tiny.yaml"), "--data-path", str(tree), "--output", str(tmp_path / out)]
+        return [*given, "--opts", "TRAIN.EPOCHS", "1", "MODEL.DROP_PATH_RATE", "0.0", "DATA.BATCH_SIZE"]
+
+    def ranks(out, **more):
+        command = [*launch, str(tmp_path / "ranks.py"), *arguments(out), "4", "TRAIN.ACCUMULATION_STEPS", "2"]
+        subprocess.run(command, cwd=tmp_path, env=env | more, check=True)
+        return tmp_path / out / "tiny" / "default"
+
+    plain = torch.nn.BatchNorm2d.train
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode=True: plain(self, False))
+    assert main.main([*arguments("one"), "16"]) == 0
+    one, two = tmp_path / "one" / "tiny" / "default", ranks("two")
+    a, b = epochs(one)[0], epochs(two)[0]
+    for key in ("train_loss", "grad_norm", "val_loss", "lr"):
+        assert b[key] == pytest.approx(a[key], rel=1e-4), key
+    assert "updates of 16 images per epoch" in (two / "log_rank0.txt").read_text()
+
+    ranks("stopped", STOP_AT="4")
+    stopped = checkpoint.read(tmp_path / "stopped" / "tiny" / "default" / "last_ckpt.pth")
+    assert (stopped["epoch"], stopped["update"]) == (0, 4)
+    assert_same_run(ranks("stopped"), two)
 
 
 def test_a_half_set_environment_is_named(run_main, monkeypatch):
@@ -312,9 +355,7 @@ def test_a_half_set_environment_is_named(run_main, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(run_main, monkeypatch):
     folder = run_main(TRAIN__EPOCHS=1)
     before = (folder / "last_ckpt.pth").read_bytes()
-    with pytest.raises(
-        UserError, match=r"is not finite \(epoch 2, update \d+ to \d+\); earlier checkpoints"
-    ):
+    with pytest.raises(UserError, match=r"is not finite \(epoch 2, update \d+ to \d+\); earlier checkpoints"):
         run_main(TRAIN__EPOCHS=3, TRAIN__BASE_LR=1e30, TRAIN__WARMUP_LR=1e30, TRAIN__WARMUP_EPOCHS=0)
     assert (folder / "last_ckpt.pth").read_bytes() == before
 
@@ -424,3 +465,56 @@ def test_without_any_auc_there_is_no_best_and_it_is_said(own_tree, run_main):
     run_main("--eval", "--resume", folder / "last_ckpt.pth", data=own_tree)
     metrics = json.loads(next((folder.parents[1] / "results").glob("*/metrics.json")).read_text())
     assert metrics["mean_auc"] is None
+
+
+def test_nothing_is_begun_anew_over_checkpoints_that_cannot_be_read(run_main):
+    folder = run_main(TRAIN__EPOCHS=1)
+    for path in folder.glob("*.pth"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="none of the checkpoints in .* can be read; move them away"):
+        run_main(TRAIN__EPOCHS=2)
+
+
+def test_eval_takes_the_runs_best_and_says_what_changed(finished, run_main, tmp_path):
+    """Also when the command still carries --pretrained, and never a head that was not in the file."""
+    best = finished / "out" / "tiny" / "default" / "best_ckpt.pth"
+    folder = run_main(TRAIN__EPOCHS=1)
+    run_main("--eval", "--pretrained", best, DATA__IMG_SIZE=48)
+    results = json.loads(next((folder.parents[1] / "results").glob("*/metrics.json")).read_text())
+    assert results["checkpoint"] == str(folder / "best_ckpt.pth")
+    assert "changed since the checkpoint: DATA.IMG_SIZE 32 -> 48" in (folder / "log_rank0.txt").read_text()
+    weights = {k: v for k, v in checkpoint.read(best)["model"].items() if not k.startswith("head.")}
+    torch.save(weights, tmp_path / "headless.pth")
+    with pytest.raises(UserError, match="headless.pth has no head for these 14 classes"):
+        run_main("--eval", "--pretrained", tmp_path / "headless.pth", out="other")
+
+
+def test_averaged_weights_are_not_resumed(finished, run_main):
+    with pytest.raises(UserError, match="ema_best_ckpt.pth holds averaged weights"):
+        run_main("--resume", finished / "out" / "tiny" / "default" / "ema_best_ckpt.pth")
+
+
+def test_a_gradient_that_is_not_finite_stops_too(run_main, monkeypatch):
+    folder = run_main(TRAIN__EPOCHS=1)
+    before = (folder / "last_ckpt.pth").read_bytes()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **k: torch.tensor(float("nan")))
+    with pytest.raises(UserError, match="the loss or its gradient is not finite"):
+        run_main(TRAIN__EPOCHS=2)
+    assert (folder / "last_ckpt.pth").read_bytes() == before
+    assert "error: the loss or its gradient" in (folder / "log_rank0.txt").read_text()
+
+
+def test_a_cut_line_of_metrics_does_not_stop_a_run(run_main):
+    folder = run_main(TRAIN__EPOCHS=1)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "train_lo')
+    run_main(TRAIN__EPOCHS=2)
+    assert [line["epoch"] for line in epochs(folder)] == [1, 2]
+
+
+def test_frozen_offsets(run_main):
+    """A rate factor of 0 keeps its parameters where they began."""
+    folder = run_main(TRAIN__EPOCHS=1, TRAIN__OPTIMIZER__DCN_LR_MUL=0.0)
+    model = checkpoint.read(folder / "last_ckpt.pth")["model"]
+    assert (model["levels.0.blocks.0.dcn.offset.weight"] == 0).all()
+    assert epochs(folder)[0]["lr"] > 0
