@@ -32,7 +32,7 @@ from lr_scheduler import build_schedule
 from models import build_model
 from optimizer import build_optimizer, set_lr
 from tasks import build_task
-from utils import autocast, progress
+from utils import autocast, compute_threads, progress
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -129,6 +129,10 @@ class Run:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.parallel = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
         self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
+
+        if world.device.type == "cpu":
+            # Threads that compete with the loading processes wait for each other: two cores are then slower than one.
+            torch.set_num_threads(compute_threads(torch.get_num_threads(), worker_count(config)))
 
         # 3. Optimisation.
         self.amp, dtype = autocast(config, world.device)

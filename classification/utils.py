@@ -1,6 +1,7 @@
 """Small tools of the entry points that know only torch."""
 
 import contextlib
+import os
 import sys
 
 import numpy as np
@@ -22,6 +23,11 @@ def autocast(config, device):
         )
     dtype = getattr(torch, name)
     return lambda: torch.autocast(device.type, dtype=dtype), dtype
+
+
+def compute_threads(threads, workers):
+    """How many of `threads` to compute with on a CPU beside so many loading processes."""
+    return max(1, min(threads, len(os.sched_getaffinity(0)) - workers))
 
 
 def progress(iterable, world, **arguments):
