@@ -72,11 +72,22 @@ def _read_csv(path, required):
     return frame
 
 
+def _no_blanks(frame, column, path):
+    blank = frame[column].isna()
+    if blank.any():
+        raise UserError(f"{path}: {column} is empty in data row {_first(blank) + 1}")
+
+
+def _first(bad):
+    """Position of the first bad row."""
+    return int(np.flatnonzero(bad)[0])
+
+
 def _integers(frame, column, path):
     values = pd.to_numeric(frame[column], errors="coerce")
     bad = values.isna() | (values % 1 != 0)
     if bad.any():
-        row = int(np.flatnonzero(bad)[0])
+        row = _first(bad)
         raise UserError(
             f"{path}: {column} is {frame[column].iloc[row]!r} in data row {row + 1}; expected an integer id"
         )
@@ -90,7 +101,7 @@ def _label_values(frame, label_names, path):
         column = pd.to_numeric(frame[name], errors="coerce")
         bad = ~(column.isin([1, 0, -1]) | frame[name].isna())
         if bad.any():
-            row = int(np.flatnonzero(bad)[0])
+            row = _first(bad)
             raise UserError(
                 f"{path}: label {name!r} is {str(frame[name].iloc[row])!r} in data row {row + 1}; "
                 "expected 1, 0, -1 (uncertain) or nothing"
@@ -103,7 +114,7 @@ def _splits(frame, path):
     names = frame["split"].astype(str).str.strip().replace(SPLIT_ALIASES)
     bad = ~names.isin(SPLITS)
     if bad.any():
-        row = int(np.flatnonzero(bad)[0])
+        row = _first(bad)
         raise UserError(f"{path}: split is {frame['split'].iloc[row]!r} in data row {row + 1}; use {', '.join(SPLITS)}")
     return names.map(SPLITS.index).to_numpy(np.int8)
 
@@ -179,9 +190,7 @@ def _official_table(base, folders, labeler, label_names, image_format):
     images["subject_id"] = _integers(images, "subject_id", files["split"])
     images["study_id"] = _integers(images, "study_id", files["split"])
     studies["study_id"] = _integers(studies, "study_id", files[labeler])
-    if images["dicom_id"].isna().any():
-        row = int(np.flatnonzero(images["dicom_id"].isna())[0])
-        raise UserError(f"{files['split']}: dicom_id is empty in data row {row + 1}")
+    _no_blanks(images, "dicom_id", files["split"])
     _duplicates(images["dicom_id"], "image", files["split"])
     _duplicates(studies["study_id"], "study", files[labeler])
     raw = _label_values(studies, label_names, files[labeler])
@@ -201,7 +210,7 @@ def _official_table(base, folders, labeler, label_names, image_format):
         sources=tuple(path.name for path in files.values()),
         label_names=tuple(label_names),
         path=_bytes(s + suffix for s in stem),
-        dicom_id=_bytes(images["dicom_id"].astype(str)),
+        dicom_id=_bytes(images["dicom_id"]),
         study=images["study_id"].to_numpy(),
         subject=images["subject_id"].to_numpy(),
         split=split,
@@ -212,9 +221,7 @@ def _official_table(base, folders, labeler, label_names, image_format):
 
 def _own_table(base, csv, label_names):
     frame = _read_csv(csv, ("path", "split", *label_names))
-    if frame["path"].isna().any():
-        raise UserError(f"{csv}: path is empty in data row {int(np.flatnonzero(frame['path'].isna())[0]) + 1}")
-    frame["path"] = frame["path"].astype(str)
+    _no_blanks(frame, "path", csv)
     _duplicates(frame["path"], "image", csv)
     unknown = np.full(len(frame), -1, np.int64)
     name = frame["dicom_id"] if "dicom_id" in frame else frame["path"]
