@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import dcnv3
+# The installed package, not the sources beside this file: those hold no compiled kernels.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+import dcnv3  # noqa: E402
 
 HERE = Path(__file__).parent
 SIZES = (56, 28, 14, 7)
