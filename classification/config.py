@@ -113,6 +113,7 @@ _C.AUG.STD = [0.229, 0.224, 0.225]
 
 # ------------------------------------------------------------------------------ testing, other
 _C.TEST = CN()
+_C.TEST.EMA = False  # --eval takes ema_best_ckpt.pth of the run, the averaged weights
 _C.TEST.CROP = True  # resize to 8/7 of the size and take the centre; False: the whole image, squeezed
 _C.AMP_OPT_LEVEL = "O1"  # O0: float32, O1: mixed precision
 _C.AMP_DTYPE = "auto"  # (new) auto (bfloat16 where the device has it), bfloat16, float16
@@ -191,6 +192,7 @@ _FLAGS = {
     "pretrained": "MODEL.PRETRAINED",
     "resume": "MODEL.RESUME",
     "eval": "EVAL_MODE",
+    "ema": "TEST.EMA",
     "throughput": "THROUGHPUT_MODE",
     "accumulation_steps": "TRAIN.ACCUMULATION_STEPS",
     "use_checkpoint": "TRAIN.USE_CHECKPOINT",
@@ -223,6 +225,7 @@ def parse_args(argv=None):
     add("--pretrained", metavar="FILE", help="weights to start from (MODEL.PRETRAINED)")
     add("--resume", metavar="FILE", help="checkpoint to go on from or to evaluate (MODEL.RESUME)")
     add("--eval", action="store_true", default=None, help="evaluate on the test split (best_ckpt.pth of the run)")
+    add("--ema", action="store_true", default=None, help="with --eval: the averaged weights (ema_best_ckpt.pth)")
     add("--throughput", action="store_true", default=None, help="measure images/s of the forward pass and stop")
     add("--accumulation-steps", type=int, help="forward passes per update (TRAIN.ACCUMULATION_STEPS)")
     add("--use-checkpoint", action="store_true", default=None, help="recompute activations to save memory")

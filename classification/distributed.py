@@ -6,10 +6,15 @@ NCCL on GPUs, gloo on CPUs.
 """
 
 import contextlib
+import fcntl
+import math
 import os
 import signal
+import socket
 import subprocess
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -115,17 +120,72 @@ def share_buffers(module, world):
             dist.broadcast(buffer, src=0)
 
 
+def _slurm_seconds_left():
+    """Seconds to the time limit of the Slurm job this runs in; infinite without one."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return math.inf
+    try:  # [days-][hours:]minutes:seconds, or a word such as UNLIMITED
+        left = subprocess.run(
+            ["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=60
+        ).stdout
+        days, _, clock = left.strip().rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        seconds = sum(part * 60**i for i, part in enumerate(reversed(parts)))
+        return seconds + 86400 * int(days or 0)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return math.inf
+
+
+def report_outcome(world, text):
+    """Tell the job script how training ended; True if there is one that asked (MIMIC_JOB_STATUS, a path).
+
+    Exit codes do not pass through torchrun. text: "finished", or "interrupted EPOCH UPDATE".
+    """
+    path = os.environ.get("MIMIC_JOB_STATUS")
+    if path and world.is_main:
+        Path(path).write_text(text + "\n")
+    return bool(path)
+
+
+@contextlib.contextmanager
+def only_run_in(folder, world):
+    """Holds `folder` for this run, on all nodes that share the file system; the lock dies with its process.
+
+    Raises:
+        UserError: on all ranks, where another run holds it.
+    """
+    with open(Path(folder) / ".lock", "a+") if world.is_main else contextlib.nullcontext() as file:
+        holder = None
+        if file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}, job {os.environ.get('SLURM_JOB_ID')}")
+                file.flush()
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read()
+        holder = gather(holder, world)[0]
+        if holder is not None:
+            raise UserError(f"another run is writing to {folder} ({holder}); wait for it, or use another --tag")
+        yield
+
+
 class StopRequest:
-    """Asks training to stop after the current update: on SIGTERM, SIGUSR1 or Ctrl-C.
+    """Asks training to stop after the current update: on SIGTERM, SIGUSR1, Ctrl-C, or near a job's time limit.
 
     A handler only sets a flag; `agreed()` makes all ranks see it at the same update. A second
-    Ctrl-C stops at once.
+    Ctrl-C stops at once. The time limit is watched too because a signal during the imports is lost:
+    four minutes before it, or a fifth of the job's time where that is less, counts as SIGUSR1.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self, world):
         self.world, self.received = world, 0
+        left = _slurm_seconds_left()
+        self.deadline = time.monotonic() + left - min(240, left / 5)
 
     def __enter__(self):
         self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
@@ -142,6 +202,8 @@ class StopRequest:
 
     def agreed(self):
         """The signal's number if any rank has received one, else 0; all ranks must call it."""
+        if not self.received and time.monotonic() > self.deadline:
+            self.received = signal.SIGUSR1
         if self.world.size == 1:
             return self.received
         flag = torch.tensor(self.received)

@@ -145,6 +145,7 @@ class Run:
 
         # 4. Where the run stands: at its start, or where a checkpoint left it.
         self.epoch = self.first_update = 0
+        self.position = 0, 0  # (epoch, update) of the newest checkpoint
         self.best = self.ema_best = None
         self.sums = zero_sums(world.device)
         self._resume()
@@ -189,6 +190,7 @@ class Run:
             else:
                 sums = state["sums"][self.world.rank]
                 self.sums = {k: v.to(self.world.device) if torch.is_tensor(v) else v for k, v in sums.items()}
+        self.position = self.epoch, self.first_update
         self.log.info(f"resumed from {path}: epoch {self.epoch + 1}, update {self.first_update + 1}")
 
     def save(self, names, epoch, update, sums=None, weights="model"):
@@ -219,6 +221,7 @@ class Run:
         }
         state["model"] = state[weights]
         checkpoint.save(state, self.folder, names)
+        self.position = epoch, update
 
     def validate(self, model):
         """(score, loss, details) on the validation split, the same on all ranks."""
@@ -266,13 +269,14 @@ class Run:
 
 def train(config, world, folder, log):
     """Train to the last epoch; returns 0, or the number of the signal that stopped it."""
-    with distributed.StopRequest(world) as stop:
+    with distributed.StopRequest(world) as stop, distributed.only_run_in(folder, world):
         run = Run(config, world, folder, log)
         run.stop = stop
         if world.is_main:
             (folder / "config.json").write_text(json.dumps(config_module.to_dict(config), indent=2) + "\n")
         if run.epoch >= config.TRAIN.EPOCHS:
             log.info(f"already finished: {run.epoch} of TRAIN.EPOCHS {config.TRAIN.EPOCHS} epochs are done")
+            distributed.report_outcome(world, "finished")
             return 0
         for epoch in range(run.epoch, config.TRAIN.EPOCHS):
             sums, number = train_epoch(run, epoch, run.first_update)
@@ -282,7 +286,9 @@ def train(config, world, folder, log):
                 number = stop.agreed() if epoch + 1 < config.TRAIN.EPOCHS else 0
             if number:
                 log.info(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
-                return number
+                # A job script reads the file and requeues; to a shell the exit status says it.
+                asked = distributed.report_outcome(world, "interrupted {} {}".format(*run.position))
+                return 0 if asked else number
     if world.is_main:
         report.plot_training(folder, run.task.score)
     if run.best is None:
@@ -290,6 +296,7 @@ def train(config, world, folder, log):
             "no label has both classes in the validation split, so there is no best checkpoint; "
             f"evaluate the last one with --eval --resume {folder / checkpoint.LAST}"
         )
+    distributed.report_outcome(world, "finished")
     log.info(f"finished: best {run.task.score} on the validation split {run.best}; everything is in {folder}")
     return 0
 
@@ -302,7 +309,7 @@ def evaluate(config, world, folder, log):
     loader = build_loader(config, dataset, train=False, rank=world.rank, world_size=world.size)
     task, model = build_task(config, dataset), build_model(config)
     # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
-    path = Path(config.MODEL.RESUME or folder / checkpoint.BEST)
+    path = Path(config.MODEL.RESUME or folder / (checkpoint.EMA_BEST if config.TEST.EMA else checkpoint.BEST))
     if not config.MODEL.RESUME and config.MODEL.PRETRAINED and not path.exists():
         path = config.MODEL.PRETRAINED
         keys = checkpoint.load_pretrained(model, path, log)
@@ -311,7 +318,9 @@ def evaluate(config, world, folder, log):
     else:
         state = checkpoint.read(path)
         checkpoint.load_weights(model, state, path, dataset.label_names)
-        checkpoint.log_differences(state, config, log, but=("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS"))
+        checkpoint.log_differences(
+            state, config, log, but=("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
+        )
     target = report.new_evaluation(config.RESULTS) if world.is_main else None
     log.info(f"evaluating {path} on {len(dataset):,} test images")
     metrics = task.test(model.to(world.device), loader, world, autocast(config, world.device)[0])

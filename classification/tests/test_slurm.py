@@ -1,0 +1,187 @@
+"""The job scripts as shipped, on a real Slurm of two nodes (tests/slurm/cluster.sh).
+
+Runs where the daemons are installed and the user is root:
+apt-get install --no-install-recommends munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+missing = [name for name in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(name)]
+pytestmark = [
+    pytest.mark.skipif(bool(missing), reason=f"no Slurm here: {', '.join(missing)} not found"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="starting a Slurm of its own needs root"),
+]
+
+SCRIPT = str(ROOT / "tests" / "slurm" / "cluster.sh")
+GPU = "--gpus=a100:1"
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Starts Slurm; the folder of its configuration is in the environment while it runs."""
+    lab = tmp_path_factory.mktemp("slurm")
+    for parent in (lab, *lab.parents[:2]):  # munge refuses a socket that others cannot reach
+        parent.chmod(0o755)
+    with open(lab / "up.log", "w") as log:  # a pipe would stay open in the daemons
+        done = subprocess.run(["bash", SCRIPT, "up", lab], stdout=log, stderr=log)
+    assert done.returncode == 0, (lab / "up.log").read_text()
+    os.environ["SLURM_CONF"] = str(lab / "etc" / "slurm.conf")
+    yield lab
+    subprocess.run(["bash", SCRIPT, "down", lab])
+    del os.environ["SLURM_CONF"]
+
+
+@pytest.fixture
+def house(cluster, tree, tmp_path):
+    """A copy of classification/ with the settings that the set-up would write; jobs are submitted from it."""
+    folder = tmp_path / "classification"
+    skip = shutil.ignore_patterns("tests", "ops_dcnv3", "__pycache__", "output", "results", "logs", "data")
+    shutil.copytree(ROOT, folder, ignore=skip)
+    (folder / "logs").mkdir()
+    (folder / "mimic_settings.sh").write_text(
+        f"MIMIC_PYTHON='{sys.executable}'\nMIMIC_DATA_PATH='{tree}'\nMIMIC_CONFIG=tiny.yaml\n"
+    )
+    (folder / "tiny.yaml").write_text(TINY + "PRINT_FREQ: 1\nRESULTS: results/mimic_cxr\n")
+    return House(folder)
+
+
+class House:
+    def __init__(self, folder):
+        self.folder = folder
+        self.run = folder / "output" / "tiny" / "default"
+
+    def submit(self, script, *arguments, options=(GPU,)):
+        """Job id of a submitted script."""
+        command = ["sbatch", "--parsable", *options, script, *map(str, arguments)]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def log(self, job, kind="train"):
+        path = self.folder / "logs" / f"{kind}_{job}.out"
+        return path.read_text() if path.exists() else ""
+
+    def until(self, condition, what, job, seconds=240, kind="train"):
+        """Waits for condition(); a requeued job is let in at once instead of after Slurm's two minutes."""
+        for _ in range(seconds * 2):
+            now = state(job)  # before the condition: what a finished job wrote is then there
+            if condition():
+                return
+            if now in ENDED:
+                break
+            if now == "PENDING":
+                subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
+            time.sleep(0.5)
+        raise AssertionError(f"{what} did not happen (job {state(job)}); the log:\n{self.log(job, kind)}")
+
+    def wait(self, job, seconds=240, kind="train"):
+        """The state in which the job ends."""
+        self.until(lambda: state(job) in ENDED, "the end", job, seconds, kind)
+        return state(job)
+
+
+def state(job):
+    text = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+    return re.search(r"JobState=(\w+)", text)[1]
+
+
+def interrupt(house, job, turn):
+    """Signals the job as its time limit would, as soon as its turn number `turn` trains."""
+    house.until(lambda: house.log(job).count("images per epoch") >= turn, f"turn {turn}", job)
+    time.sleep(1)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
+    house.until(lambda: house.log(job).count("in the queue again") >= turn, f"requeue {turn}", job)
+
+
+def weights(folder):
+    return torch.load(folder / "last_ckpt.pth", weights_only=True)
+
+
+def assert_same(one, other):
+    one, other = weights(one), weights(other)
+    assert (one["epoch"], one["update"]) == (other["epoch"], other["update"])
+    for part in ("model", "model_ema"):
+        assert one[part].keys() == other[part].keys()
+        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+
+
+def test_two_requeues_end_as_an_uninterrupted_run_and_evaluate(house):
+    epochs = ("--opts", "TRAIN.EPOCHS", 40)
+    job = house.submit("train_mimic.sbatch", *epochs)
+    test = house.submit("eval_mimic.sbatch", *epochs, options=(GPU, f"--dependency=afterok:{job}"))
+    interrupt(house, job, 1)
+    interrupt(house, job, 2)
+    assert house.wait(job) == "COMPLETED", house.log(job)
+    log = house.log(job)
+    assert log.count("stopped by SIGUSR1") == 2 and log.count("resumed from") == 2 and "finished: best" in log
+    assert house.wait(test, kind="eval") == "COMPLETED", house.log(test, "eval")
+    assert "Atelectasis" in house.log(test, "eval")
+    assert list(house.folder.glob("results/mimic_cxr/evaluation_*/metrics.json"))
+
+    whole = house.submit("train_mimic.sbatch", *epochs, "--tag", "whole")
+    assert house.wait(whole) == "COMPLETED", house.log(whole)
+    assert "stopped by" not in house.log(whole)
+    assert_same(house.run, house.run.with_name("whole"))
+
+    again = house.submit("train_mimic.sbatch", *epochs)
+    assert house.wait(again) == "COMPLETED" and "already finished" in house.log(again)
+
+
+def test_two_nodes_train_as_one_and_a_second_job_is_refused(house):
+    nodes = ("--nodes=2", "--gpus=a100:2")
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60, options=nodes)
+    house.until(lambda: "images per epoch" in house.log(job), "training", job)
+    second = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60)
+    assert house.wait(second) == "FAILED"
+    assert "another run is writing to" in house.log(second) and f"job {job}" in house.log(second)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
+    assert house.wait(job) == "COMPLETED", house.log(job)
+    assert "on 2 x cpu" in house.log(job) and house.log(job).count("resumed from") == 1
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(house):
+    job = house.submit("train_mimic.sbatch")
+    assert house.wait(job) == "COMPLETED", house.log(job)
+    with open(house.run / "last_ckpt.pth", "r+b") as file:
+        file.truncate(1000)
+    again = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 3)
+    assert house.wait(again) == "COMPLETED", house.log(again)
+    log = house.log(again)
+    assert "falling back to the one before" in log and "resumed from" in log and weights(house.run)["epoch"] == 3
+
+
+def test_mistakes_are_named(house):
+    (house.folder / "mimic_settings.sh").rename(house.folder / "away.sh")
+    job = house.submit("train_mimic.sbatch")
+    assert house.wait(job) == "FAILED" and "run bash setup_mimic_env.sh first" in house.log(job)
+    settings = (house.folder / "away.sh").read_text()
+    settings = re.sub(r"MIMIC_DATA_PATH=.*", "MIMIC_DATA_PATH=/does/not/exist", settings)
+    (house.folder / "mimic_settings.sh").write_text(settings)
+    job = house.submit("train_mimic.sbatch")
+    assert house.wait(job) == "FAILED" and "'/does/not/exist', is not there" in house.log(job)
+    (house.folder / "elsewhere" / "logs").mkdir(parents=True)
+    command = ["sbatch", "--parsable", GPU, "../train_mimic.sbatch"]
+    done = subprocess.run(command, cwd=house.folder / "elsewhere", capture_output=True, text=True, check=True)
+    job = done.stdout.strip()
+    assert house.wait(job) == "FAILED"
+    assert "change to the folder classification/" in (house.folder / "elsewhere/logs" / f"train_{job}.out").read_text()
+
+
+def test_the_time_limit_passes_unnoticed(house):
+    """Slurm's own signal, at most a minute early, in jobs of two minutes."""
+    job = house.submit(
+        "train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 200, options=(GPU, "-t", "2", "--signal=B:USR1@45")
+    )
+    assert house.wait(job, 600) == "COMPLETED", house.log(job)
+    log = house.log(job)
+    assert log.count("in the queue again") >= 1 and "finished: best" in log
