@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+
 from conftest import ROOT, TINY
 
 missing = [name for name in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(name)]
