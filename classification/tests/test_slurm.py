@@ -74,13 +74,16 @@ class House:
 
     def until(self, condition, what, job, seconds=240, kind="train"):
         """Waits for condition(); a requeued job is let in at once instead of after Slurm's two minutes."""
+        waiting = 0
         for _ in range(seconds * 2):
             now = state(job)  # before the condition: what a finished job wrote is then there
             if condition():
                 return
             if now in ENDED:
                 break
-            if now == "PENDING":
+            waiting = waiting + 1 if now == "PENDING" else 0
+            # Not at once: a node refuses a job in the second in which it ended its turn before.
+            if waiting == 6:
                 subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
             time.sleep(0.5)
         raise AssertionError(f"{what} did not happen (job {state(job)}); the log:\n{self.log(job, kind)}")

@@ -63,7 +63,7 @@ def test_a_run_leaves_what_is_promised(finished):
     run = finished / "out" / "tiny" / "default"
     expected = {
         "best_ckpt.pth", "ema_best_ckpt.pth", "ckpt_epoch_2.pth", "ckpt_epoch_3.pth", "last_ckpt.pth",
-        "last_ckpt.previous.pth", "config.json", "log_rank0.txt", "metrics.jsonl", "training.png",
+        "last_ckpt.previous.pth", "config.json", "log_rank0.txt", "metrics.jsonl", "training.png", ".lock",
     }  # fmt: skip
     assert {p.name for p in run.iterdir()} == expected
     assert json.loads((run / "config.json").read_text())["TRAIN"]["EPOCHS"] == 3
