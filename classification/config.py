@@ -28,6 +28,8 @@ _C.DATA.LABELS = []  # (new) label columns; empty: the 14 of CheXpert
 _C.DATA.UNCERTAIN = "zeros"  # (new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics)
 _C.DATA.MISSING = "zeros"  # (new) what a blank becomes: zeros, ones, ignore
 _C.DATA.IMAGE_FORMAT = "auto"  # (new) auto, jpg, dcm, png: which images of the official layout to read
+_C.DATA.DICOM_RECIPE = "window"  # (new) window: as displayed; mimic_jpg: as the JPG release of MIMIC-CXR was made
+_C.DATA.DICOM_WINDOW = 0  # (new) which window or VOI LUT of a DICOM that has several
 _C.DATA.ALLOW_MISSING = False  # (new) leave out images that are not there; all files are then looked for at start
 _C.DATA.ZIP_MODE = False  # read the images from <DATA_PATH>/*.zip (uncompressed)
 _C.DATA.BATCH_SIZE = 128  # images per GPU and forward pass
@@ -137,6 +139,7 @@ _OPTIONAL = {
 _CHOICES = {
     "DATA.LABELER": ("chexpert", "negbio"),
     "DATA.IMAGE_FORMAT": ("auto", "jpg", "dcm", "png"),
+    "DATA.DICOM_RECIPE": ("window", "mimic_jpg"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
@@ -146,6 +149,7 @@ _CHOICES = {
 }
 
 _AT_LEAST = {
+    "DATA.DICOM_WINDOW": 0,
     "DATA.BATCH_SIZE": 1,
     "DATA.IMG_SIZE": 32,
     "DATA.NUM_WORKERS": 0,

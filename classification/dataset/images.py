@@ -1,7 +1,7 @@
 """Image file -> grey uint8 array [H, W] in which bright means dense. Runs without torch.
 
-DICOM values pass modality LUT or rescale, then VOI LUT or window, then inversion for MONOCHROME1
-(DICOM PS3.4, annex N). Every fault of a file is an :class:`ImageError` that names the file.
+DICOM values become grey by one of two recipes (`RECIPES`). Every fault of a file is an
+:class:`ImageError` that names the file.
 """
 
 import io
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from PIL import Image
+from pydicom.filereader import read_dataset, read_preamble
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import UID
 
@@ -20,7 +21,7 @@ from errors import UserError
 MAX_PIXELS = 100_000_000  # a chest X-ray has about 10 million; more is a broken header or a bomb
 Image.MAX_IMAGE_PIXELS = None  # the check below is stricter, and an error, not a warning
 
-# Deflated files are refused: 261 kB of them can inflate to 268 MB before the header is read.
+# Deflated files are refused: 261 kB of them can inflate to 268 MB.
 TRANSFER_SYNTAXES = {
     "1.2.840.10008.1.2": "Implicit VR Little Endian",
     "1.2.840.10008.1.2.1": "Explicit VR Little Endian",
@@ -53,11 +54,89 @@ def _to_uint8(values):
     return np.round((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8)
 
 
-def _decode_dicom(data):
-    dataset = pydicom.dcmread(io.BytesIO(data))
-    syntax = UID(getattr(dataset.file_meta, "TransferSyntaxUID", ""))
+def _usable(dataset, index):
+    """Which VOI LUT or window to apply: number `index`, or else the first that is valid; None without one."""
+    if "VOILUTSequence" in dataset:
+        return index if index < len(dataset.VOILUTSequence) else 0
+    widths = np.atleast_1d(np.asarray(dataset.get("WindowWidth") or [], float))
+    centers = np.atleast_1d(np.asarray(dataset.get("WindowCenter") or [], float))
+    # PS3.3 C.11.2.1.2: a width is at least 1 (LINEAR), or above 0.
+    least = 1 if dataset.get("VOILUTFunction", "LINEAR") == "LINEAR" else np.finfo(float).tiny
+    valid = [k for k in range(min(len(widths), len(centers))) if widths[k] >= least]
+    return index if index in valid else next(iter(valid), None)
+
+
+def _window(stored, dataset, index):
+    """The display pipeline of DICOM (PS3.4, annex N): modality LUT or rescale, then VOI LUT or window.
+
+    The output range of the window or table becomes 0 to 255, so that a wide window stays wide;
+    without one, the image's own range does. Padding is left out of the range and becomes black.
+    """
+    seen, padding = stored, None
+    if dataset.get("PixelPaddingValue") is not None:
+        ends = dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit", dataset.PixelPaddingValue)
+        padding = (stored >= min(ends)) & (stored <= max(ends))
+        if padding.all():
+            raise ValueError("all pixels are padding")
+        seen = stored[~padding]
+    low, high = int(seen.min()), int(seen.max())
+    # Worked out once for each stored value, not for each pixel: a quarter of the time, in float64.
+    values = apply_modality_lut(np.arange(low, high + 1), dataset).astype(np.float64)
+    k = _usable(dataset, index)
+    if k is None:
+        ends = values.min(), values.max()
+    elif "VOILUTSequence" in dataset:
+        item = dataset.VOILUTSequence[k]
+        count, first = item.LUTDescriptor[0] or 65536, item.LUTDescriptor[1]
+        table = apply_voi_lut(np.arange(first, first + count, dtype=np.int32), dataset, k)
+        ends = int(table.min()), int(table.max())
+        # A table is looked up by whole numbers; rescaling makes floats.
+        values = apply_voi_lut(np.round(values).astype(np.int32), dataset, k).astype(np.float64)
+    else:
+        with np.errstate(over="ignore"):  # the lower end of a SIGMOID is 1 / exp(large)
+            ends = apply_voi_lut(np.array([-1e9, 1e9]), dataset, k)
+        values = apply_voi_lut(values, dataset, k)
+    span = max(ends[1] - ends[0], 1e-12)
+    grey = np.round((values - ends[0]) * (255 / span)).astype(np.uint8)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        grey = 255 - grey
+    if padding is None:
+        return grey[stored if low == 0 else stored - np.int32(low)]
+    grey = grey[np.clip(stored, low, high) - np.int32(low)]
+    grey[padding] = 0
+    return grey
+
+
+def _mimic_jpg(stored, dataset, _index):
+    """How the JPG release of MIMIC-CXR was made: stored values to 0..255, inversion, histogram equalisation.
+
+    No rescale, no window, no padding: the release used none (MIMIC-CXR-JPG documentation; the
+    equalisation is OpenCV's equalizeHist).
+    """
+    values = stored.astype(np.float64) - float(stored.min())
+    grey = (values / max(values.max(), 1) * 255).astype(np.uint8)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        grey = 255 - grey
+    histogram = np.bincount(grey.ravel(), minlength=256)
+    lowest = histogram[np.flatnonzero(histogram)[0]]
+    if lowest == grey.size:
+        return grey
+    table = np.round((np.cumsum(histogram) - lowest) * (255 / (grey.size - lowest))).clip(0, 255).astype(np.uint8)
+    return table[grey]
+
+
+RECIPES = {"window": _window, "mimic_jpg": _mimic_jpg}
+
+
+def _decode_dicom(data, recipe, window):
+    # The transfer syntax first: reading on would inflate a deflated file.
+    file = io.BytesIO(data)
+    read_preamble(file, force=False)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
+    syntax = UID(meta.get("TransferSyntaxUID", ""))
     if syntax not in TRANSFER_SYNTAXES:
         raise ValueError(f"transfer syntax {syntax.name or 'missing'} is not supported")
+    dataset = pydicom.dcmread(io.BytesIO(data))
     for tag in ("Rows", "Columns", "PixelData"):
         if tag not in dataset:
             raise ValueError(f"the DICOM has no {tag}")
@@ -67,11 +146,8 @@ def _decode_dicom(data):
     photometric = dataset.get("PhotometricInterpretation")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"PhotometricInterpretation is {photometric!r}; expected MONOCHROME1 or MONOCHROME2")
-    values = apply_modality_lut(dataset.pixel_array, dataset)
-    if "VOILUTSequence" in dataset:  # a table is looked up by whole numbers; rescaling makes floats
-        values = np.round(values).astype(np.int32)
-    grey = _to_uint8(apply_voi_lut(values, dataset))
-    return 255 - grey if photometric == "MONOCHROME1" else grey
+    # Inverted once, by this tag alone: PresentationLUTShape only repeats it (PS3.3 C.8.11.3.1.2).
+    return RECIPES[recipe](dataset.pixel_array, dataset, window)
 
 
 def _decode_picture(data):
@@ -83,8 +159,11 @@ def _decode_picture(data):
         return np.asarray(image.convert("L"))
 
 
-def decode(data, name):
+def decode(data, name, *, recipe="window", window=0):
     """Bytes of a JPG, PNG or DICOM file -> uint8 [H, W]; the format is told from `name`'s suffix.
+
+    recipe, window: for DICOM, one of `RECIPES`, and which window or VOI LUT where there are several
+    (the first valid one where that one is not there or not valid).
 
     Raises:
         ImageError: empty, truncated, not an image, no pixels, or a syntax that cannot be decoded.
@@ -92,7 +171,7 @@ def decode(data, name):
     if not data:
         raise ImageError(f"{name}: the file is empty")
     try:
-        return _decode_dicom(data) if Path(name).suffix.lower() == ".dcm" else _decode_picture(data)
+        return _decode_dicom(data, recipe, window) if Path(name).suffix.lower() == ".dcm" else _decode_picture(data)
     # Decoders raise whatever they meet (OSError, struct.error, KeyError, RuntimeError, ...): to the
     # user all of it means that this file is broken.
     except Exception as error:

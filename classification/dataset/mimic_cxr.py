@@ -19,6 +19,7 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
         transform: PIL image (RGB, the grey values three times) -> anything; None returns the PIL image.
         uncertain, missing: policy for -1 and for blank labels, see :mod:`dataset.labels`.
         in_zip: read the images from `root/*.zip`.
+        dicom_recipe, dicom_window: how DICOM becomes grey, see :func:`dataset.images.decode`.
         table: further arguments of :func:`dataset.tables.load_table`.
 
     Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
@@ -30,7 +31,19 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
 
     task = "multilabel"
 
-    def __init__(self, root, split, transform=None, *, uncertain="zeros", missing="zeros", in_zip=False, **table):
+    def __init__(
+        self,
+        root,
+        split,
+        transform=None,
+        *,
+        uncertain="zeros",
+        missing="zeros",
+        in_zip=False,
+        dicom_recipe="window",
+        dicom_window=0,
+        **table,
+    ):
         whole = tables.load_table(root, in_zip=in_zip, **table)
         self.store = ZipStore(whole.root) if in_zip else FileStore(whole.root)
         if in_zip:
@@ -42,6 +55,7 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
         self.label_names = whole.label_names
         self.targets = apply_policy(self.table.labels, uncertain=uncertain, missing=missing)
         self.transform = transform
+        self.dicom = {"recipe": dicom_recipe, "window": dicom_window}
         self.summary = tables.summary(whole, apply_policy(whole.labels, uncertain=uncertain, missing=missing))
 
     def __len__(self):
@@ -49,7 +63,7 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         path = self.table.path[index].decode()
-        grey = decode(self.store.read(path), str(self.store.root / path))
+        grey = decode(self.store.read(path), str(self.store.root / path), **self.dicom)
         image = Image.fromarray(grey).convert("RGB")
         if self.transform is not None:
             image = self.transform(image)
@@ -74,6 +88,8 @@ def build(config, split):
         uncertain=d.UNCERTAIN,
         missing=d.MISSING,
         in_zip=d.ZIP_MODE,
+        dicom_recipe=d.DICOM_RECIPE,
+        dicom_window=d.DICOM_WINDOW,
         csv=d.CSV,
         labeler=d.LABELER,
         label_names=tuple(d.LABELS) or LABELS,

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,8 @@ import pydicom
 import pytest
 import torch
 from PIL import Image
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from conftest import SHARED, edit_csv
 from dataset import tables
@@ -264,6 +266,81 @@ def test_dicom_order_of_operations():
     np.testing.assert_array_equal(decode(dicom(RAMP, **rescaled), "a.dcm"), windowed)
 
 
+@pytest.mark.parametrize("signed", [0, 1])
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {},
+        {"WindowCenter": 900, "WindowWidth": 700},
+        {"WindowCenter": 900, "WindowWidth": 700, "VOILUTFunction": "SIGMOID"},
+        {"WindowCenter": 900, "WindowWidth": 700, "VOILUTFunction": "LINEAR_EXACT"},
+        {"WindowCenter": 100, "WindowWidth": 300, "RescaleSlope": 0.25, "RescaleIntercept": -50},
+    ],
+    ids=["none", "linear", "sigmoid", "exact", "rescaled"],
+)
+def test_windowing_is_that_of_pydicom_in_float64(tags, signed):
+    """pydicom's own pipeline on every pixel; the range of the window's output is 0 to 255."""
+    pixels = RAMP.astype(np.int16) - 1000 * signed
+    data = dicom(pixels, PixelRepresentation=signed, **tags)
+    ds = pydicom.dcmread(io.BytesIO(data))
+    values = apply_voi_lut(apply_modality_lut(ds.pixel_array.astype(np.float64), ds), ds)
+    low, high = (-32768, 32767) if signed else (0, 65535)
+    if "RescaleSlope" in tags:
+        low, high = low * 0.25 - 50, high * 0.25 - 50
+    if not tags:
+        low, high = values.min(), values.max()
+    expected = (values - low) / (high - low) * 255
+    assert np.abs(decode(data, "a.dcm") - expected).max() <= 0.5 + 1e-6
+
+
+def test_window_choice_and_padding():
+    def grey(window=0, **tags):
+        return decode(dicom(RAMP, **tags), "a.dcm", window=window)
+
+    wide, narrow = grey(WindowCenter=1000, WindowWidth=8000), grey(WindowCenter=1000, WindowWidth=200)
+    assert wide.max() - wide.min() < 80  # a wide window is not stretched again
+    both = dict(WindowCenter=[1000, 1000], WindowWidth=[8000, 200])
+    np.testing.assert_array_equal(grey(0, **both), wide)
+    np.testing.assert_array_equal(grey(1, **both), narrow)
+    np.testing.assert_array_equal(grey(7, **both), wide)
+    np.testing.assert_array_equal(grey(WindowCenter=[5, 1000], WindowWidth=[0, 200]), narrow)  # width 0 is not valid
+    np.testing.assert_array_equal(grey(WindowCenter=5, WindowWidth=0), grey())
+
+    padded = RAMP.copy()
+    padded[0] = 60000
+    for photometric in ("MONOCHROME1", "MONOCHROME2"):
+        tags = dict(PhotometricInterpretation=photometric)
+        image = decode(dicom(padded, PixelPaddingValue=60000, **tags), "a.dcm")
+        assert (image[0] == 0).all()
+        np.testing.assert_array_equal(image[1:], decode(dicom(RAMP[1:], **tags), "a.dcm"))
+    ranged = decode(dicom(padded, PixelPaddingValue=59000, PixelPaddingRangeLimit=61000), "a.dcm")
+    np.testing.assert_array_equal(ranged[1:], decode(dicom(RAMP[1:]), "a.dcm"))
+    with pytest.raises(ImageError, match="all pixels are padding"):
+        decode(dicom(RAMP * 0, PixelPaddingValue=0), "a.dcm")
+
+
+def test_mimic_jpg_recipe():
+    """Worked out by hand: levels 0, 0, 85, 255 hold 2, 1, 1 of 4 pixels, so 0 -> 0, 85 -> 127.5, 255 -> 255."""
+    pixels = np.array([[1000, 1000], [1100, 1300]], np.uint16)
+    tags = dict(WindowCenter=5, WindowWidth=10, PixelPaddingValue=1000)  # none of which the recipe uses
+    grey = decode(dicom(pixels, **tags), "a.dcm", recipe="mimic_jpg")
+    np.testing.assert_array_equal(grey, [[0, 0], [128, 255]])
+    inverted = decode(dicom(pixels, PhotometricInterpretation="MONOCHROME1"), "a.dcm", recipe="mimic_jpg")
+    # 255, 255, 170, 0: the lowest level, 0, has one pixel; (1, 3) of 3 above it.
+    np.testing.assert_array_equal(inverted, [[255, 255], [85, 0]])
+    assert len(np.unique(decode(dicom(pixels * 0 + 7), "a.dcm", recipe="mimic_jpg"))) == 1
+
+
+def test_a_deflated_file_is_refused_before_it_is_inflated(monkeypatch):
+    ds = pydicom.dcmread(io.BytesIO(dicom(np.zeros((500, 500), np.uint16))))
+    ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    data = io.BytesIO()
+    pydicom.dcmwrite(data, ds, enforce_file_format=True)
+    monkeypatch.setattr(zlib, "decompress", lambda *_: pytest.fail("it was inflated"))
+    with pytest.raises(ImageError, match="Deflated Explicit VR Little Endian is not supported"):
+        decode(data.getvalue(), "a.dcm")
+
+
 def test_pictures_of_other_depths():
     data = io.BytesIO()
     Image.fromarray(RAMP).save(data, "PNG")  # 16 bits
@@ -348,7 +425,10 @@ def test_real_sample_is_read():
 
 @shared
 def test_real_dicoms_show_the_pictures_of_the_sample():
-    """Ten real X-rays as DICOM of every kind: the same picture as the (equalised) JPG up to contrast."""
+    """Ten real X-rays as DICOM of every kind: the same picture as the (equalised) JPG.
+
+    Up to contrast when windowed; under mimic_jpg up to JPEG's losses and the resizing.
+    """
     paths = sorted((SHARED / "cxr_dicom" / "files").rglob("*.dcm"))
     assert len(paths) == 10
     for path in paths:
@@ -357,6 +437,10 @@ def test_real_dicoms_show_the_pictures_of_the_sample():
         small = np.asarray(Image.open(twin).convert("L"), float)
         large = np.asarray(Image.fromarray(grey).resize(small.shape[::-1], Image.Resampling.BILINEAR), float)
         assert np.corrcoef(small.ravel(), large.ravel())[0, 1] > 0.8, path.name
+        grey = decode(path.read_bytes(), str(path), recipe="mimic_jpg")
+        same = np.asarray(Image.fromarray(grey).resize(small.shape[::-1], Image.Resampling.BOX), float)
+        assert np.corrcoef(small.ravel(), same.ravel())[0, 1] > 0.999, path.name
+        assert np.abs(small - same).mean() < 5, path.name
 
 
 @shared
