@@ -25,8 +25,9 @@ _C.DATA.DATA_PATH = ""  # the release folder (or its files/)
 _C.DATA.CSV = ""  # (new) a table of your own instead of the official ones: path, split, labels[, subject_id]
 _C.DATA.LABELER = "chexpert"  # (new) which official label file: chexpert or negbio
 _C.DATA.LABELS = []  # (new) label columns; empty: the 14 of CheXpert
-_C.DATA.UNCERTAIN = "zeros"  # (new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics)
-_C.DATA.MISSING = "zeros"  # (new) what a blank becomes: zeros, ones, ignore
+_C.DATA.UNCERTAIN = "zeros"  # (new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics), smooth
+# ... for all labels, or by label: {default: zeros, Consolidation: ignore}
+_C.DATA.MISSING = "zeros"  # (new) what a blank becomes, likewise
 _C.DATA.IMAGE_FORMAT = "auto"  # (new) auto, jpg, dcm, png: which images of the official layout to read
 _C.DATA.DICOM_RECIPE = "window"  # (new) window: as displayed; mimic_jpg: as the JPG release of MIMIC-CXR was made
 _C.DATA.DICOM_WINDOW = 0  # (new) which window or VOI LUT of a DICOM that has several
@@ -80,7 +81,8 @@ _C.TRAIN.CLIP_GRAD = 5.0  # largest norm of the gradient; 0: no clipping
 _C.TRAIN.ACCUMULATION_STEPS = 1  # forward passes per update
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to save memory
 _C.TRAIN.AUTO_RESUME = True  # go on from the run's last checkpoint
-_C.TRAIN.LOSS = "bce"  # (new) multi-label tasks: a row of utils_multilabel.LOSSES
+_C.TRAIN.LOSS = "bce"  # (new) multi-label tasks: bce, focal, asymmetric (rows of utils_multilabel.LOSSES)
+_C.TRAIN.POS_WEIGHT_CAP = 0.0  # (new) weigh positives by negatives/positives of the label, at most this; 0: no weights
 _C.TRAIN.LR_SCHEDULER = CN()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine, linear, step
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step: epochs between decays
@@ -136,6 +138,8 @@ _OPTIONAL = {
     "TRAIN.OPTIMIZER.DCN_LR_MUL": float,
 }
 
+# Keys whose value may be a mapping as well as a text.
+_MAPPINGS = ("DATA.UNCERTAIN", "DATA.MISSING")
 _CHOICES = {
     "DATA.LABELER": ("chexpert", "negbio"),
     "DATA.IMAGE_FORMAT": ("auto", "jpg", "dcm", "png"),
@@ -155,6 +159,7 @@ _AT_LEAST = {
     "DATA.NUM_WORKERS": 0,
     "MODEL.NUM_CLASSES": 1,
     "TRAIN.EPOCHS": 1,
+    "TRAIN.POS_WEIGHT_CAP": 0,
     "TRAIN.WARMUP_EPOCHS": 0,
     "TRAIN.WEIGHT_DECAY": 0,
     "TRAIN.BASE_LR": 0,
@@ -240,7 +245,7 @@ def parse_args(argv=None):
 
 def _flatten(node, prefix=""):
     for key, value in node.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + key not in _MAPPINGS:
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -280,6 +285,8 @@ def _typed(key, value, source):
         value = list(value)
     if kind is str and value is None:
         value = ""
+    if key in _MAPPINGS and isinstance(value, dict):
+        return value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{source}: {key} must be of type {kind.__name__}, got {value!r}")
     if kind is list and default:
@@ -364,6 +371,11 @@ def get_config(args):
     for key, text in zip(opts[::2], opts[1::2]):
         # text keys stay text: TAG 007 is a name
         value = text if isinstance(_DEFAULTS.get(key), str) else _literal(text)
+        if key in _MAPPINGS:  # written as in the YAML file
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise UserError(f"--opts: {key} is not valid YAML: {text!r}") from error
         _set(config, key, value, "--opts")
     for flag, key in _FLAGS.items():
         value = getattr(args, flag, None)

@@ -32,20 +32,21 @@ class Task:
     table: Callable
 
 
-def _multilabel(config, label_names):
+def _multilabel(config, dataset):
     if config.TRAIN.LOSS not in multilabel.LOSSES:
         raise UserError(f"TRAIN.LOSS is {config.TRAIN.LOSS!r}; choose one of {', '.join(multilabel.LOSSES)}")
-    criterion = multilabel.LOSSES[config.TRAIN.LOSS]
+    weights = multilabel.pos_weights(dataset.targets, config.TRAIN.POS_WEIGHT_CAP)
+    label_names = dataset.label_names
     return Task(
-        criterion=criterion,
+        criterion=partial(multilabel.LOSSES[config.TRAIN.LOSS], pos_weight=weights),
         score="mean_auc",
-        validate=partial(multilabel.validate_multilabel, criterion=criterion, label_names=label_names),
-        test=partial(multilabel.evaluate_test_set, criterion=criterion, label_names=label_names),
+        validate=partial(multilabel.validate_multilabel, label_names=label_names),
+        test=partial(multilabel.evaluate_test_set, label_names=label_names),
         table=multilabel.auc_table,
     )
 
 
-def _single_label(config, label_names):
+def _single_label(config, dataset):
     def criterion(logits, targets):  # class indices, or probabilities after mixup
         return F.cross_entropy(logits, targets, label_smoothing=config.MODEL.LABEL_SMOOTHING)
 
@@ -55,7 +56,7 @@ def _single_label(config, label_names):
         loss = float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets)))
         accuracy = {f"acc{k}": float((ranks < k).mean()) for k in (1, 5)}
         probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
-        one_hot = np.eye(len(label_names), dtype=np.float32)[targets]
+        one_hot = np.eye(len(dataset.label_names), dtype=np.float32)[targets]
         return {"loss": loss, **accuracy, "images": len(targets), "probabilities": probabilities, "targets": one_hot}
 
     def validate(*arguments):
@@ -72,5 +73,5 @@ TASKS = {"multilabel": _multilabel, "single_label": _single_label}
 
 
 def build_task(config, dataset):
-    """The task of a dataset."""
-    return TASKS[dataset.task](config, dataset.label_names)
+    """The task of a dataset; the criterion weighs by its targets, so to train give the train split."""
+    return TASKS[dataset.task](config, dataset)

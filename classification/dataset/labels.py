@@ -1,5 +1,7 @@
 """The 14 CheXpert labels and what becomes of uncertain and missing ones. Knows only NumPy."""
 
+import difflib
+
 import numpy as np
 
 from errors import UserError
@@ -22,22 +24,44 @@ LABELS = (
     "Support Devices",
 )
 
-# What a policy makes of a label that is not a plain 0 or 1. NaN: unknown, masked in loss and metrics.
-POLICIES = {"zeros": 0.0, "ones": 1.0, "ignore": np.nan}
+# What a policy makes of a label that is not a plain 0 or 1: (-1, not mentioned) -> target. NaN: unknown,
+# masked in loss and metrics. smooth: means of the ranges .55 to .85 and 0 to .3 of Pham et al. 2021
+# ("Interpreting chest X-rays via CNNs ..."); cross-entropy is linear in its target, so the mean does for draws.
+POLICIES = {"zeros": (0.0, 0.0), "ones": (1.0, 1.0), "ignore": (np.nan, np.nan), "smooth": (0.7, 0.15)}
 
 
-def apply_policy(raw, *, uncertain="zeros", missing="zeros"):
+def by_label(policy, label_names, key):
+    """One policy for each label, from one name for all or a mapping {default: zeros, Consolidation: ignore}.
+
+    Raises:
+        UserError: no such policy or label, named with `key`, the config key it came from.
+    """
+    given = policy if isinstance(policy, dict) else {"default": policy}
+    for name, choice in given.items():
+        if name != "default" and name not in label_names:
+            near = difflib.get_close_matches(str(name), label_names, 1, cutoff=0.3)
+            raise UserError(f"{key} names the label {name!r}, which is not there" + (f"; {near[0]}?" if near else ""))
+        if choice not in POLICIES:
+            raise UserError(f"{key} is {choice!r}; choose one of {', '.join(POLICIES)}")
+    return [given.get(name, given.get("default", "zeros")) for name in label_names]
+
+
+def apply_policy(raw, label_names, *, uncertain="zeros", missing="zeros", soft=True):
     """Targets of a model from the values of the label files.
 
     Args:
         raw: [N, L] of 1 (positive), 0 (negative), -1 (uncertain) and NaN (not mentioned).
-        uncertain, missing: one of `POLICIES`, for -1 and for NaN.
+        uncertain, missing: for -1 and for NaN, see :func:`by_label`.
+        soft: False for validation and test, where a smooth target is no truth to measure by: it is unknown.
 
     Returns:
-        [N, L] float32 of 0, 1 and NaN.
+        [N, L] float32 of 0, 1, NaN and, where soft, values between.
     """
-    for key, policy in (("DATA.UNCERTAIN", uncertain), ("DATA.MISSING", missing)):
-        if policy not in POLICIES:
-            raise UserError(f"{key} is {policy!r}; choose one of {', '.join(POLICIES)}")
-    targets = np.where(np.isnan(raw), POLICIES[missing], np.where(raw == -1, POLICIES[uncertain], raw))
+
+    def values(policy, key, kind):
+        chosen = np.array([POLICIES[p][kind] for p in by_label(policy, label_names, key)])
+        return chosen if soft else np.where(np.isin(chosen, (0, 1)), chosen, np.nan)
+
+    of_uncertain, of_missing = values(uncertain, "DATA.UNCERTAIN", 0), values(missing, "DATA.MISSING", 1)
+    targets = np.where(np.isnan(raw), of_missing, np.where(raw == -1, of_uncertain, raw))
     return targets.astype(np.float32)

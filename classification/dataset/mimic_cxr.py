@@ -17,7 +17,7 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
         root: the release folder or its `files/`, see :func:`dataset.tables.load_table`.
         split: train, validate (or val) or test.
         transform: PIL image (RGB, the grey values three times) -> anything; None returns the PIL image.
-        uncertain, missing: policy for -1 and for blank labels, see :mod:`dataset.labels`.
+        uncertain, missing: policy for -1 and for blank labels, or one by label, see :mod:`dataset.labels`.
         in_zip: read the images from `root/*.zip`.
         dicom_recipe, dicom_window: how DICOM becomes grey, see :func:`dataset.images.decode`.
         table: further arguments of :func:`dataset.tables.load_table`.
@@ -53,10 +53,14 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
             raise UserError(f"{root}: the split {split!r} has no image")
         self.table = whole.select(rows)
         self.label_names = whole.label_names
-        self.targets = apply_policy(self.table.labels, uncertain=uncertain, missing=missing)
+        targets = apply_policy(whole.labels, whole.label_names, uncertain=uncertain, missing=missing)
+        soft = split == "train"
+        self.targets = apply_policy(
+            self.table.labels, whole.label_names, uncertain=uncertain, missing=missing, soft=soft
+        )
         self.transform = transform
         self.dicom = {"recipe": dicom_recipe, "window": dicom_window}
-        self.summary = tables.summary(whole, apply_policy(whole.labels, uncertain=uncertain, missing=missing))
+        self.summary = tables.summary(whole, targets)
 
     def __len__(self):
         return len(self.table)

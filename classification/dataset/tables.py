@@ -340,6 +340,14 @@ def summary(table, targets):
     ]
     lines.insert(4, "positive labels")
     left_out = [f"{n:,} {reason}" for reason, n in table.left_out.items() if n]
+    train = targets[splits[0]]
+    for name, target in zip(table.label_names, train.T if len(train) else ()):
+        positive, negative = int((target == 1).sum()), int((target == 0).sum())
+        if not (positive and negative):
+            lines.append(
+                f"warning: {name} cannot be learnt, the train split has {positive:,} positives and {negative:,} "
+                "negatives of it; see DATA.UNCERTAIN and DATA.MISSING"
+            )
     lines.append("from " + ", ".join(table.sources))
     lines.append("left out: " + ("; ".join(left_out) if left_out else "nothing"))
     return "\n".join(lines)

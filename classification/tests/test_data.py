@@ -1,6 +1,7 @@
 """Tables, labels and images: the official layout, the user's own table, and every mistake in them."""
 
 import io
+import re
 import shutil
 import zlib
 
@@ -55,11 +56,26 @@ def test_transform_is_applied(tree):
 
 def test_policies():
     raw = np.array([[1, 0, -1, np.nan]], np.float32)
-    np.testing.assert_array_equal(apply_policy(raw), [[1, 0, 0, 0]])
-    np.testing.assert_array_equal(apply_policy(raw, uncertain="ones", missing="ignore"), [[1, 0, 1, np.nan]])
-    np.testing.assert_array_equal(apply_policy(raw, uncertain="ignore"), [[1, 0, np.nan, 0]])
+    np.testing.assert_array_equal(apply_policy(raw, "abcd"), [[1, 0, 0, 0]])
+    np.testing.assert_array_equal(apply_policy(raw, "abcd", uncertain="ones", missing="ignore"), [[1, 0, 1, np.nan]])
+    np.testing.assert_array_equal(apply_policy(raw, "abcd", uncertain="ignore"), [[1, 0, np.nan, 0]])
     with pytest.raises(UserError, match="DATA.MISSING is 'nothing'; choose one of zeros, ones, ignore"):
-        apply_policy(raw, missing="nothing")
+        apply_policy(raw, "abcd", missing="nothing")
+
+    raw = np.array([[-1, -1, np.nan, np.nan], [1, 0, 1, 0]], np.float32)
+    mixed = dict(uncertain={"default": "ignore", "b": "ones"}, missing={"c": "smooth"})
+    expected = np.array([[np.nan, 1, 0.15, 0], [1, 0, 1, 0]], np.float32)
+    np.testing.assert_array_equal(apply_policy(raw, "abcd", **mixed), expected)
+    expected[0, 2] = np.nan  # to measure by, a smooth target is unknown
+    np.testing.assert_array_equal(apply_policy(raw, "abcd", **mixed, soft=False), expected)
+    with pytest.raises(UserError, match=r"DATA.UNCERTAIN names the label 'Edem', which is not there; Edema\?"):
+        apply_policy(raw[:, :1], ["Edema"], uncertain={"Edem": "ones"})
+
+
+def test_a_policy_that_leaves_no_negatives_warns(tree):
+    assert "warning" not in MIMICCXRDataset(tree, "train").summary
+    summary = MIMICCXRDataset(tree, "train", missing={"No Finding": "ignore"}).summary
+    assert re.search(r"warning: No Finding cannot be learnt, the train split has 34 positives and 0 negatives", summary)
 
 
 @pytest.mark.parametrize("place", ["files", "above", "plain", "root_is_files"])

@@ -1,9 +1,12 @@
 """Loss and metrics against scikit-learn and torch; the learning rate against its formula."""
 
+import torchvision_shim  # noqa: F401  (before torchvision)
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
+from torchvision.ops import sigmoid_focal_loss
 
 import utils_multilabel as multilabel
 from lr_scheduler import Schedule
@@ -22,7 +25,7 @@ def outputs():
 
 def test_metrics_mask_unknown_targets(outputs):
     logits, targets = outputs
-    m = multilabel.multilabel_metrics(logits, targets, "abcd", multilabel.bce)
+    m = multilabel.multilabel_metrics(logits, targets, "abcd")
     known = [~np.isnan(t) for t in targets.T]
     for k, name in enumerate("ab"):
         assert m["auc"][name] == pytest.approx(roc_auc_score(targets[known[k], k], logits[known[k], k]))
@@ -42,7 +45,7 @@ def test_metrics_mask_unknown_targets(outputs):
 
 
 def test_no_label_with_an_auc_has_no_mean():
-    m = multilabel.multilabel_metrics(np.zeros((3, 1), np.float32), np.ones((3, 1), np.float32), "a", multilabel.bce)
+    m = multilabel.multilabel_metrics(np.zeros((3, 1), np.float32), np.ones((3, 1), np.float32), "a")
     assert m["mean_auc"] is None
 
 
@@ -64,3 +67,42 @@ def test_schedule():
     assert linear(35) == pytest.approx(0.8)
     steps = Schedule("step", total=100, warmup=0, peak=1.0, warmup_lr=0, min_lr=0.05, decay_every=30)
     assert [steps(k) for k in (0, 29, 30, 60, 99)] == pytest.approx([1, 1, 0.1, 0.05, 0.05])
+
+
+def test_losses_against_their_formulas():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(40, 3, generator=generator, dtype=torch.float64) * 3
+    targets = (torch.rand(40, 3, generator=generator) < 0.3).double()
+    weight = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(
+        multilabel.bce(logits, targets, weight), torch.nn.BCEWithLogitsLoss(pos_weight=weight)(logits, targets)
+    )
+    focal = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=2, reduction="mean")
+    torch.testing.assert_close(multilabel.focal(logits, targets), focal)
+    p = 1 / (1 + np.exp(-logits.numpy()))
+    shifted = np.maximum(p - 0.05, 0)
+    expected = -np.where(targets == 1, np.log(p), shifted**4 * np.log(1 - shifted)).mean()
+    assert multilabel.asymmetric(logits, targets).item() == pytest.approx(expected)
+    plain = dict(gamma_positive=0, gamma_negative=0, margin=0)
+    torch.testing.assert_close(multilabel.asymmetric(logits, targets, **plain), multilabel.bce(logits, targets))
+
+
+@pytest.mark.parametrize("name", multilabel.LOSSES)
+def test_every_loss_masks_unknown_targets(name):
+    loss, logits = multilabel.LOSSES[name], torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0.0, 1.0]).repeat(6, 2)
+    masked = targets.clone()
+    masked[:, 1] = torch.nan
+    logits.requires_grad_()
+    value = loss(logits, masked, torch.full((4,), 2.0))
+    kept = [0, 2, 3]
+    torch.testing.assert_close(value, loss(logits[:, kept], targets[:, kept], torch.full((3,), 2.0)))
+    value.backward()
+    assert (logits.grad[:, 1] == 0).all() and logits.grad.isfinite().all()
+
+
+def test_positive_weights_are_negatives_by_positives_and_capped():
+    targets = np.array([[1, 0, 1, 0.7], [0, 0, 1, 0], [0, 0, np.nan, 0], [0, 0, 0, 1]], np.float32)
+    assert multilabel.pos_weights(targets, 10.0).tolist() == [3, 4, 0.5, 2]
+    assert multilabel.pos_weights(targets, 2.5).tolist() == [2.5, 2.5, 0.5, 2]
+    assert multilabel.pos_weights(targets, 0.0) is None

@@ -407,8 +407,8 @@ def test_mistakes_are_found_before_training(run_main, tmp_path, tree):
         run_main("--dataset", "chexpert")
     with pytest.raises(UserError, match="MODEL.TYPE is 'resnet'; choose one of intern_image"):
         run_main(MODEL__TYPE="resnet")
-    with pytest.raises(UserError, match="TRAIN.LOSS is 'focal'; choose one of bce"):
-        run_main(TRAIN__LOSS="focal")
+    with pytest.raises(UserError, match="TRAIN.LOSS is 'hinge'; choose one of bce, focal, asymmetric"):
+        run_main(TRAIN__LOSS="hinge")
     with pytest.raises(UserError, match="fewer than one update takes .batch 4000 x 1"):
         run_main("--batch-size", 4000)
     with pytest.raises(UserError, match="DATA.DATA_PATH is empty; give the data folder with --data-path"):
@@ -518,3 +518,14 @@ def test_frozen_offsets(run_main):
     model = checkpoint.read(folder / "last_ckpt.pth")["model"]
     assert (model["levels.0.blocks.0.dcn.offset.weight"] == 0).all()
     assert epochs(folder)[0]["lr"] > 0
+
+
+def test_policies_and_losses_come_from_the_config(run_main):
+    """A mapping by label from the command line, another loss, weights of positives: it trains and says so."""
+    folder = run_main(
+        "--opts", "DATA.UNCERTAIN", "{default: zeros, Consolidation: ignore}", "TRAIN.POS_WEIGHT_CAP", "5",
+        TRAIN__LOSS="asymmetric", TRAIN__EPOCHS=1, TRAIN__WARMUP_EPOCHS=0,
+    )  # fmt: skip
+    assert json.loads((folder / "config.json").read_text())["DATA"]["UNCERTAIN"]["Consolidation"] == "ignore"
+    assert len(epochs(folder)) == 1
+    run_main("--eval", out="out", TRAIN__LOSS="focal", DATA__UNCERTAIN="{Edema: ones}")
