@@ -38,6 +38,10 @@ TRANSFER_SYNTAXES = {
 }
 
 
+# How files of each suffix begin (DICOM: after 128 bytes of anything).
+SUFFIXES_BY_CONTENT = ((b"DICM", ".dcm"), (b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"))
+
+
 class ImageError(UserError):
     """An image that cannot be used; the text names the file and the fault."""
 

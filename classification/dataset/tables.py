@@ -56,7 +56,7 @@ def split_index(split):
     return SPLITS.index(name)
 
 
-def _read_csv(path, required):
+def read_csv(path, required):
     try:
         # Names stay text: an id of digits alone is none to calculate with, and keeps its zeros.
         text = {"dicom_id": str, "path": str, "split": str}
@@ -129,7 +129,7 @@ def _bytes(strings):
     return np.array([s.encode() for s in strings], dtype=np.bytes_)
 
 
-def _folders(root):
+def find_folders(root):
     """(folder holding `files/`, folders in which the CSVs may lie); root is a release or its `files/`."""
     if not root.is_dir():
         raise UserError(f"data path {root} is not a folder; give the release folder with --data-path")
@@ -137,7 +137,7 @@ def _folders(root):
     return base, list(dict.fromkeys((root, base, base / "files", base.parent)))
 
 
-def _find_csv(folders, kind):
+def find_csv(folders, kind):
     for folder in folders:
         for pattern in (f"mimic-cxr-*-{kind}.csv", f"mimic-cxr-*-{kind}.csv.gz"):
             for path in sorted(folder.glob(pattern)):
@@ -178,15 +178,15 @@ def _find_suffix(paths, base):
 
 
 def _official_table(base, folders, labeler, label_names, image_format):
-    files = {kind: _find_csv(folders, kind) for kind in ("split", labeler)}
+    files = {kind: find_csv(folders, kind) for kind in ("split", labeler)}
     for kind, path in files.items():
         if path is None:
             raise UserError(
                 f"no mimic-cxr-*-{kind}.csv or .csv.gz in {', '.join(map(str, folders))}; download it from PhysioNet "
                 "into the data folder, or name a CSV of your own with DATA.CSV"
             )
-    images = _read_csv(files["split"], ("dicom_id", "study_id", "subject_id", "split"))
-    studies = _read_csv(files[labeler], ("study_id", *label_names))
+    images = read_csv(files["split"], ("dicom_id", "study_id", "subject_id", "split"))
+    studies = read_csv(files[labeler], ("study_id", *label_names))
     images["subject_id"] = _integers(images, "subject_id", files["split"])
     images["study_id"] = _integers(images, "study_id", files["split"])
     studies["study_id"] = _integers(studies, "study_id", files[labeler])
@@ -220,7 +220,7 @@ def _official_table(base, folders, labeler, label_names, image_format):
 
 
 def _own_table(base, csv, label_names):
-    frame = _read_csv(csv, ("path", "split", *label_names))
+    frame = read_csv(csv, ("path", "split", *label_names))
     _no_blanks(frame, "path", csv)
     _duplicates(frame["path"], "image", csv)
     unknown = np.full(len(frame), -1, np.int64)
@@ -295,11 +295,11 @@ def load_table(
         UserError: names the file, column or value.
     """
     root = Path(root).expanduser().absolute()
-    base, folders = _folders(root)
+    base, folders = find_folders(root)
     own = [Path(csv) if Path(csv).is_absolute() else base / csv] if csv else []
     if own and not own[0].is_file():
         raise UserError(f"DATA.CSV: {own[0]} does not exist")
-    if not own and _find_csv(folders, "split") is None:
+    if not own and find_csv(folders, "split") is None:
         own = _own_csv(folders)
         if len(own) > 1:
             names = ", ".join(p.name for p in own)

@@ -1,0 +1,67 @@
+"""Looks a MIMIC-CXR tree over, and makes the small copy that training reads fast. Runs without torch.
+
+python prepare_mimic.py audit --data-path TREE --output FOLDER     # what is wrong with it, in one table
+python prepare_mimic.py build --data-path TREE --output CACHE      # short side 512, grey; --zip for few large files
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from dataset import audit as auditing
+from dataset import cache
+from dataset.images import RECIPES
+from errors import UserError
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    audit = commands.add_parser("audit", help="compare the images with the CSV files and read every one")
+    build = commands.add_parser("build", help="make, or go on making, the small copy")
+    for command in (audit, build):
+        command.add_argument("--data-path", required=True, help="the folder that holds files/ and the CSV files")
+        command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all CPUs)")
+    audit.add_argument("--output", default="audit", help="folder for audit.csv and audit.txt (audit)")
+    build.add_argument("--output", required=True, help="folder of the copy")
+    build.add_argument("--size", type=int, default=512, help="short side in pixels (512)")
+    build.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (95)")
+    build.add_argument("--zip", action="store_true", help="a few uncompressed zip files, for main.py --zip")
+    build.add_argument("--dicom-recipe", choices=RECIPES, default="window", help="as DATA.DICOM_RECIPE (window)")
+    build.add_argument("--skip-bad", action="store_true", help="finish without the images that cannot be read")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Run one command line; returns the exit status: 1 where something is wrong with the tree."""
+    args = parse_args(argv)
+    if args.command == "audit":
+        problems = auditing.audit(args.data_path, args.output, workers=args.workers)
+        return 1 if len(problems) else 0
+    for name, least in (("size", 8), ("quality", 1), ("workers", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    faults = cache.build(
+        args.data_path,
+        args.output,
+        size=args.size,
+        quality=args.quality,
+        in_zip=args.zip,
+        dicom_recipe=args.dicom_recipe,
+        skip_bad=args.skip_bad,
+        workers=args.workers,
+    )
+    if faults:
+        path, fault = next(iter(faults.items()))
+        print(f"{len(faults)} images cannot be read, all in {Path(args.output) / cache.BAD}; the first: {fault}")
+        print("replace them and run again; or run with --skip-bad, and train with DATA.ALLOW_MISSING True")
+    return 1 if faults and not args.skip_bad else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
