@@ -104,11 +104,17 @@ def _window(stored, dataset, index):
     grey = np.round((values - ends[0]) * (255 / span)).astype(np.uint8)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         grey = 255 - grey
-    if padding is None:
-        return grey[stored if low == 0 else stored - np.int32(low)]
-    grey = grey[np.clip(stored, low, high) - np.int32(low)]
-    grey[padding] = 0
-    return grey
+    if low < 0:
+        stored = stored - np.int32(low)
+    else:
+        grey = np.concatenate([np.full(low, grey[0]), grey])
+    image = np.empty(stored.shape, np.uint8)
+    for k in range(0, len(stored), 16):  # a few rows at a time stay in the cache: half the time of grey[stored]
+        # Out of the table lies padding only.
+        np.take(grey, stored[k : k + 16], out=image[k : k + 16], mode="clip")
+    if padding is not None:
+        image[padding] = 0
+    return image
 
 
 def _mimic_jpg(stored, dataset, _index):
@@ -154,20 +160,31 @@ def _decode_dicom(data, recipe, window):
     return RECIPES[recipe](dataset.pixel_array, dataset, window)
 
 
-def _decode_picture(data):
+def _decode_picture(data, shrink_to):
     with Image.open(io.BytesIO(data)) as image:
         _check_size(image.height, image.width)
+        if shrink_to:  # a JPEG decodes at 1/2, 1/4 or 1/8 in a fraction of the time; no effect on others
+            factor = min(image.size) / shrink_to
+            if factor >= 2:
+                image.draft("L", (int(image.width / factor), int(image.height / factor)))
         image.load()
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             return _to_uint8(np.asarray(image))
         return np.asarray(image.convert("L"))
 
 
-def decode(data, name, *, recipe="window", window=0):
+def _reduce(grey, shrink_to):
+    """Means over blocks of whole pixels, as large as leaves the short side at least `shrink_to`."""
+    factor = min(grey.shape) // shrink_to if shrink_to else 1
+    return grey if factor < 2 else np.asarray(Image.fromarray(grey).reduce(factor))
+
+
+def decode(data, name, *, recipe="window", window=0, shrink_to=0):
     """Bytes of a JPG, PNG or DICOM file -> uint8 [H, W]; the format is told from `name`'s suffix.
 
     recipe, window: for DICOM, one of `RECIPES`, and which window or VOI LUT where there are several
     (the first valid one where that one is not there or not valid).
+    shrink_to: a larger image may be reduced by a whole factor, to a short side of at least this; 0: never.
 
     Raises:
         ImageError: empty, truncated, not an image, no pixels, or a syntax that cannot be decoded.
@@ -175,7 +192,9 @@ def decode(data, name, *, recipe="window", window=0):
     if not data:
         raise ImageError(f"{name}: the file is empty")
     try:
-        return _decode_dicom(data, recipe, window) if Path(name).suffix.lower() == ".dcm" else _decode_picture(data)
+        if Path(name).suffix.lower() == ".dcm":
+            return _reduce(_decode_dicom(data, recipe, window), shrink_to)
+        return _reduce(_decode_picture(data, shrink_to), shrink_to)
     # Decoders raise whatever they meet (OSError, struct.error, KeyError, RuntimeError, ...): to the
     # user all of it means that this file is broken.
     except Exception as error:

@@ -6,7 +6,7 @@ from PIL import Image
 from dataset import tables
 from dataset.images import FileStore, ZipStore, decode
 from dataset.labels import LABELS, apply_policy
-from dataset.transforms import radiograph_transform
+from dataset.transforms import radiograph_transform, resized_side
 from errors import UserError
 
 
@@ -16,10 +16,11 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
     Args:
         root: the release folder or its `files/`, see :func:`dataset.tables.load_table`.
         split: train, validate (or val) or test.
-        transform: PIL image (RGB, the grey values three times) -> anything; None returns the PIL image.
+        transform: PIL image -> anything; None returns the PIL image.
+        mode: of that image, RGB (the grey values three times) or L (grey, a third of the work).
         uncertain, missing: policy for -1 and for blank labels, or one by label, see :mod:`dataset.labels`.
         in_zip: read the images from `root/*.zip`.
-        dicom_recipe, dicom_window: how DICOM becomes grey, see :func:`dataset.images.decode`.
+        dicom_recipe, dicom_window, shrink_to: how a file becomes grey, see :func:`dataset.images.decode`.
         table: further arguments of :func:`dataset.tables.load_table`.
 
     Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
@@ -37,11 +38,13 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
         split,
         transform=None,
         *,
+        mode="RGB",
         uncertain="zeros",
         missing="zeros",
         in_zip=False,
         dicom_recipe="window",
         dicom_window=0,
+        shrink_to=0,
         **table,
     ):
         whole = tables.load_table(root, in_zip=in_zip, **table)
@@ -58,8 +61,8 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
         self.targets = apply_policy(
             self.table.labels, whole.label_names, uncertain=uncertain, missing=missing, soft=soft
         )
-        self.transform = transform
-        self.dicom = {"recipe": dicom_recipe, "window": dicom_window}
+        self.transform, self.mode = transform, mode
+        self.decoding = {"recipe": dicom_recipe, "window": dicom_window, "shrink_to": shrink_to}
         self.summary = tables.summary(whole, targets)
 
     def __len__(self):
@@ -67,8 +70,8 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         path = self.table.path[index].decode()
-        grey = decode(self.store.read(path), str(self.store.root / path), **self.dicom)
-        image = Image.fromarray(grey).convert("RGB")
+        grey = decode(self.store.read(path), str(self.store.root / path), **self.decoding)
+        image = Image.fromarray(grey).convert(self.mode)
         if self.transform is not None:
             image = self.transform(image)
         return image, torch.from_numpy(self.targets[index])
@@ -89,11 +92,13 @@ def build(config, split):
         d.DATA_PATH,
         split,
         radiograph_transform(config, train=split == "train"),
+        mode="L",
         uncertain=d.UNCERTAIN,
         missing=d.MISSING,
         in_zip=d.ZIP_MODE,
         dicom_recipe=d.DICOM_RECIPE,
         dicom_window=d.DICOM_WINDOW,
+        shrink_to=2 * resized_side(config),  # so that the resizing after it still has four pixels for each of its own
         csv=d.CSV,
         labeler=d.LABELER,
         label_names=tuple(d.LABELS) or LABELS,

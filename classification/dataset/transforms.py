@@ -10,6 +10,11 @@ from torchvision.transforms import v2
 INTERPOLATION = {"bicubic": v2.InterpolationMode.BICUBIC, "bilinear": v2.InterpolationMode.BILINEAR}
 
 
+def resized_side(config):
+    """Side in pixels to which an X-ray is resized before it is cropped."""
+    return int(config.DATA.IMG_SIZE * 8 / 7)
+
+
 def _eval_steps(size, interpolation, crop):
     if crop:
         return [v2.Resize(int(size * 8 / 7), interpolation), v2.CenterCrop(size)]
@@ -17,11 +22,11 @@ def _eval_steps(size, interpolation, crop):
 
 
 def _tensor_steps(mean, std):
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    return [v2.PILToTensor(), v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
 
 
 def radiograph_transform(config, train):
-    """For X-rays: crop, flip if asked, brightness and contrast if asked, random erasing."""
+    """For X-rays, grey or RGB: crop, flip if asked, brightness and contrast if asked, random erasing."""
     aug, size, interpolation = config.AUG, config.DATA.IMG_SIZE, INTERPOLATION[config.DATA.INTERPOLATION]
     if not train:
         steps = _eval_steps(size, interpolation, config.TEST.CROP) + _tensor_steps(aug.MEAN, aug.STD)
@@ -29,7 +34,7 @@ def radiograph_transform(config, train):
     # Squeezed to a square first, as at test time: crops of the original would train on other proportions,
     # and the heart's relative width is itself a sign. Hence the narrow range of ratios, too.
     steps = [
-        v2.Resize((int(size * 8 / 7),) * 2, interpolation),
+        v2.Resize((resized_side(config),) * 2, interpolation),
         v2.RandomResizedCrop(size, scale=tuple(aug.CROP_SCALE), ratio=(0.9, 1.1), interpolation=interpolation),
     ]
     if aug.HFLIP > 0:
