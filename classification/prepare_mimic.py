@@ -42,7 +42,7 @@ def main(argv=None):
     for name, least in (("size", 8), ("quality", 1), ("workers", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
-    faults = cache.build(
+    faults = cache.make_copy(
         args.data_path,
         args.output,
         size=args.size,

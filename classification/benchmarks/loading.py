@@ -53,7 +53,7 @@ def make_trees(folder, count):
         Image.fromarray((large // 16).astype(np.uint8)).save(folder / "jpg" / f"{k}.jpg", quality=95)
         write_dicom(folder / "dcm" / f"{k}.dcm", large)
     for name, in_zip in (("copy", False), ("zip", True)):
-        cache.build(folder / "jpg", folder / name, in_zip=in_zip, log=lambda _: None)
+        cache.make_copy(folder / "jpg", folder / name, in_zip=in_zip, log=lambda _: None)
 
 
 def write_dicom(path, pixels):

@@ -122,7 +122,7 @@ def _write_shard(path, images, skip_bad):
     return faults
 
 
-def build(
+def make_copy(
     root, out, *, size=512, quality=95, in_zip=False, dicom_recipe="window", skip_bad=False, workers=None, log=print
 ):
     """Makes or completes the copy of the tree `root` in `out`; returns {path: fault} of its bad images.
