@@ -24,6 +24,8 @@ _C.DATA.DATASET = "imagenet"  # a file in dataset/: mimic_cxr, imagenet
 _C.DATA.DATA_PATH = ""  # the release folder (or its files/)
 _C.DATA.CSV = ""  # (new) a table of your own instead of the official ones: path, split, labels[, subject_id]
 _C.DATA.LABELER = "chexpert"  # (new) which official label file: chexpert or negbio
+_C.DATA.TEST_LABELER = "same"  # (new) labels of the test split: same, or radiologist (mimic-cxr-*-test-set-labeled.csv)
+_C.DATA.VIEWS = "all"  # (new) all, frontal, AP, PA, lateral; blank views are told from the texts of the metadata
 _C.DATA.LABELS = []  # (new) label columns; empty: the 14 of CheXpert
 _C.DATA.UNCERTAIN = "zeros"  # (new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics), smooth
 # ... for all labels, or by label: {default: zeros, Consolidation: ignore}
@@ -142,6 +144,8 @@ _OPTIONAL = {
 _MAPPINGS = ("DATA.UNCERTAIN", "DATA.MISSING")
 _CHOICES = {
     "DATA.LABELER": ("chexpert", "negbio"),
+    "DATA.TEST_LABELER": ("same", "radiologist"),
+    "DATA.VIEWS": ("all", "frontal", "AP", "PA", "lateral"),
     "DATA.IMAGE_FORMAT": ("auto", "jpg", "dcm", "png"),
     "DATA.DICOM_RECIPE": ("window", "mimic_jpg"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear"),

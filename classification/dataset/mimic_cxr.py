@@ -101,6 +101,8 @@ def build(config, split):
         shrink_to=2 * resized_side(config),  # so that the resizing after it still has four pixels for each of its own
         csv=d.CSV,
         labeler=d.LABELER,
+        test_labeler=d.TEST_LABELER,
+        views=d.VIEWS,
         label_names=tuple(d.LABELS) or LABELS,
         image_format=d.IMAGE_FORMAT,
         allow_missing=d.ALLOW_MISSING,

@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 
 from dataset.labels import LABELS
+from dataset.views import VIEWS, find_views
 from errors import UserError
 
 SPLITS = ("train", "validate", "test")
 SPLIT_ALIASES = {"val": "validate", "valid": "validate", "validation": "validate"}
 SUFFIXES = (".jpg", ".dcm", ".png")
 CHECKED_FILES = 500
+RADIOLOGIST = "test-set-labeled"  # mimic-cxr-2.1.0-test-set-labeled.csv: read from the reports by a radiologist
 
 
 @dataclass
@@ -64,12 +66,16 @@ def read_csv(path, required):
     except (OSError, ValueError, EOFError) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{path}: cannot be read as CSV ({error})") from error
     frame.columns = [str(c).strip() for c in frame.columns]
-    missing = [c for c in required if c not in frame.columns]
-    if missing:
-        raise UserError(f"{path}: column {missing[0]!r} is missing (the file has: {', '.join(frame.columns)})")
+    _need_columns(frame, required, path)
     if frame.empty:
         raise UserError(f"{path}: the file has no rows")
     return frame
+
+
+def _need_columns(frame, required, path):
+    missing = [c for c in required if c not in frame.columns]
+    if missing:
+        raise UserError(f"{path}: column {missing[0]!r} is missing (the file has: {', '.join(frame.columns)})")
 
 
 def _no_blanks(frame, column, path):
@@ -177,28 +183,52 @@ def _find_suffix(paths, base):
     return hits[0]
 
 
-def _official_table(base, folders, labeler, label_names, image_format):
-    files = {kind: find_csv(folders, kind) for kind in ("split", labeler)}
-    for kind, path in files.items():
-        if path is None:
-            raise UserError(
-                f"no mimic-cxr-*-{kind}.csv or .csv.gz in {', '.join(map(str, folders))}; download it from PhysioNet "
-                "into the data folder, or name a CSV of your own with DATA.CSV"
-            )
+def _needed_csv(folders, kind):
+    path = find_csv(folders, kind)
+    if path is None:
+        raise UserError(
+            f"no mimic-cxr-*-{kind}.csv or .csv.gz in {', '.join(map(str, folders))}; download it from PhysioNet "
+            "into the data folder, or name a CSV of your own with DATA.CSV"
+        )
+    return path
+
+
+def _read_labels(path, label_names):
+    """(study ids, [N, L] values as in the file), one row a study."""
+    studies = read_csv(path, ("study_id",))
+    if "Lung Opacity" not in studies:  # the radiologist's file has an older name for it
+        studies = studies.rename(columns={"Airspace Opacity": "Lung Opacity"})
+    _need_columns(studies, label_names, path)
+    ids = _integers(studies, "study_id", path)
+    _duplicates(ids, "study", path)
+    return pd.Index(ids), _label_values(studies, label_names, path)
+
+
+def _official_table(base, folders, labeler, test_labeler, label_names, image_format):
+    files = {kind: _needed_csv(folders, kind) for kind in ("split", labeler)}
     images = read_csv(files["split"], ("dicom_id", "study_id", "subject_id", "split"))
-    studies = read_csv(files[labeler], ("study_id", *label_names))
     images["subject_id"] = _integers(images, "subject_id", files["split"])
     images["study_id"] = _integers(images, "study_id", files["split"])
-    studies["study_id"] = _integers(studies, "study_id", files[labeler])
     _no_blanks(images, "dicom_id", files["split"])
     _duplicates(images["dicom_id"], "image", files["split"])
-    _duplicates(studies["study_id"], "study", files[labeler])
-    raw = _label_values(studies, label_names, files[labeler])
     split = _splits(images, files["split"])
 
-    row = pd.Index(studies["study_id"]).get_indexer(images["study_id"])
-    labelled = row >= 0
-    images, split, row = images[labelled], split[labelled], row[labelled]
+    studies, values = _read_labels(files[labeler], label_names)
+    row = studies.get_indexer(images["study_id"])
+    labelled, labels = row >= 0, values[row]
+    left_out = {"study without a label row": int((~labelled).sum())}
+    if test_labeler == "radiologist":
+        files["test"] = _needed_csv(folders, RADIOLOGIST)
+        studies, values = _read_labels(files["test"], label_names)
+        test = split == SPLITS.index("test")
+        row = studies.get_indexer(images["study_id"])
+        labels[test] = values[row[test]]
+        labelled[test] = row[test] >= 0
+        left_out = {
+            "study without a label row": int((~labelled & ~test).sum()),
+            "test study that the radiologist has not labelled": int((~labelled & test).sum()),
+        }
+    images, split, labels = images[labelled], split[labelled], labels[labelled]
     if images.empty:
         raise UserError(f"{files[labeler]}: none of the studies of {files['split']} has a row here")
     subject, study = images["subject_id"].astype(str), images["study_id"].astype(str)
@@ -214,8 +244,8 @@ def _official_table(base, folders, labeler, label_names, image_format):
         study=images["study_id"].to_numpy(),
         subject=images["subject_id"].to_numpy(),
         split=split,
-        labels=raw[row],
-        left_out={"study without a label row": int((~labelled).sum())},
+        labels=labels,
+        left_out=left_out,
     )
 
 
@@ -223,6 +253,9 @@ def _own_table(base, csv, label_names):
     frame = read_csv(csv, ("path", "split", *label_names))
     _no_blanks(frame, "path", csv)
     _duplicates(frame["path"], "image", csv)
+    outside = frame["path"].str.contains(r"(?:^|/)\.\.(?:/|$)")
+    if outside.any():
+        raise UserError(f"{csv}: the path {frame['path'][outside].iloc[0]!r} leads out of the data folder by ..")
     unknown = np.full(len(frame), -1, np.int64)
     name = frame["dicom_id"] if "dicom_id" in frame else frame["path"]
     return Table(
@@ -236,6 +269,22 @@ def _own_table(base, csv, label_names):
         split=_splits(frame, csv),
         labels=_label_values(frame, label_names, csv),
     )
+
+
+def _select_views(table, folders, csv, views):
+    """The images of the views asked for, by the metadata file or the columns of the user's own table."""
+    path = csv or _needed_csv(folders, "metadata")
+    key = "path" if csv else "dicom_id"
+    frame = read_csv(path, (key, "ViewPosition")).drop_duplicates(key)
+    found = pd.Series(find_views(frame), index=_bytes(frame[key].astype(str)))
+    here = found.reindex(table.path if csv else table.dicom_id).fillna("").to_numpy()
+    keep = np.isin(here, VIEWS[views])
+    table = table.select(keep)
+    table.left_out[f"image of another view (DATA.VIEWS {views})"] = int((~keep & (here != "")).sum())
+    table.left_out["image of unknown view"] = int((here == "").sum())
+    if len(table) == 0:
+        raise UserError(f"DATA.VIEWS {views}: {path} names no image of it")
+    return table
 
 
 def _check_patients(table):
@@ -277,7 +326,16 @@ def _check_files(table, allow_missing):
 
 @functools.lru_cache(maxsize=2)  # the splits of one run share one table
 def load_table(
-    root, *, csv="", labeler="chexpert", label_names=LABELS, image_format="auto", allow_missing=False, in_zip=False
+    root,
+    *,
+    csv="",
+    labeler="chexpert",
+    test_labeler="same",
+    views="all",
+    label_names=LABELS,
+    image_format="auto",
+    allow_missing=False,
+    in_zip=False,
 ):
     """The table of all images under `root`.
 
@@ -286,6 +344,8 @@ def load_table(
         csv: instead of the official files, one of the user's own with the columns `path`
             (relative to root, or absolute), `split`, the labels, and if possible `subject_id`.
         labeler: chexpert or negbio.
+        test_labeler: same, or radiologist: the labels of the test split from `mimic-cxr-*-test-set-labeled.csv`.
+        views: all, or a key of :data:`dataset.views.VIEWS`.
         label_names: columns to read.
         image_format: auto, jpg, dcm or png (official layout only).
         allow_missing: leave out images that are not there instead of an error.
@@ -305,11 +365,15 @@ def load_table(
             names = ", ".join(p.name for p in own)
             raise UserError(f"{root} holds several tables with a path column ({names}); choose one with DATA.CSV")
     if own:
+        if test_labeler != "same":
+            raise UserError(f"DATA.TEST_LABELER {test_labeler} belongs to the official tables, not to {own[0]}")
         table = _own_table(base, own[0], label_names)
     else:
         if in_zip and image_format == "auto":
             image_format = "jpg"  # the zip shards hold the small JPG copy
-        table = _official_table(base, folders, labeler, label_names, image_format)
+        table = _official_table(base, folders, labeler, test_labeler, label_names, image_format)
+    if views != "all":
+        table = _select_views(table, folders, own[0] if own else None, views)
     _check_patients(table)
     return table if in_zip else _check_files(table, allow_missing)
 

@@ -127,6 +127,72 @@ def test_summary_counts_what_is_there_and_what_is_left_out(own_tree):
     assert dataset.summary.endswith(f"left out: {lost} study without a label row")
 
 
+def test_views(own_tree, tree):
+    """Every view by ViewPosition; where that is blank, by the texts, and left out where these tell nothing."""
+    metadata = raw_csv(tree, "metadata")
+    by_view = {v: set(metadata.dicom_id[metadata.ViewPosition == v]) for v in ("AP", "PA", "LATERAL")}
+
+    def read(views, root=own_tree):
+        tables.load_table.cache_clear()
+        return [d for s in tables.SPLITS for d in MIMICCXRDataset(root, s, views=views).rows()["dicom_id"]]
+
+    for views, expected in (
+        ("AP", by_view["AP"]),
+        ("PA", by_view["PA"]),
+        ("lateral", by_view["LATERAL"]),
+        ("frontal", by_view["AP"] | by_view["PA"]),
+        ("all", set(metadata.dicom_id)),
+    ):
+        assert sorted(read(views)) == sorted(expected), views
+
+    def blank(frame):
+        pa, lateral, ap = (frame.index[frame.ViewPosition == v] for v in ("PA", "LATERAL", "AP"))
+        frame.loc[[*pa[:2], *lateral[:2], *ap[:3]], "ViewPosition"] = None
+        texts = ["ViewCodeSequence_CodeMeaning", "ProcedureCodeSequence_CodeMeaning"]
+        frame.loc[[pa[1], lateral[1], *ap[:3]], texts] = None  # now the procedure alone tells, or does not
+        frame.loc[[pa[1], lateral[1]], "PerformedProcedureStepDescription"] = "CHEST (PA AND LAT)"
+        frame.loc[ap[1], "PerformedProcedureStepDescription"] = "L CHEST (LAT DECUB ONLY) LEFT"
+        frame.loc[ap[2], "PerformedProcedureStepDescription"] = None
+        blank.lost = {*frame.dicom_id[[pa[1], lateral[1], ap[1], ap[2]]]}
+        return frame
+
+    edit_csv(own_tree, "metadata", blank)
+    for views in ("frontal", "lateral"):
+        expected = by_view["AP"] | by_view["PA"] if views == "frontal" else by_view["LATERAL"]
+        assert sorted(read(views)) == sorted(expected - blank.lost), views
+    laterals = len(by_view["LATERAL"] - blank.lost)
+    assert MIMICCXRDataset(own_tree, "test", views="frontal").summary.endswith(
+        f"left out: {laterals} image of another view (DATA.VIEWS frontal); 4 image of unknown view"
+    )
+    next(own_tree.glob("*-metadata.csv.gz")).unlink()
+    with pytest.raises(UserError, match=r"no mimic-cxr-\*-metadata.csv or .csv.gz in"):
+        read("PA")
+
+
+def test_radiologists_labels_of_the_test_split(own_tree, tree):
+    """Only the test split changes; studies that he has not labelled are left out; his name of a label is known."""
+    before = {s: MIMICCXRDataset(tree, s) for s in tables.SPLITS}
+    studies = np.unique(before["test"].rows()["study_id"])
+    labels = pd.DataFrame(0, index=studies[1:], columns=list(LABELS)).rename_axis("study_id")
+    labels.loc[studies[1], ["Lung Opacity", "Edema"]] = [1, -1]
+    labels = labels.rename(columns={"Lung Opacity": "Airspace Opacity"})
+    labels.to_csv(own_tree / "mimic-cxr-2.1.0-test-set-labeled.csv")
+    after = {s: MIMICCXRDataset(own_tree, s, test_labeler="radiologist") for s in tables.SPLITS}
+    for split in ("train", "validate"):
+        np.testing.assert_array_equal(after[split].targets, before[split].targets)
+    rows = pd.Series(before["test"].rows()["study_id"])
+    assert list(after["test"].rows()["study_id"]) == list(rows[rows != studies[0]])
+    first = after["test"].rows()["study_id"] == studies[1]
+    opacity, edema = LABELS.index("Lung Opacity"), LABELS.index("Edema")
+    assert (after["test"].targets[first, opacity] == 1).all() and after["test"].targets.sum() == first.sum()
+    uncertain = MIMICCXRDataset(own_tree, "test", test_labeler="radiologist", uncertain="ignore")
+    assert np.isnan(uncertain.targets[first, edema]).all()
+    assert "test study that the radiologist has not labelled" in after["test"].summary
+    assert "test-set-labeled.csv" in after["test"].summary
+    with pytest.raises(UserError, match=r"no mimic-cxr-\*-test-set-labeled.csv"):
+        MIMICCXRDataset(tree, "test", test_labeler="radiologist")
+
+
 # ------------------------------------------------------------------------------------ own table
 def own_table(tree, tmp_path, **extra):
     """A folder of PNG images with one CSV, made from the synthetic tree's first images."""
@@ -170,6 +236,9 @@ def test_own_table_mistakes(tree, tmp_path):
     assert "image missing" in broken(frame.assign(path="nowhere/" + frame.path))
     assert "in more than one split, such as subject_id 7" in broken(frame.assign(subject_id=7))
     assert "does not exist" in broken(frame, csv="other.csv")
+    assert "the path 'a/../../b.png' leads out" in broken(frame.assign(path=["a/../../b.png", *frame.path[1:]]))
+    assert "column 'ViewPosition' is missing" in broken(frame, views="PA")
+    assert "belongs to the official tables" in broken(frame, test_labeler="radiologist")
     frame.to_csv(root / "second.csv", index=False)
     assert "several tables with a path column (mine.csv, second.csv)" in broken(frame)
 
