@@ -33,11 +33,13 @@ _C.DATA.MISSING = "zeros"  # (new) what a blank becomes, likewise
 _C.DATA.IMAGE_FORMAT = "auto"  # (new) auto, jpg, dcm, png: which images of the official layout to read
 _C.DATA.DICOM_RECIPE = "window"  # (new) window: as displayed; mimic_jpg: as the JPG release of MIMIC-CXR was made
 _C.DATA.DICOM_WINDOW = 0  # (new) which window or VOI LUT of a DICOM that has several
+_C.DATA.ON_BAD_IMAGE = "error"  # (new) an image that cannot be read: error, or skip (said and counted, not replaced)
 _C.DATA.ALLOW_MISSING = False  # (new) leave out images that are not there; all files are then looked for at start
 _C.DATA.ZIP_MODE = False  # read the images from <DATA_PATH>/*.zip (uncompressed)
 _C.DATA.BATCH_SIZE = 128  # images per GPU and forward pass
 _C.DATA.IMG_SIZE = 224
 _C.DATA.INTERPOLATION = "bicubic"  # bicubic, bilinear
+_C.DATA.RESIZE = "squeeze"  # (new) how an X-ray becomes a square: squeeze, or pad (aspect kept, black beside it)
 _C.DATA.NUM_WORKERS = 8  # loading processes per GPU
 _C.DATA.PIN_MEMORY = True
 
@@ -104,6 +106,9 @@ _C.TRAIN.EMA.DECAY = 0.9998
 # -------------------------------------------------------------------------------- augmentation
 _C.AUG = CN()
 _C.AUG.COLOR_JITTER = 0.4  # brightness and contrast
+_C.AUG.GAMMA = 0.0  # (new) X-rays: gamma between 1/(1 + this) and 1 + this
+_C.AUG.ROTATION = 0.0  # (new) X-rays: rotation by up to so many degrees to either side
+_C.AUG.SHIFT = 0.0  # (new) X-rays: shift by up to this part of the side
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # timm's RandAugment string; imagenet only
 _C.AUG.REPROB = 0.25  # probability of random erasing
 _C.AUG.REMODE = "pixel"
@@ -149,6 +154,8 @@ _CHOICES = {
     "DATA.IMAGE_FORMAT": ("auto", "jpg", "dcm", "png"),
     "DATA.DICOM_RECIPE": ("window", "mimic_jpg"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear"),
+    "DATA.RESIZE": ("squeeze", "pad"),
+    "DATA.ON_BAD_IMAGE": ("error", "skip"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
     "AUG.REMODE": ("const", "rand", "pixel"),
@@ -173,6 +180,8 @@ _AT_LEAST = {
     "TRAIN.LR_LAYER_DECAY_RATIO": 0,
     "MODEL.INTERN_IMAGE.CHANNELS": 2,
     "AUG.COLOR_JITTER": 0,
+    "AUG.GAMMA": 0,
+    "AUG.ROTATION": 0,
     "AUG.RECOUNT": 1,
     "SEED": 0,
     "TRAIN.LR_REFERENCE_BATCH": 1,
@@ -190,6 +199,7 @@ _FRACTIONS = (
     "TRAIN.EMA.DECAY",
     "AUG.REPROB",
     "AUG.HFLIP",
+    "AUG.SHIFT",
     "AUG.MIXUP_PROB",
     "AUG.MIXUP_SWITCH_PROB",
 )

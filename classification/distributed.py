@@ -96,18 +96,6 @@ def gather(value, world):
     return values
 
 
-def gather_rows(rows, world):
-    """Rows dealt out by `EvalSampler` (rank r: r, r + size, ...) back in their order.
-
-    rows: this rank's array, or None where it has no row.
-    """
-    parts = [part for part in gather(rows, world) if part is not None]  # only the last ranks can be without
-    whole = np.empty((sum(len(p) for p in parts), *parts[0].shape[1:]), parts[0].dtype)
-    for rank, part in enumerate(parts):
-        whole[rank :: world.size] = part
-    return whole
-
-
 def mean(value, world):
     """Mean of a number over the ranks."""
     return sum(gather(value, world)) / world.size

@@ -51,7 +51,8 @@ def train_epoch(run, epoch, first_update):
         lr = run.schedule(epoch * sampler.updates + update)
         set_lr(run.optimizer, lr)
         for k in range(accumulation):
-            images, targets = (t.to(world.device, non_blocking=True) for t in next(batches))
+            images, targets, _ = next(batches)
+            sums["skipped"] += config.DATA.BATCH_SIZE - len(images)
             if run.mixup is not None:
                 images, targets = run.mixup(images, targets)
             # Gradients cross the network once per update, with the last forward pass.
@@ -99,7 +100,7 @@ def train_epoch(run, epoch, first_update):
 def zero_sums(device):
     """What an epoch adds up, on the device, so that adding does not wait for it."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return {"loss": zero, "norm": zero, "updates": 0, "seconds": 0.0}
+    return {"loss": zero, "norm": zero, "updates": 0, "skipped": 0, "seconds": 0.0}
 
 
 class Run:
@@ -112,9 +113,8 @@ class Run:
         # 1. Data first: most mistakes show here, before anything slow.
         train_set, val_set = build_dataset(config, "train"), build_dataset(config, "validate")
         log.info(f"data in {config.DATA.DATA_PATH}\n{train_set.summary}")
-        ranks = {"rank": world.rank, "world_size": world.size}
-        self.train_loader = build_loader(config, train_set, train=True, **ranks)
-        self.val_loader = build_loader(config, val_set, train=False, **ranks)
+        self.train_loader = build_loader(config, train_set, train=True, world=world, log=log)
+        self.val_loader = build_loader(config, val_set, train=False, world=world, log=log)
         self.mixup = build_mixup(config)
         self.label_names = train_set.label_names
         self.task = build_task(config, train_set)
@@ -251,6 +251,7 @@ class Run:
             self.ema_best = ema_score if is_ema_best else self.ema_best
             record["ema"] = {"val_loss": ema_loss, task.score: ema_score, "auc": ema_details, "best": self.ema_best}
         images = self.images_per_update * sums["updates"]
+        record["skipped"] = sum(distributed.gather(sums["skipped"], self.world))
         record |= {"seconds": round(sums["seconds"], 1), "images_per_s": round(images / sums["seconds"], 1)}
 
         # The log first, the checkpoint after: a resume drops lines behind its epoch, and none is missing.
@@ -306,7 +307,7 @@ def evaluate(config, world, folder, log):
     """Evaluate a checkpoint on the test split into RESULTS/evaluation_<timestamp>; returns its folder."""
     dataset = build_dataset(config, "test")
     log.info(f"data in {config.DATA.DATA_PATH}\n{dataset.summary}")
-    loader = build_loader(config, dataset, train=False, rank=world.rank, world_size=world.size)
+    loader = build_loader(config, dataset, train=False, world=world, log=log)
     task, model = build_task(config, dataset), build_model(config)
     # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
     path = Path(config.MODEL.RESUME or folder / (checkpoint.EMA_BEST if config.TEST.EMA else checkpoint.BEST))
@@ -326,9 +327,12 @@ def evaluate(config, world, folder, log):
     metrics = task.test(model.to(world.device), loader, world, autocast(config, world.device)[0])
     if not world.is_main:
         return None
-    metrics = {"checkpoint": str(path), "config": config_module.to_dict(config)} | metrics
+    skipped = len(dataset) - metrics["images"]
+    metrics = {"checkpoint": str(path), "config": config_module.to_dict(config), "skipped": skipped} | metrics
     report.write_evaluation(target, metrics, dataset)
     log.info("test split\n" + task.table(metrics))
+    if skipped:
+        log.warning(f"{skipped} of {len(dataset):,} test images could not be read and do not count")
     log.info(f"results in {target}")
     return target
 

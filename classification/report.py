@@ -45,6 +45,8 @@ def epoch_lines(record, score):
         f"train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}, {score} {number(record[score])} "
         f"(best {number(record[f'best_{score}'])})"
     )
+    if record["skipped"]:
+        line += f", {record['skipped']} images skipped"
     if "ema" in record:
         line += f", EMA {score} {number(record['ema'][score])} (best {number(record['ema']['best'])})"
     if "auc" in record:
@@ -73,12 +75,13 @@ def new_evaluation(parent):
 def write_evaluation(folder, metrics, dataset):
     """metrics.json, predictions.csv and roc.png.
 
-    metrics: of a task's `test`; its `probabilities` and `targets` [N, L] go to predictions.csv.
+    metrics: of a task's `test`; its arrays go to predictions.csv.
     """
-    figures = {k: v for k, v in metrics.items() if k not in ("probabilities", "targets")}
+    figures = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
     (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
     arrays = dataset.label_names, metrics["targets"], metrics["probabilities"]
-    write_predictions(folder / "predictions.csv", dataset.rows(), *arrays)
+    read = {name: np.asarray(column)[metrics["rows"]] for name, column in dataset.rows().items()}
+    write_predictions(folder / "predictions.csv", read, *arrays)
     plot_evaluation(folder, metrics, *arrays)
 
 

@@ -21,7 +21,8 @@ class Task:
     """criterion(logits, targets) -> scalar; score: the name of the figure that decides, larger is better.
 
     validate(model, loader, world, amp) -> (score, loss, details by name)
-    test(model, loader, world, amp) -> dictionary of metrics with `probabilities` and `targets`
+    test(model, loader, world, amp) -> dictionary of metrics with `images` (how many), and the arrays `probabilities`,
+        `targets` [N, L] and `rows` [N] (which of the dataset)
     table(metrics) -> text
     """
 
@@ -51,13 +52,14 @@ def _single_label(config, dataset):
         return F.cross_entropy(logits, targets, label_smoothing=config.MODEL.LABEL_SMOOTHING)
 
     def test(model, loader, world, amp):
-        logits, targets = predict(model, loader, world, amp)
+        logits, targets, rows = predict(model, loader, world, amp)
         ranks = (logits > np.take_along_axis(logits, targets[:, None], 1)).sum(1)
         loss = float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets)))
         accuracy = {f"acc{k}": float((ranks < k).mean()) for k in (1, 5)}
         probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
         one_hot = np.eye(len(dataset.label_names), dtype=np.float32)[targets]
-        return {"loss": loss, **accuracy, "images": len(targets), "probabilities": probabilities, "targets": one_hot}
+        arrays = {"probabilities": probabilities, "targets": one_hot, "rows": rows}
+        return {"loss": loss, **accuracy, "images": len(targets), **arrays}
 
     def validate(*arguments):
         metrics = test(*arguments)

@@ -38,24 +38,23 @@ def progress(iterable, world, **arguments):
 
 @torch.no_grad()
 def predict(model, loader, world, amp):
-    """Logits and targets of every image of a loader, once each and in the order of its dataset.
+    """Logits and targets of every readable image of a loader, once each and in the order of its dataset.
 
     Returns:
-        NumPy arrays, float32 [N, L] and the targets as the dataset has them ([N, L] or [N]);
-        the same on every rank.
+        NumPy arrays, the same on every rank: logits float32 [N, L], the targets as the dataset has them
+        ([N, L] or [N]), and the images' rows in the dataset [N].
     """
     was_training = model.training
     model.eval()
-    logits, targets = [], []
-    for images, target in progress(loader, world, desc="evaluate", unit="batch"):
+    parts = []
+    for images, targets, rows in progress(loader, world, desc="evaluate", unit="batch"):
         with amp():
-            output = model(images.to(world.device, non_blocking=True))
-        logits.append(output.float().cpu())
-        targets.append(target)
+            logits = model(images)
+        parts.append((logits.float().cpu().numpy(), targets.cpu().numpy(), rows.numpy()))
     model.train(was_training)
-    # A rank has no row at all where there are more ranks than images.
-    rows = [torch.cat(t).numpy() if t else None for t in (logits, targets)]
-    logits, targets = (distributed.gather_rows(r, world) for r in rows)
+    parts = [part for of_rank in distributed.gather(parts, world) for part in of_rank]
+    logits, targets, rows = (np.concatenate(column) for column in zip(*parts))
     if not np.isfinite(logits).all():
         raise UserError("the model's outputs are not finite; its weights are broken, use an earlier checkpoint")
-    return logits, targets
+    order = np.argsort(rows)
+    return logits[order], targets[order], rows[order]

@@ -100,17 +100,17 @@ def validate_multilabel(model, loader, world, amp, *, label_names):
 
     amp: a function that returns the autocast context.
     """
-    logits, targets = predict(model, loader, world, amp)
+    logits, targets, _ = predict(model, loader, world, amp)
     metrics = multilabel_metrics(logits, targets, label_names)
     return metrics["mean_auc"], metrics["loss"], metrics["auc"]
 
 
 def evaluate_test_set(model, loader, world, amp, *, label_names):
-    """Dictionary of all metrics of :func:`multilabel_metrics`, and `probabilities`, `targets` [N, L]."""
-    logits, targets = predict(model, loader, world, amp)
+    """Dictionary of all metrics of :func:`multilabel_metrics`, and `probabilities`, `targets` [N, L], `rows` [N]."""
+    logits, targets, rows = predict(model, loader, world, amp)
     metrics = multilabel_metrics(logits, targets, label_names)
     probabilities = torch.sigmoid(torch.from_numpy(logits).double()).numpy()
-    return metrics | {"probabilities": probabilities, "targets": targets}
+    return metrics | {"probabilities": probabilities, "targets": targets, "rows": rows}
 
 
 def auc_table(metrics):

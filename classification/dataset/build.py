@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, default_collate
 
 import builders
 from dataset.images import ImageError
+from dataset.transforms import normalize
 from errors import UserError
 
 
@@ -28,7 +29,7 @@ def build_dataset(config, split):
 class SeededDataset(torch.utils.data.Dataset):
     """Items by (epoch, index), with random numbers that depend on nothing but seed, epoch and index.
 
-    So augmentation is the same for any number of workers and ranks, and after a resume.
+    Items: (image, target, index). So augmentation is the same for any number of workers and ranks, and after a resume.
     An unreadable image is handed on as the error itself: raised inside a worker, it would reach the
     user wrapped in the worker's traceback.
     """
@@ -48,7 +49,7 @@ class SeededDataset(torch.utils.data.Dataset):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             try:
-                return self.dataset[int(index)]
+                return *self.dataset[int(index)], int(index)
             except ImageError as error:
                 return error
             finally:
@@ -57,8 +58,10 @@ class SeededDataset(torch.utils.data.Dataset):
 
 
 def _collate(items):
+    """(batch of the good items or None, errors of the others)."""
     errors = [item for item in items if isinstance(item, ImageError)]
-    return errors[0] if errors else default_collate(items)
+    good = [item for item in items if not isinstance(item, ImageError)]
+    return default_collate(good) if good else None, errors
 
 
 class TrainSampler(torch.utils.data.Sampler):
@@ -100,13 +103,38 @@ class EvalSampler(torch.utils.data.Sampler):
 
 
 class Loader(DataLoader):
-    """DataLoader that raises the errors of unreadable images in the main process."""
+    """Batches on the device: images float32 [B, 3, S, S], normalised; targets; rows of the dataset [B].
+
+    An unreadable image is an error, or with DATA.ON_BAD_IMAGE skip a line of the log and a batch that
+    is smaller by it: no other image takes its place.
+    """
+
+    def __init__(self, config, dataset, sampler, device, log):
+        workers = worker_count(config)
+        super().__init__(
+            SeededDataset(dataset, config.SEED),
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            # Each pass over a loader draws a seed; from the global generator it would shift the model's
+            # random numbers, and differently so after a resume.
+            generator=torch.Generator(),
+        )
+        self.device, self.log = device, log
+        self.skip_bad = config.DATA.ON_BAD_IMAGE == "skip"
+        self.mean, self.std = config.AUG.MEAN, config.AUG.STD
 
     def __iter__(self):
-        for batch in super().__iter__():
-            if isinstance(batch, ImageError):
-                raise batch
-            yield batch
+        for batch, errors in super().__iter__():
+            if errors and not (self.skip_bad and batch):
+                raise errors[0]
+            for error in errors:
+                self.log.warning(f"skipped (DATA.ON_BAD_IMAGE): {error}")
+            images, targets, rows = batch
+            images, targets = (t.to(self.device, non_blocking=True) for t in (images, targets))
+            yield normalize(images, self.mean, self.std), targets, rows
 
 
 def worker_count(config):
@@ -114,8 +142,8 @@ def worker_count(config):
     return min(config.DATA.NUM_WORKERS, len(os.sched_getaffinity(0)))
 
 
-def build_loader(config, dataset, *, train, rank=0, world_size=1):
-    """Loader of batches (images [B, 3, S, S], targets) of one rank.
+def build_loader(config, dataset, *, train, world, log):
+    """The :class:`Loader` of this rank.
 
     Raises:
         UserError: a training split with fewer images than one update takes.
@@ -126,26 +154,15 @@ def build_loader(config, dataset, *, train, rank=0, world_size=1):
             len(dataset),
             batch_size=batch_size,
             accumulation=accumulation,
-            rank=rank,
-            world_size=world_size,
+            rank=world.rank,
+            world_size=world.size,
             seed=config.SEED,
         )
         if sampler.updates == 0:
             raise UserError(
                 f"the train split has {len(dataset)} images, fewer than one update takes (batch {batch_size} "
-                f"x {world_size} processes x {accumulation} accumulation steps); use a smaller --batch-size"
+                f"x {world.size} processes x {accumulation} accumulation steps); use a smaller --batch-size"
             )
     else:
-        sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
-    workers = worker_count(config)
-    return Loader(
-        SeededDataset(dataset, config.SEED),
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-        # Each pass over a loader draws a seed; from the global generator it would shift the model's
-        # random numbers, and differently so after a resume.
-        generator=torch.Generator(),
-    )
+        sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=world.rank, world_size=world.size)
+    return Loader(config, dataset, sampler, world.device, log)

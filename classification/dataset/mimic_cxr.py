@@ -88,7 +88,7 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
 def build(config, split):
     """The split of the dataset that `config` describes, with augmentation for train."""
     d = config.DATA
-    return MIMICCXRDataset(
+    dataset = MIMICCXRDataset(
         d.DATA_PATH,
         split,
         radiograph_transform(config, train=split == "train"),
@@ -107,3 +107,6 @@ def build(config, split):
         image_format=d.IMAGE_FORMAT,
         allow_missing=d.ALLOW_MISSING,
     )
+    if split == "train" and config.AUG.HFLIP > 0:
+        dataset.summary += "\nwarning: AUG.HFLIP mirrors X-rays; the heart then lies on either side"
+    return dataset

@@ -1,4 +1,7 @@
-"""PIL image -> normalised tensor [3, S, S], with augmentation for training."""
+"""PIL image -> uint8 tensor, with augmentation for training; batches of them -> what the model takes.
+
+An image stays uint8 until it is on the device (:func:`normalize`): an eighth of the bytes that cross, for a grey one.
+"""
 
 import torchvision_shim  # noqa: F401  (before torchvision)
 
@@ -10,40 +13,75 @@ from torchvision.transforms import v2
 INTERPOLATION = {"bicubic": v2.InterpolationMode.BICUBIC, "bilinear": v2.InterpolationMode.BILINEAR}
 
 
+def normalize(images, mean, std):
+    """uint8 [N, 1 or 3, S, S] -> float32 [N, 3, S, S] of (value / 255 - mean) / std, on the device of `images`."""
+    mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    return (images.float() / 255 - mean) / std
+
+
+class Erasing:
+    """timm's random erasing (AUG.REPROB, REMODE, RECOUNT) for a uint8 image; its noise has AUG.MEAN and AUG.STD."""
+
+    def __init__(self, aug):
+        self.erase = RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device="cpu")
+        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (aug.MEAN, aug.STD))
+
+    def __call__(self, image):
+        channels = len(image)
+        mean, std = (v.mean(0, keepdim=True) if channels == 1 else v for v in (self.mean, self.std))
+        erased = self.erase((image.float() / 255 - mean) / std)
+        return ((erased * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+class RandomGamma:
+    """value ** gamma, gamma drawn log-uniformly from 1 / (1 + strength) to 1 + strength."""
+
+    def __init__(self, strength):
+        self.bound = torch.tensor(1.0 + strength).log()
+
+    def __call__(self, image):
+        return v2.functional.adjust_gamma(image, float(((torch.rand(()) * 2 - 1) * self.bound).exp()))
+
+
 def resized_side(config):
     """Side in pixels to which an X-ray is resized before it is cropped."""
     return int(config.DATA.IMG_SIZE * 8 / 7)
 
 
-def _eval_steps(size, interpolation, crop):
-    if crop:
-        return [v2.Resize(int(size * 8 / 7), interpolation), v2.CenterCrop(size)]
-    return [v2.Resize((size, size), interpolation)]
+def _whole(side, interpolation, how):
+    """The whole image as a square: squeezed, or with its aspect kept and black beside it."""
+    if how == "pad":
+        return [v2.Resize(None, interpolation, max_size=side), v2.CenterCrop(side)]  # the crop pads what is too small
+    return [v2.Resize((side, side), interpolation)]
 
 
-def _tensor_steps(mean, std):
-    return [v2.PILToTensor(), v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+def _middle(size, interpolation):
+    return [v2.Resize(int(size * 8 / 7), interpolation), v2.CenterCrop(size)]
 
 
 def radiograph_transform(config, train):
-    """For X-rays, grey or RGB: crop, flip if asked, brightness and contrast if asked, random erasing."""
+    """For X-rays, grey or RGB: crop, rotation and shift, flip, brightness, contrast and gamma, random erasing."""
     aug, size, interpolation = config.AUG, config.DATA.IMG_SIZE, INTERPOLATION[config.DATA.INTERPOLATION]
     if not train:
-        steps = _eval_steps(size, interpolation, config.TEST.CROP) + _tensor_steps(aug.MEAN, aug.STD)
-        return v2.Compose(steps)
-    # Squeezed to a square first, as at test time: crops of the original would train on other proportions,
+        steps = _middle(size, interpolation) if config.TEST.CROP else _whole(size, interpolation, config.DATA.RESIZE)
+        return v2.Compose([*steps, v2.PILToTensor()])
+    # A square first, as at test time: crops of the original would train on other proportions,
     # and the heart's relative width is itself a sign. Hence the narrow range of ratios, too.
-    steps = [
-        v2.Resize((resized_side(config),) * 2, interpolation),
-        v2.RandomResizedCrop(size, scale=tuple(aug.CROP_SCALE), ratio=(0.9, 1.1), interpolation=interpolation),
-    ]
+    steps = _whole(resized_side(config), interpolation, config.DATA.RESIZE)
+    if aug.ROTATION > 0 or aug.SHIFT > 0:
+        bilinear = v2.InterpolationMode.BILINEAR
+        steps.append(v2.RandomAffine(aug.ROTATION, translate=(aug.SHIFT, aug.SHIFT), interpolation=bilinear))
+    scale = tuple(aug.CROP_SCALE)
+    steps.append(v2.RandomResizedCrop(size, scale=scale, ratio=(0.9, 1.1), interpolation=interpolation))
     if aug.HFLIP > 0:
         steps.append(v2.RandomHorizontalFlip(aug.HFLIP))
     if aug.COLOR_JITTER > 0:
         steps.append(v2.ColorJitter(brightness=aug.COLOR_JITTER, contrast=aug.COLOR_JITTER))
-    steps += _tensor_steps(aug.MEAN, aug.STD)
+    if aug.GAMMA > 0:
+        steps.append(RandomGamma(aug.GAMMA))
+    steps.append(v2.PILToTensor())
     if aug.REPROB > 0:
-        steps.append(RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device="cpu"))
+        steps.append(Erasing(aug))
     return v2.Compose(steps)
 
 
@@ -52,23 +90,20 @@ def photo_transform(config, train):
     aug, data = config.AUG, config.DATA
     if not train:
         interpolation = INTERPOLATION[data.INTERPOLATION]
-        return v2.Compose(
-            _eval_steps(data.IMG_SIZE, interpolation, config.TEST.CROP) + _tensor_steps(aug.MEAN, aug.STD)
-        )
-    return create_transform(
+        steps = _middle(data.IMG_SIZE, interpolation) if config.TEST.CROP else _whole(data.IMG_SIZE, interpolation, "")
+        return v2.Compose([*steps, v2.PILToTensor()])
+    steps = create_transform(
         data.IMG_SIZE,
         is_training=True,
         scale=tuple(aug.CROP_SCALE),
         hflip=aug.HFLIP,
         color_jitter=aug.COLOR_JITTER,
         auto_augment=aug.AUTO_AUGMENT or None,
-        re_prob=aug.REPROB,
-        re_mode=aug.REMODE,
-        re_count=aug.RECOUNT,
         interpolation=data.INTERPOLATION,
-        mean=tuple(aug.MEAN),
-        std=tuple(aug.STD),
+        mean=tuple(aug.MEAN),  # RandAugment fills with it
+        normalize=False,
     )
+    return v2.Compose([steps, *([Erasing(aug)] if aug.REPROB > 0 else [])])
 
 
 def build_mixup(config):
