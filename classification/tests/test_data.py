@@ -496,6 +496,87 @@ def test_zip_gives_the_same_images(own_tree, tmp_path):
         MIMICCXRDataset(own_tree, "test", in_zip=True)
 
 
+# ---------------------------------------------------------------------------------- augmentation
+def transform(train, **options):
+    from types import SimpleNamespace as Node
+
+    from dataset.transforms import radiograph_transform
+
+    aug = dict(MEAN=[0.5, 0.4, 0.3], STD=[0.2, 0.3, 0.1], COLOR_JITTER=0, GAMMA=0, ROTATION=0, SHIFT=0, HFLIP=0,
+               REPROB=0, REMODE="pixel", RECOUNT=1, CROP_SCALE=[1.0, 1.0])  # fmt: skip
+    data = dict(IMG_SIZE=64, INTERPOLATION="bilinear", RESIZE="squeeze")
+    for node in (aug, data):
+        node.update({k: v for k, v in options.items() if k in node})
+    return radiograph_transform(Node(AUG=Node(**aug), DATA=Node(**data), TEST=Node(CROP=False)), train)
+
+
+def test_padding_keeps_the_aspect():
+    """A square of 32 in an image of 128 x 64 stays one, between black margins."""
+    image = np.full((128, 64), 100, np.uint8)
+    image[48:80, 16:48] = 200
+    out = transform(False, RESIZE="pad")(Image.fromarray(image))[0].numpy()
+    assert out.shape == (64, 64) and (out[:, :15] == 0).all() and (out[:, 49:] == 0).all()
+    bright = np.argwhere(out > 150)
+    assert abs(np.ptp(bright[:, 0]) - np.ptp(bright[:, 1])) <= 1 and np.ptp(bright[:, 0]) in (15, 16, 17)
+    squeezed = transform(False)(Image.fromarray(image))[0].numpy()
+    assert squeezed.min() == 100 and np.ptp(np.argwhere(squeezed > 150)[:, 1]) >= 30
+
+
+def test_augmentations_do_what_they_say():
+    image = np.zeros((74, 74), np.uint8)
+    image[30:44, 30:44] = 128
+    image = Image.fromarray(image)
+
+    def center(out):
+        return np.argwhere(out > 30).mean(0)
+
+    torch.manual_seed(0)
+    outs = [transform(True, SHIFT=0.2)(image)[0].numpy() for _ in range(20)]
+    moved = np.array([center(o) for o in outs]) - center(transform(True)(image)[0].numpy())
+    assert 4 < np.abs(moved).max() <= 0.2 * 64 + 1
+    turned = [transform(True, ROTATION=20.0)(image)[0].numpy() for _ in range(10)]
+    assert all(np.abs(center(o) - 31.5).max() < 1 for o in turned) and any(not np.array_equal(o, outs[0]) for o in turned)
+    levels = np.array([transform(True, GAMMA=0.5)(image)[0].max().item() for _ in range(50)])
+    lowest, highest = 255 * (128 / 255) ** 1.5, 255 * (128 / 255) ** (1 / 1.5)
+    assert lowest - 2 <= levels.min() < 110 and 150 < levels.max() <= highest + 2
+
+
+def test_erased_patches_have_the_noise_of_the_mean_and_the_rest_is_unchanged():
+    torch.manual_seed(0)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (73, 73), np.uint8))
+    plain = transform(True)(image)
+    for mode in ("pixel", "const"):
+        erased = transform(True, REPROB=1.0, REMODE=mode)(image)
+        changed = erased != plain
+        assert erased.dtype == torch.uint8 and 0.01 < changed.float().mean() < 0.5, mode
+        rows, columns = changed[0].any(1).nonzero(), changed[0].any(0).nonzero()
+        patch = erased[0, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].float()
+        mean, std = 255 * 0.4, 255 * 0.2 * (mode == "pixel")
+        assert abs(patch.mean() - mean) < 12 and abs(patch.std() - std) < 12, mode
+
+
+def test_a_batch_is_normalised_as_torchvision_does_it():
+    from torchvision.transforms import v2
+
+    from dataset.transforms import normalize
+
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    images = torch.randint(0, 256, (2, 1, 5, 7), dtype=torch.uint8)
+    steps = v2.Compose([v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    torch.testing.assert_close(normalize(images, mean, std), torch.stack([steps(i) for i in images]), rtol=0, atol=2e-6)
+
+
+def test_mirroring_is_warned_about(tree, tiny):
+    from argparse import Namespace
+
+    from config import get_config
+    from dataset.mimic_cxr import build
+
+    opts = ["DATA.DATA_PATH", str(tree), "AUG.HFLIP", "0.5"]
+    assert "warning: AUG.HFLIP" in build(get_config(Namespace(cfg=tiny, opts=opts)), "train").summary
+    assert "warning" not in build(get_config(Namespace(cfg=tiny, opts=opts[:2])), "train").summary
+
+
 # ------------------------------------------------------------------------------------ real X-rays
 shared = pytest.mark.skipif(not (SHARED / "cxr_sample").is_dir(), reason="the real X-rays of ../shared are not here")
 

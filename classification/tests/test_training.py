@@ -529,3 +529,38 @@ def test_policies_and_losses_come_from_the_config(run_main):
     assert json.loads((folder / "config.json").read_text())["DATA"]["UNCERTAIN"]["Consolidation"] == "ignore"
     assert len(epochs(folder)) == 1
     run_main("--eval", out="out", TRAIN__LOSS="focal", DATA__UNCERTAIN="{Edema: ones}")
+
+
+# ------------------------------------------------------------------------------------ bad images
+def test_bad_images_are_skipped_and_counted_when_asked(run_main, own_tree, tmp_path):
+    """One bad image a split: an error by default; skipped, the others' predictions stay what they were."""
+    from dataset.images import ImageError
+    from dataset.mimic_cxr import MIMICCXRDataset
+
+    whole = run_main(data=own_tree, TRAIN__EPOCHS=1)
+    run_main("--eval", data=own_tree)
+    first = {s: MIMICCXRDataset(own_tree, s) for s in ("train", "validate", "test")}
+    bad = {s: own_tree / d.table.path[1].decode() for s, d in first.items()}
+    for path in bad.values():
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ImageError, match=bad["train"].name):
+        run_main(data=own_tree, out="error", TRAIN__EPOCHS=1)
+    skip = {"DATA__ON_BAD_IMAGE": "skip", "TRAIN__EPOCHS": 1, "DATA__BATCH_SIZE": 4}  # every train image is seen
+    folder = run_main(data=own_tree, out="skip", **skip)
+    assert epochs(folder)[0]["skipped"] == 1
+    log = (folder / "log_rank0.txt").read_text()
+    assert log.count(f"skipped (DATA.ON_BAD_IMAGE): {bad['train']}") == 1
+    assert f"skipped (DATA.ON_BAD_IMAGE): {bad['validate']}" in log
+    with pytest.raises(ImageError):
+        run_main("--eval", "--resume", whole / "best_ckpt.pth", data=own_tree)
+    run_main("--eval", "--resume", whole / "best_ckpt.pth", data=own_tree, **skip)
+    before, _, after = sorted((tmp_path / "out" / "results").glob("evaluation_*"))
+    metrics = json.loads((after / "metrics.json").read_text())
+    assert metrics["skipped"] == 1 and metrics["images"] == len(first["test"]) - 1
+    expected = pd.read_csv(before / "predictions.csv").drop(index=1).reset_index(drop=True)
+    pd.testing.assert_frame_equal(pd.read_csv(after / "predictions.csv"), expected, atol=1e-6)
+    every = own_tree / "files"
+    for path in every.rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ImageError):  # a batch without one good image is an error all the same
+        run_main(data=own_tree, out="all", **skip)
