@@ -36,6 +36,7 @@ _C.DATA.DICOM_WINDOW = 0  # (new) which window or VOI LUT of a DICOM that has se
 _C.DATA.ON_BAD_IMAGE = "error"  # (new) an image that cannot be read: error, or skip (said and counted, not replaced)
 _C.DATA.ALLOW_MISSING = False  # (new) leave out images that are not there; all files are then looked for at start
 _C.DATA.ZIP_MODE = False  # read the images from <DATA_PATH>/*.zip (uncompressed)
+_C.DATA.IMG_ON_MEMORY = False  # read all encoded images into shared memory at start, once a node
 _C.DATA.BATCH_SIZE = 128  # images per GPU and forward pass
 _C.DATA.IMG_SIZE = 224
 _C.DATA.INTERPOLATION = "bicubic"  # bicubic, bilinear

@@ -15,8 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import tables
-from dataset.images import SUFFIXES_BY_CONTENT, FileStore, ImageError, decode
+from dataset.images import SUFFIXES_BY_CONTENT, ImageError, decode
 from dataset.labels import LABELS
+from dataset.stores import FileStore
 
 # Everything that can be found, in the order of the summary. A row of the table: problem, path, detail.
 PROBLEMS = {

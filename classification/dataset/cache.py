@@ -23,7 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import tables
-from dataset.images import FileStore, ImageError, decode
+from dataset.images import ImageError, decode
+from dataset.stores import FileStore
 from errors import UserError
 
 SHARD_IMAGES = 10_000  # about 600 MB at 512 pixels: 38 shards for the whole of MIMIC-CXR

@@ -5,8 +5,6 @@ DICOM values become grey by one of two recipes (`RECIPES`). Every fault of a fil
 """
 
 import io
-import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -200,60 +198,3 @@ def decode(data, name, *, recipe="window", window=0, shrink_to=0):
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageError(f"{name}: cannot be read as an image ({reason}); replace the file") from error
-
-
-class FileStore:
-    """Images as files under a folder."""
-
-    def __init__(self, root):
-        self.root = Path(root)
-
-    def read(self, path):
-        """Bytes of the file at `path`, relative to the folder."""
-        try:
-            return (self.root / path).read_bytes()
-        except OSError as error:
-            raise ImageError(f"{self.root / path}: {error.strerror or error}") from error
-
-
-class ZipStore:
-    """Images in uncompressed zip files (`*.zip` in a folder), read by offset.
-
-    Member names are the paths of the release (`files/p10/...`). A parallel file system then sees a
-    few large files instead of 377,110 small ones.
-    """
-
-    def __init__(self, root):
-        self.root = Path(root)
-        shards = sorted(self.root.glob("*.zip"))
-        if not shards:
-            raise UserError(f"DATA.ZIP_MODE: no *.zip in {root}; pack files/ uncompressed (zip -0 -r images.zip files)")
-        self.members = {}  # path -> (shard, offset of the local header, size)
-        for shard in shards:
-            try:
-                with zipfile.ZipFile(shard) as archive:
-                    for info in archive.infolist():
-                        if info.compress_type != zipfile.ZIP_STORED:
-                            raise UserError(f"{shard}: {info.filename} is compressed; pack with zip -0")
-                        self.members[info.filename] = (shard, info.header_offset, info.file_size)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise UserError(f"{shard}: not a whole zip file ({error})") from error
-        self._files = {}
-
-    def check(self, paths):
-        """Raise a UserError if a path has no member."""
-        missing = [path for path in paths if path not in self.members]
-        if missing:
-            raise UserError(f"{len(missing)} images are not in the zip files of {self.root}, the first {missing[0]}")
-
-    def read(self, path):
-        """Bytes of the member `path`."""
-        if path not in self.members:
-            raise ImageError(f"{path}: not in the zip files of {self.root}")
-        shard, offset, size = self.members[path]
-        if shard not in self._files:
-            self._files[shard] = os.open(shard, os.O_RDONLY)
-        # pread has no file position, so forked workers may share the descriptor.
-        header = os.pread(self._files[shard], 30, offset)
-        start = offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return os.pread(self._files[shard], size, start)

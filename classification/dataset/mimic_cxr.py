@@ -4,8 +4,9 @@ import torch
 from PIL import Image
 
 from dataset import tables
-from dataset.images import FileStore, ZipStore, decode
+from dataset.images import decode
 from dataset.labels import LABELS, apply_policy
+from dataset.stores import FileStore, MemoryStore, ZipStore
 from dataset.transforms import radiograph_transform, resized_side
 from errors import UserError
 
@@ -20,6 +21,7 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
         mode: of that image, RGB (the grey values three times) or L (grey, a third of the work).
         uncertain, missing: policy for -1 and for blank labels, or one by label, see :mod:`dataset.labels`.
         in_zip: read the images from `root/*.zip`.
+        on_memory: read all of them now, see :class:`dataset.stores.MemoryStore`.
         dicom_recipe, dicom_window, shrink_to: how a file becomes grey, see :func:`dataset.images.decode`.
         table: further arguments of :func:`dataset.tables.load_table`.
 
@@ -42,6 +44,7 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
         uncertain="zeros",
         missing="zeros",
         in_zip=False,
+        on_memory=False,
         dicom_recipe="window",
         dicom_window=0,
         shrink_to=0,
@@ -50,11 +53,13 @@ class MIMICCXRDataset(torch.utils.data.Dataset):
         whole = tables.load_table(root, in_zip=in_zip, **table)
         self.store = ZipStore(whole.root) if in_zip else FileStore(whole.root)
         if in_zip:
-            self.store.check(p.decode() for p in whole.path)
+            self.store.check(whole.path)
         rows = whole.split == tables.split_index(split)
         if not rows.any():
             raise UserError(f"{root}: the split {split!r} has no image")
         self.table = whole.select(rows)
+        if on_memory:
+            self.store = MemoryStore(self.store, self.table.path)
         self.label_names = whole.label_names
         targets = apply_policy(whole.labels, whole.label_names, uncertain=uncertain, missing=missing)
         soft = split == "train"
@@ -96,6 +101,7 @@ def build(config, split):
         uncertain=d.UNCERTAIN,
         missing=d.MISSING,
         in_zip=d.ZIP_MODE,
+        on_memory=d.IMG_ON_MEMORY,
         dicom_recipe=d.DICOM_RECIPE,
         dicom_window=d.DICOM_WINDOW,
         shrink_to=2 * resized_side(config),  # so that the resizing after it still has four pixels for each of its own

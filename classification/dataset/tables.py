@@ -349,7 +349,7 @@ def load_table(
         label_names: columns to read.
         image_format: auto, jpg, dcm or png (official layout only).
         allow_missing: leave out images that are not there instead of an error.
-        in_zip: images lie in zip files (see `dataset.images.ZipStore`), not in `files/`.
+        in_zip: images lie in zip files (see `dataset.stores.ZipStore`), not in `files/`.
 
     Raises:
         UserError: names the file, column or value.

@@ -1,7 +1,10 @@
 """Tables, labels and images: the official layout, the user's own table, and every mistake in them."""
 
+import gc
 import io
+import os
 import re
+import resource
 import shutil
 import zlib
 
@@ -16,9 +19,10 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from conftest import SHARED, edit_csv
 from dataset import tables
-from dataset.images import MAX_PIXELS, ImageError, ZipStore, decode
+from dataset.images import MAX_PIXELS, ImageError, decode
 from dataset.labels import LABELS, apply_policy
 from dataset.mimic_cxr import MIMICCXRDataset
+from dataset.stores import FileStore, MemoryStore, ZipStore
 from errors import UserError
 
 
@@ -494,6 +498,96 @@ def test_zip_gives_the_same_images(own_tree, tmp_path):
         new.writestr("files/other.jpg", b"")
     with pytest.raises(UserError, match="images are not in the zip files of .*, the first files/p1"):
         MIMICCXRDataset(own_tree, "test", in_zip=True)
+
+
+# --------------------------------------------------------------------------------------- memory
+@pytest.fixture
+def shm(tmp_path, monkeypatch):
+    monkeypatch.setattr(MemoryStore, "FOLDER", tmp_path / "shm")
+    MemoryStore.FOLDER.mkdir()
+    return MemoryStore.FOLDER
+
+
+def test_images_in_memory_are_shared_and_leave_nothing(tree, shm):
+    """A second process maps what the first has read; the file goes with the last of them."""
+    plain, first = MIMICCXRDataset(tree, "train"), MIMICCXRDataset(tree, "train", on_memory=True)
+    (held,) = shm.iterdir()
+    inode, size = held.stat().st_ino, plain[3][0].size
+    pid = os.fork()
+    if not pid:  # a rank beside it: its files could not be read, so all comes from memory
+        FileStore.read = None
+        second = MIMICCXRDataset(tree, "train", on_memory=True)
+        os._exit(0 if second[3][0].size == size and held.stat().st_ino == inode and len(list(shm.iterdir())) == 1 else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert held.exists()
+    for k in (0, 5, len(plain) - 1):
+        assert first.store.read(first.table.path[k].decode()) == plain.store.read(plain.table.path[k].decode())
+        assert plain[k][0].tobytes() == first[k][0].tobytes()
+    del first
+    gc.collect()
+    assert not list(shm.iterdir())
+
+
+def test_memory_left_by_a_killed_run(tree, shm):
+    """Whole: used again. Half-written: read again."""
+    pid = os.fork()
+    if not pid:
+        store = MIMICCXRDataset(tree, "test", on_memory=True).store
+        os._exit(0 if len(store.ends) > 1 else 1)  # ends as a kill does, without clearing up
+    assert os.waitpid(pid, 0)[1] == 0
+    (left,) = shm.iterdir()
+    whole = left.read_bytes()
+    again = MIMICCXRDataset(tree, "test", on_memory=True)
+    assert left.read_bytes() == whole
+    del again
+    gc.collect()
+    left.write_bytes(whole[: len(whole) // 2])
+    mended = MIMICCXRDataset(tree, "test", on_memory=True)
+    assert left.read_bytes() == whole and mended[0][0].tobytes() == MIMICCXRDataset(tree, "test")[0][0].tobytes()
+
+
+def test_too_little_memory_is_said(tree, shm):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="DATA.IMG_ON_MEMORY: .* GB of shared memory .* do not hold the images"):
+            MIMICCXRDataset(tree, "train", on_memory=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(shm.iterdir())
+
+
+def test_memory_of_a_worker_does_not_grow(tmp_path, monkeypatch):
+    """Three epochs over a made-up table: the second and third take no further memory of the process's own."""
+    import dataset.mimic_cxr as module
+
+    rows = 40_000
+    root = tmp_path / "many"
+    root.mkdir()
+    frame = pd.DataFrame({"path": [f"files/p10/p10000000/{k:044d}.jpg" for k in range(rows)], "split": "train"})
+    frame[list(LABELS)] = 0.0
+    frame.to_csv(root / "t.csv", index=False)
+    monkeypatch.setattr(tables, "CHECKED_FILES", 1)
+    (root / frame.path[0]).parent.mkdir(parents=True)
+    (root / frame.path[0]).touch()
+    monkeypatch.setattr(module, "decode", lambda data, name, **options: np.zeros((1, 1), np.uint8))
+    dataset = MIMICCXRDataset(root, "train", lambda image: None)
+    dataset.store.read = lambda path: b""
+
+    def own_memory():
+        lines = open("/proc/self/smaps_rollup").read().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))  # kB
+
+    pid = os.fork()  # as a worker is
+    if not pid:
+        after = []
+        for _ in range(3):
+            for k in range(rows):
+                dataset[k]
+            after.append(own_memory())
+        # one Python object a row would be 2 MB and more
+        os._exit(0 if after[2] - after[0] < 500 else 1)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 # ---------------------------------------------------------------------------------- augmentation
