@@ -517,7 +517,9 @@ def test_images_in_memory_are_shared_and_leave_nothing(tree, shm):
     if not pid:  # a rank beside it: its files could not be read, so all comes from memory
         FileStore.read = None
         second = MIMICCXRDataset(tree, "train", on_memory=True)
-        os._exit(0 if second[3][0].size == size and held.stat().st_ino == inode and len(list(shm.iterdir())) == 1 else 1)
+        os._exit(
+            0 if second[3][0].size == size and held.stat().st_ino == inode and len(list(shm.iterdir())) == 1 else 1
+        )
     assert os.waitpid(pid, 0)[1] == 0
     assert held.exists()
     for k in (0, 5, len(plain) - 1):
@@ -558,7 +560,7 @@ def test_too_little_memory_is_said(tree, shm):
 
 
 def test_memory_of_a_worker_does_not_grow(tmp_path, monkeypatch):
-    """Three epochs over a made-up table: the second and third take no further memory of the process's own."""
+    """Three epochs over a made-up table: no memory of the process's own is added by reading rows."""
     import dataset.mimic_cxr as module
 
     rows = 40_000
@@ -580,14 +582,16 @@ def test_memory_of_a_worker_does_not_grow(tmp_path, monkeypatch):
 
     pid = os.fork()  # as a worker is
     if not pid:
-        after = []
+        gc.collect()  # it writes to the pages of all that it looks at, which are then the process's own
+        for k in range(rows // 2):
+            dataset[k]
+        before = own_memory()
         for _ in range(3):
             for k in range(rows):
                 dataset[k]
-            after.append(own_memory())
-        # one Python object a row would be 2 MB and more
-        os._exit(0 if after[2] - after[0] < 500 else 1)
-    assert os.waitpid(pid, 0)[1] == 0
+        os._exit(min(255, (own_memory() - before) // 10))
+    growth = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) * 10
+    assert growth < 800  # kB; one Python object a row would be 1.6 MB and more for the other half
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -629,7 +633,9 @@ def test_augmentations_do_what_they_say():
     moved = np.array([center(o) for o in outs]) - center(transform(True)(image)[0].numpy())
     assert 4 < np.abs(moved).max() <= 0.2 * 64 + 1
     turned = [transform(True, ROTATION=20.0)(image)[0].numpy() for _ in range(10)]
-    assert all(np.abs(center(o) - 31.5).max() < 1 for o in turned) and any(not np.array_equal(o, outs[0]) for o in turned)
+    assert all(np.abs(center(o) - 31.5).max() < 1 for o in turned) and any(
+        not np.array_equal(o, outs[0]) for o in turned
+    )
     levels = np.array([transform(True, GAMMA=0.5)(image)[0].max().item() for _ in range(50)])
     lowest, highest = 255 * (128 / 255) ** 1.5, 255 * (128 / 255) ** (1 / 1.5)
     assert lowest - 2 <= levels.min() < 110 and 150 < levels.max() <= highest + 2
