@@ -119,7 +119,7 @@ def rate(dataset, workers, repeats=5):
 
 
 def measure_table(folder):
-    """Start-up and a worker's memory with a table as large as MIMIC-CXR's; the images are not there but for a sample."""
+    """Start-up and a worker's memory with a table as large as MIMIC-CXR's; few of its images are there."""
     rng = np.random.default_rng(0)
     count, studies = 377_110, 227_835
     study = np.sort(rng.integers(0, studies, count))

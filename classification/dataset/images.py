@@ -5,11 +5,13 @@ DICOM values become grey by one of two recipes (`RECIPES`). Every fault of a fil
 """
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from PIL import Image
+from pydicom.encaps import get_frame
 from pydicom.filereader import read_dataset, read_preamble
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import UID
@@ -68,6 +70,18 @@ def _usable(dataset, index):
     return index if index in valid else next(iter(valid), None)
 
 
+def _look_up(grey, stored, low):
+    """grey[stored - low] for every pixel; what lies out of the table (padding) takes its ends."""
+    if low < 0:
+        stored = stored - np.int32(low)
+    else:
+        grey = np.concatenate([np.full(low, grey[0]), grey])
+    image = np.empty(stored.shape, np.uint8)
+    for k in range(0, len(stored), 16):  # a few rows at a time stay in the cache: half the time of grey[stored]
+        np.take(grey, stored[k : k + 16], out=image[k : k + 16], mode="clip")
+    return image
+
+
 def _window(stored, dataset, index):
     """The display pipeline of DICOM (PS3.4, annex N): modality LUT or rescale, then VOI LUT or window.
 
@@ -102,14 +116,7 @@ def _window(stored, dataset, index):
     grey = np.round((values - ends[0]) * (255 / span)).astype(np.uint8)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         grey = 255 - grey
-    if low < 0:
-        stored = stored - np.int32(low)
-    else:
-        grey = np.concatenate([np.full(low, grey[0]), grey])
-    image = np.empty(stored.shape, np.uint8)
-    for k in range(0, len(stored), 16):  # a few rows at a time stay in the cache: half the time of grey[stored]
-        # Out of the table lies padding only.
-        np.take(grey, stored[k : k + 16], out=image[k : k + 16], mode="clip")
+    image = _look_up(grey, stored, low)
     if padding is not None:
         image[padding] = 0
     return image
@@ -121,16 +128,33 @@ def _mimic_jpg(stored, dataset, _index):
     No rescale, no window, no padding: the release used none (MIMIC-CXR-JPG documentation; the
     equalisation is OpenCV's equalizeHist).
     """
-    values = stored.astype(np.float64) - float(stored.min())
-    grey = (values / max(values.max(), 1) * 255).astype(np.uint8)
+    low, high = int(stored.min()), int(stored.max())
+    levels = (np.arange(high - low + 1) / max(high - low, 1) * 255).astype(np.uint8)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
-        grey = 255 - grey
+        levels = 255 - levels
+    grey = _look_up(levels, stored, low)
     histogram = np.bincount(grey.ravel(), minlength=256)
     lowest = histogram[np.flatnonzero(histogram)[0]]
     if lowest == grey.size:
         return grey
     table = np.round((np.cumsum(histogram) - lowest) * (255 / (grey.size - lowest))).clip(0, 255).astype(np.uint8)
     return table[grey]
+
+
+def _compressed_size(frame, syntax):
+    """(height, width) that a compressed frame says it has: a decoder makes room for that, whatever the DICOM says."""
+    if syntax.startswith("1.2.840.10008.1.2.4.9"):  # JPEG 2000 (ISO 15444-1, annex A): the marker SIZ
+        start = frame.index(b"\xff\x4f\xff\x51")
+        return tuple(reversed(struct.unpack_from(">II", frame, start + 8)))
+    position = 2  # JPEG (ISO 10918-1, annex B) and JPEG-LS: segments up to the start of frame
+    while True:
+        marker, length = struct.unpack_from(">xBH", frame, position)
+        if marker == 0xFF:  # a fill byte
+            position += 1
+        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return struct.unpack_from(">HH", frame, position + 5)
+        else:
+            position += 2 + length
 
 
 RECIPES = {"window": _window, "mimic_jpg": _mimic_jpg}
@@ -154,6 +178,10 @@ def _decode_dicom(data, recipe, window):
     photometric = dataset.get("PhotometricInterpretation")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"PhotometricInterpretation is {photometric!r}; expected MONOCHROME1 or MONOCHROME2")
+    if syntax.startswith("1.2.840.10008.1.2.4."):
+        size = _compressed_size(get_frame(dataset.PixelData, 0, number_of_frames=1), syntax)
+        if size != (dataset.Rows, dataset.Columns):
+            raise ValueError(f"the pixels are {size}, the header says {(dataset.Rows, dataset.Columns)}")
     # Inverted once, by this tag alone: PresentationLUTShape only repeats it (PS3.3 C.8.11.3.1.2).
     return RECIPES[recipe](dataset.pixel_array, dataset, window)
 

@@ -2,10 +2,14 @@
 
 import gc
 import io
+import mmap
 import os
 import re
 import resource
 import shutil
+import signal
+import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -15,7 +19,13 @@ import pytest
 import torch
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    RLELossless,
+)
 
 from conftest import SHARED, edit_csv
 from dataset import tables
@@ -464,6 +474,107 @@ HUGE = jpg(np.zeros((8, 8), np.uint8)).replace(b"\x00\x08\x00\x08", b"\xff\xfe\x
 def test_broken_images_name_the_file(data, name, message):
     with pytest.raises(ImageError, match=f"^/a/{name}: .*{message}"):
         decode(data, f"/a/{name}")
+
+
+def compressed(pixels, syntax):
+    """Bytes of a DICOM with the image compressed by an encoder that is here."""
+    ds = pydicom.Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1.1", "1.2.3"
+    ds.PhotometricInterpretation, ds.SamplesPerPixel = "MONOCHROME2", 1
+    ds.Rows, ds.Columns = pixels.shape
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8, 8, 7, 0
+    ds.PixelData = pixels.tobytes()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    if syntax == JPEGBaseline8Bit:
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "JPEG", quality=95)
+        ds.PixelData = pydicom.encaps.encapsulate([out.getvalue()])
+        ds["PixelData"].VR = "OB"
+        ds.file_meta.TransferSyntaxUID = syntax
+    elif syntax != ExplicitVRLittleEndian:
+        ds.compress(syntax)
+    out = io.BytesIO()
+    ds.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+SYNTAXES = (ExplicitVRLittleEndian, RLELossless, JPEGBaseline8Bit, JPEG2000Lossless)
+
+
+@pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEG2000Lossless])
+def test_a_compressed_frame_larger_than_the_header_is_refused_before_it_is_decoded(syntax):
+    pixels = np.arange(64 * 48, dtype=np.uint8).reshape(64, 48)
+    data = compressed(pixels, syntax)
+    assert decode(data, "a.dcm").shape == (64, 48)
+    numbers = ">HH" if syntax == JPEGBaseline8Bit else ">II"
+    sizes = (64, 48) if syntax == JPEGBaseline8Bit else (48, 64)
+    before = struct.pack(numbers, *sizes)
+    assert data.count(before) >= 1
+    with pytest.raises(ImageError, match=r"the pixels are \(60000, 60000\), the header says \(64, 48\)"):
+        decode(data.replace(before, struct.pack(numbers, 60000, 60000), 1), "a.dcm")
+
+
+def mutated(data, rng):
+    """Some bytes changed, cut out, repeated or cut off; often near the start, where the headers lie."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        place = int(rng.integers(0, min(len(data), 1200) if rng.random() < 0.7 else len(data)))
+        kind, length = rng.integers(0, 5), int(rng.integers(1, 40))
+        if kind == 0:
+            data[place] = rng.integers(0, 256)
+        elif kind == 1:
+            data[place : place + length] = rng.bytes(length)
+        elif kind == 2:
+            del data[place : place + length]
+        elif kind == 3:
+            data[place:place] = data[place : place + length] * 3
+        else:
+            data[place : place + 2] = b"\xff\xff"
+        if len(data) < 2:
+            break
+    return bytes(data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.15 else data)
+
+
+FUZZ_MB = 1000
+
+
+def test_mutated_files_are_read_or_refused(tree):
+    """Thousands of damaged files: an image or our error, within 20 s and 1 GB each; in a process of its own."""
+    pixels = np.asarray(Image.open(sorted(tree.rglob("*.jpg"))[0]).convert("L"))
+    seeds = [(sorted(tree.rglob("*.jpg"))[0].read_bytes(), "a.jpg")]
+    seeds += [(compressed(pixels, s), "a.dcm") for s in SYNTAXES]
+    if (SHARED / "cxr_dicom").is_dir():  # the syntaxes that nothing here can encode
+        seeds += [
+            (p.read_bytes(), "a.dcm") for p in (SHARED / "cxr_dicom").rglob("*.dcm") if p.stat().st_size < 300_000
+        ]
+    begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    at = mmap.mmap(-1, 16)  # which one: it outlives a crash
+    pid = os.fork()
+    if not pid:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders complain
+            warnings.simplefilter("ignore")
+            read = 0
+            for k in range(4000):
+                at[:16] = struct.pack("qq", k, read)
+                data, name = seeds[k % len(seeds)]
+                signal.alarm(20)
+                try:
+                    recipe = ("window", "mimic_jpg")[k // len(seeds) % 2]
+                    image = decode(mutated(data, np.random.default_rng(k)), name, recipe=recipe)
+                    assert image.dtype == np.uint8 and image.ndim == 2 and image.size
+                    read += 1
+                except ImageError:
+                    pass
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000 - begun
+            os._exit(0 if grown < FUZZ_MB else 2)
+        finally:
+            os._exit(1)
+    status = os.waitpid(pid, 0)[1]
+    number, read = struct.unpack("qq", at[:16])
+    assert status == 0, f"mutation {number} of {seeds[number % len(seeds)][1]} ended with {status}"
+    assert 400 < read < 3600  # some harmless, some not
 
 
 def test_dicom_tree_gives_the_pictures_of_the_jpg_tree(tree, tmp_path):
