@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import checkpoint
@@ -564,3 +567,31 @@ def test_bad_images_are_skipped_and_counted_when_asked(run_main, own_tree, tmp_p
         path.write_bytes(b"no image")
     with pytest.raises(ImageError):  # a batch without one good image is an error all the same
         run_main(data=own_tree, out="all", **skip)
+
+
+def test_a_model_trained_on_jpgs_scores_their_dicoms_alike(run_main, tmp_path):
+    """JPGs made from DICOMs as the release was: under mimic_jpg the same AUROC, under window other outputs."""
+    from dataset.synthetic import write_tree
+
+    dicoms, jpgs = tmp_path / "dicoms", tmp_path / "jpgs"
+    write_tree(dicoms, patients=60, size=64, image_format="dicom", progress=False)
+    shutil.copytree(dicoms, jpgs, ignore=shutil.ignore_patterns("*.dcm"))
+    for path in dicoms.rglob("*.dcm"):
+        ds = pydicom.dcmread(path)
+        values = ds.pixel_array.astype(np.float64)
+        grey = ((values - values.min()) / np.ptp(values) * 255).astype(np.uint8)
+        grey = 255 - grey if ds.PhotometricInterpretation == "MONOCHROME1" else grey
+        rank = np.searchsorted(np.sort(grey.ravel()), np.arange(256), side="right")  # pixels of at most each level
+        equal = np.round((rank - rank[grey.min()]) / (grey.size - rank[grey.min()]) * 255).clip(0).astype(np.uint8)
+        Image.fromarray(equal[grey]).save((jpgs / path.relative_to(dicoms)).with_suffix(".jpg"), quality=95)
+    folder = run_main(data=jpgs, TRAIN__EPOCHS=4)
+    checkpoint_path = folder / "last_ckpt.pth"
+    scores, tables = [], []
+    for data, recipe in ((jpgs, "window"), (dicoms, "mimic_jpg"), (dicoms, "window")):
+        out = f"{data.name}-{recipe}"
+        run_main("--eval", "--resume", checkpoint_path, data=data, out=out, DATA__DICOM_RECIPE=recipe)
+        (result,) = (tmp_path / out / "results").iterdir()
+        scores.append(json.loads((result / "metrics.json").read_text())["mean_auc"])
+        tables.append(pd.read_csv(result / "predictions.csv").filter(like="_probability").to_numpy())
+    assert abs(scores[1] - scores[0]) < 0.005, scores
+    assert np.abs(tables[1] - tables[0]).mean() < 0.3 * np.abs(tables[2] - tables[0]).mean()
