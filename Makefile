@@ -18,7 +18,7 @@ help:
 	@echo "make lint              check the code's style"
 
 setup:
-	@bash classification/setup_mimic_env.sh --yes
+	@bash classification/setup_mimic_env.sh --yes --no-weights
 
 demo: setup
 	@bash classification/demo.sh

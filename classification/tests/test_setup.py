@@ -1,14 +1,169 @@
 """The set-up script's options and mistakes; what it installs is shown by these tests running at all."""
 
+import hashlib
+import http.server
+import os
 import re
+import shutil
 import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
 
 from conftest import ROOT
 
 
-def setup(*options):
+def setup(*options, **environment):
     command = ["bash", str(ROOT / "setup_mimic_env.sh"), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """machine(tool="what it prints", ...) -> environment in which these commands, and few others, are found."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in (
+        "bash cat cut sed awk head grep df dirname basename readlink timeout tr find sort xargs sha256sum"
+    ).split():
+        (tools / name).symlink_to(shutil.which(name))
+    (tools / "python3").symlink_to(sys.executable)
+
+    def make(modules=(), **prints):
+        """modules: {name: {tool: what it prints}} that `module load` brings; without any there is no module system."""
+
+        def write(folder, commands):
+            folder.mkdir(exist_ok=True)
+            for command, text in commands.items():
+                path = folder / command
+                path.write_text(f"#!{tools}/bash\necho '{text}'\n")
+                path.chmod(0o755)
+
+        write(tools, prints)
+        cases = "".join(f'{name}) PATH="{tmp_path}/{k}:$PATH" ;; ' for k, name in enumerate(modules))
+        for k, name in enumerate(modules):
+            write(tmp_path / str(k), modules[name])
+        environment = {"PATH": str(tools), "CXX": "", "CUDA_HOME": "", "MIMIC_ENV_DIR": ""}
+        if modules:
+            environment["BASH_FUNC_module%%"] = f'() {{ case "$2" in {cases} *) return 1 ;; esac; }}'
+        return environment
+
+    return make
+
+
+def check(environment, *options):
+    done = setup("--check", *options, **environment)
+    assert done.returncode == 0, done.stderr
+    return re.sub(r" +", " ", done.stdout)
+
+
+def nvcc(version):
+    return f"Cuda compilation tools, release {version}, V{version}.1"
+
+
+def test_without_gpu_and_compiler(machine):
+    out = check(machine())
+    assert "GPUs: none" in out and "PyTorch: 2.13.0, build cpu" in out
+    assert "kernels: none: no g++ from 9 to 99 (no module system here); the operator is then PyTorch code" in out
+
+
+@pytest.mark.parametrize(
+    "release, build, compilers, chosen",
+    [
+        ("11.8", "2.7.1, build cu118", {"g++": "12", "g++-11": "11.2.0"}, "g++-11 (11)"),
+        ("12.1", "2.13.0, build cu126", {"g++": "13", "g++-12": "12"}, "g++-12 (12)"),
+        ("12.6", "2.13.0, build cu126", {"g++": "8.5.0", "g++-13": "13.1"}, "g++-13 (13)"),
+        ("12.9", "2.13.0, build cu126", {"g++": "14"}, "g++ (14)"),
+        ("13.0", "2.13.0, build cu130", {"g++": "15.1.0"}, "g++ (15)"),
+        ("11.8", "2.7.1, build cu118", {"g++": "12"}, "none"),
+    ],
+)
+def test_pytorch_and_compiler_follow_the_toolkit(machine, release, build, compilers, chosen):
+    out = check(machine(**{"nvidia-smi": "NVIDIA A100", "nvcc": nvcc(release)}, **compilers))
+    assert f"CUDA toolkit: {release} in" in out and f"PyTorch: {build}" in out
+    assert re.search(rf"C\+\+ compiler: \S*{re.escape(chosen)}", out), out
+    assert ("none: no g++ from 9 to 11" in out) == (chosen == "none")
+
+
+def test_modules_are_tried_in_turn(machine):
+    """A cluster: no GPU on this node, GPUs on others; conda, CUDA and gcc come from modules."""
+    modules = {
+        "mamba/latest": {"mamba": "1.5"},
+        "cuda-11.8.0-gcc-12.1.0": {"nvcc": nvcc("11.8")},
+        "gcc-12.1.0-gcc-11.2.0": {"g++": "12.1.0"},
+        "gcc-11.2.0-gcc-11.2.0": {"g++": "11.2.0"},
+    }
+    out = check(machine(modules, sinfo="gpu:a100:4", sbatch="", **{"g++": "8.5.0"}))
+    assert "GPUs: on nodes of this cluster" in out and "CUDA toolkit: 11.8 in" in out and "Slurm: yes" in out
+    for name in ("mamba/latest", "cuda-11.8.0-gcc-12.1.0", "gcc-11.2.0-gcc-11.2.0"):
+        assert f"module {name} loaded" in out
+    assert "g++ (11)" in out and "environment: internimage-mimic, by" in out and "sbatch -p lightwork" in out
+
+
+def test_what_no_module_brings_is_named(machine):
+    environment = machine({"something/else": {}}, **{"nvidia-smi": "NVIDIA A100", "g++": "11"})
+    out = check(environment)
+    assert re.search(r"CUDA toolkit: tried the modules cuda-12.6.1-gcc-12.1.0 cuda-12.8.1\S* .* cuda/11.8", out)
+    assert "none for the GPU: load or install a CUDA toolkit and set CUDA_HOME; until then the operator is" in out
+    (Path(environment["PATH"]) / "python3").unlink()
+    done = setup("--check", **environment)
+    assert done.returncode == 2
+    assert "no Python 3.10 to 3.13 found (tried the modules mamba/latest anaconda3 " in done.stderr
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the weights' host as a download asks."""
+
+    content, digest = b"weights" * 1000, None
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Linked-Etag", f'"{self.digest}"')
+        self.send_header("X-Linked-Size", str(len(self.content)))
+        self.send_header("ETag", f'"{self.digest}"')
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_weights_are_checked(tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def fetch(digest, port=server.server_port):
+        Hub.digest = digest
+        environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, str(ROOT / "download_weights.py"), str(tmp_path / "w"), "b.pth"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    good = hashlib.sha256(Hub.content).hexdigest()
+    done = fetch("1" * 64)
+    assert done.returncode == 2 and f"has the checksum {good}, expected 1111" in done.stderr
+    assert not (tmp_path / "w" / "b.pth").exists()
+    done = fetch(good)
+    assert done.returncode == 0 and (tmp_path / "w" / "b.pth").read_bytes() == Hub.content, done.stderr
+    server.shutdown()
+    server.server_close()
+    done = fetch(good, port=9)
+    assert done.returncode == 2 and "cannot be downloaded" in done.stderr and "with a network" in done.stderr
+
+
+def test_answers_are_kept_and_a_missing_file_is_named(tmp_path):
+    done = setup("--check", "--weights", "/does/not/exist")
+    assert done.returncode == 2 and "the weights /does/not/exist are not there" in done.stderr
+    (tmp_path / "b.pth").touch()
+    done = setup("--check", "--weights", tmp_path / "b.pth", "--data-path", tmp_path)
+    assert re.search(rf"weights: +{tmp_path}/b.pth", done.stdout) and re.search(rf"data: +{tmp_path}\n", done.stdout)
 
 
 def test_help_names_every_option():

@@ -1,0 +1,51 @@
+"""Fetches published InternImage weights: `python download_weights.py FOLDER [FILE]`. Resumable and checked."""
+
+import hashlib
+import sys
+from pathlib import Path
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+from errors import UserError
+
+REPOSITORY = "OpenGVLab/InternImage"
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(folder, name="internimage_b_1k_224.pth"):
+    """The path of the file in `folder`, fetched if it is not there and compared with the publisher's SHA-256.
+
+    Raises:
+        UserError: no connection, or another checksum.
+    """
+    url = hf_hub_url(REPOSITORY, name)
+    path = Path(folder) / name
+    try:
+        expected = get_hf_file_metadata(url).etag  # of large files the store's etag is the SHA-256
+        if not (path.exists() and sha256(path) == expected):
+            hf_hub_download(REPOSITORY, name, local_dir=folder)  # goes on where an earlier try was cut off
+    except Exception as error:  # of the network, of HTTP, of the disk: one remedy for all
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{url} cannot be downloaded ({reason}); fetch it on a machine with a network and put it into {folder}"
+        ) from error
+    found = sha256(path)
+    if found != expected:
+        path.unlink()
+        raise UserError(f"{path} has the checksum {found}, expected {expected}; it was removed: download it again")
+    return path
+
+
+if __name__ == "__main__":
+    try:
+        print(f"setup: weights in {download(*sys.argv[1:])}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
