@@ -1,5 +1,5 @@
 # What train_mimic.sbatch and eval_mimic.sbatch share; sourced by them inside a job, not run by itself.
-# Leaves MIMIC_PYTHON, the array `data` (arguments of main.py) and the function `launch`.
+# Leaves MIMIC_PYTHON, the array `data` (arguments of main.py) and the functions `launch` and `end_turn`.
 
 fail() { printf '%s\n' "error: $*" >&2; exit 2; }
 
@@ -43,7 +43,8 @@ launch() {
     --rdzv-endpoint "$head_node:$((20000 + SLURM_JOB_ID % 20000))" main.py "$@"
 }
 
-statistics() {
+end_turn() {
+  [ "${MIMIC_STAGE:-0}" != 1 ] || srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" rm -rf "$local_data" || true
   echo "job $SLURM_JOB_ID ended its turn after $SECONDS s, $(date '+%F %T')"
   sacct -n -j "$SLURM_JOB_ID" --format=JobID%20,Elapsed,TotalCPU,MaxRSS,State 2>/dev/null || true  # not every site keeps accounts
 }

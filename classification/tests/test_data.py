@@ -693,7 +693,7 @@ def test_memory_of_a_worker_does_not_grow(tmp_path, monkeypatch):
 
     pid = os.fork()  # as a worker is
     if not pid:
-        gc.collect()  # it writes to the pages of all that it looks at, which are then the process's own
+        gc.disable()  # it writes to the pages of all that it looks at, which are then the process's own
         for k in range(rows // 2):
             dataset[k]
         before = own_memory()

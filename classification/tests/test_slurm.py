@@ -107,8 +107,12 @@ def interrupt(house, job, turn):
     house.until(lambda: house.log(job).count("in the queue again") >= turn, f"requeue {turn}", job)
 
 
+def weights_at(path):
+    return torch.load(path, weights_only=True)
+
+
 def weights(folder):
-    return torch.load(folder / "last_ckpt.pth", weights_only=True)
+    return weights_at(folder / "last_ckpt.pth")
 
 
 def assert_same(one, other):
@@ -189,3 +193,86 @@ def test_the_time_limit_passes_unnoticed(house):
     assert house.wait(job, 600) == "COMPLETED", house.log(job)
     log = house.log(job)
     assert log.count("in the queue again") >= 1 and "finished: best" in log
+
+
+def test_a_killed_node_costs_no_more_than_its_epoch(house, cluster):
+    """The node's slurmd and the job's processes killed: Slurm requeues the job, which goes on from the last checkpoint."""
+    options = (GPU, "--nodelist=n1")
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60, options=options)
+    house.until(lambda: (house.run / "last_ckpt.pth").exists(), "a checkpoint", job)
+    pid = (cluster / "slurmd.n1.pid").read_text().strip()
+    try:
+        subprocess.run(["kill", "-9", pid], check=True)
+        subprocess.run(["pkill", "-9", "-f", f"slurmstepd: .{job}[.]"])
+        subprocess.run(["pkill", "-9", "-f", str(house.folder / "tiny.yaml")])
+        subprocess.run(["pkill", "-9", "-f", f"rdzv-id {job}-"])
+        subprocess.run(["scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=killed"], check=True)
+        house.until(lambda: "start 2" in house.log(job) or state(job) == "PENDING", "a requeue", job)
+    finally:
+        subprocess.run(["slurmd", "-N", "n1"], check=True)
+        subprocess.run(["scontrol", "update", "NodeName=n1", "State=RESUME"], check=True)
+    assert house.wait(job) == "COMPLETED", house.log(job)
+    log = house.log(job)
+    assert log.count("resumed from") == 1 and "finished: best" in log and weights(house.run)["epoch"] == 60
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(house):
+    """Room for two checkpoints and a half: the error names the disk; with more room the run goes on."""
+    disk = house.folder / "output"
+    disk.mkdir()
+    opts = ("--opts", "TRAIN.EPOCHS", 4, "TRAIN.EMA.ENABLE", False, "SAVE_FREQ", 1)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", disk], check=True)
+    try:
+        measure = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 1, "--tag", "measure")
+        assert house.wait(measure) == "COMPLETED", house.log(measure)
+        size = (house.run.with_name("measure") / "last_ckpt.pth").stat().st_size
+        shutil.rmtree(house.run.with_name("measure"))
+        subprocess.run(["mount", "-o", f"remount,size={int(4.5 * size) // 4096 * 4}K", "tmpfs", disk], check=True)
+        job = house.submit("train_mimic.sbatch", *opts)
+        assert house.wait(job) == "FAILED", house.log(job)
+        assert "the checkpoint could not be written" in house.log(job), house.log(job)
+        done = max(weights_at(path)["epoch"] for path in house.run.glob("*_ckpt*.pth"))
+        assert done >= 1
+        subprocess.run(["mount", "-o", "remount,size=64M", "tmpfs", disk], check=True)
+        again = house.submit("train_mimic.sbatch", *opts)
+        assert house.wait(again) == "COMPLETED", house.log(again)
+        assert "resumed from" in house.log(again) and weights(house.run)["epoch"] == 4
+    finally:
+        subprocess.run(["umount", "-l", disk])
+
+
+def test_where_requeue_is_refused_a_successor_is_submitted(house):
+    """A job submitted with --no-requeue: the second job has another id, and continues to the last epoch."""
+    options = (GPU, "--no-requeue")
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60, options=options)
+    house.until(lambda: "images per epoch" in house.log(job), "training", job)
+    time.sleep(1)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
+    assert house.wait(job) == "COMPLETED", house.log(job)
+    assert "a successor is submitted" in house.log(job)
+    successor = re.search(r"Submitted batch job (\d+)", house.log(job))[1]
+    assert house.wait(successor) == "COMPLETED", house.log(successor)
+    assert "resumed from" in house.log(successor) and "finished: best" in house.log(successor)
+
+
+def test_a_turn_without_progress_is_the_last(house):
+    """The place at which the turn before stopped is reached again and not left: the job ends with the reason."""
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60)
+    interrupt(house, job, 1)
+    status = house.folder / "logs" / f"train_{job}.status"
+    place = status.read_text()
+    # A main.py that is stopped before its first update, whatever it is asked.
+    (house.folder / "main.py").write_text(f"open({str(status)!r}, 'w').write({place!r})")
+    assert house.wait(job) == "FAILED", house.log(job)
+    assert "two turns ended at the same place" in house.log(job) and "sbatch -t" in house.log(job)
+
+
+def test_data_can_be_staged(house, tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIMIC_STAGE", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "node"))
+    (tmp_path / "node").mkdir()
+    job = house.submit("train_mimic.sbatch")
+    assert house.wait(job) == "COMPLETED", house.log(job)
+    assert f"copying {tree} to {tmp_path}/node/mimic_{job}" in house.log(job)
+    assert f"data in {tmp_path}/node/mimic_{job}" in house.log(job)
+    assert not list((tmp_path / "node").glob("mimic_*"))  # the disk is given back
