@@ -24,7 +24,7 @@ pytestmark = [
 
 SCRIPT = str(ROOT / "tests" / "slurm" / "cluster.sh")
 GPU = "--gpus=a100:1"
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")  # NODE_FAIL is passed through on the way to a requeue
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +203,8 @@ def test_a_killed_node_costs_no_more_than_its_epoch(house, cluster):
     pid = (cluster / "slurmd.n1.pid").read_text().strip()
     try:
         subprocess.run(["kill", "-9", pid], check=True)
-        # All that a node takes with it: the job's script, Slurm's stepds, torchrun, training.
-        for its in (f"{cluster}/spool.n1/job", f"slurmstepd: .{job}[.]", f"rdzv-id {job}-", "--cfg tiny.yaml"):
+        # All that a node takes with it. Slurm's stepds first: they would still report that the script has failed.
+        for its in (f"slurmstepd: .{job}[.]", f"{cluster}/spool.n1/job", f"rdzv-id {job}-", "--cfg tiny.yaml"):
             subprocess.run(["pkill", "-9", "-f", "--", its])
         subprocess.run(["scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=killed"], check=True)
         house.until(lambda: "start 2" in house.log(job) or state(job) == "PENDING", "a requeue", job)
