@@ -275,3 +275,20 @@ def test_data_can_be_staged(house, tree, tmp_path, monkeypatch):
     assert f"copying {tree} to {tmp_path}/node/mimic_{job}" in house.log(job)
     assert f"data in {tmp_path}/node/mimic_{job}" in house.log(job)
     assert not list((tmp_path / "node").glob("mimic_*"))  # the disk is given back
+
+
+def test_a_preempted_job_gives_way_and_goes_on(house):
+    """A partition of higher priority wants its node: the job saves its place, makes room, and continues afterwards."""
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60, options=(GPU, "--nodelist=n1"))
+    house.until(lambda: "images per epoch" in house.log(job), "training", job)
+    time.sleep(1)
+    command = ["sbatch", "--parsable", "-p", "owners", "--nodelist=n1", "--exclusive", "--output=/dev/null"]
+    wrap = ["--wrap", "sleep 3"]
+    other = subprocess.run(
+        [*command, *wrap], cwd=house.folder, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    house.until(lambda: state(other) == "COMPLETED", "the other job", job)
+    assert house.wait(job) == "COMPLETED", house.log(job)
+    log = house.log(job)
+    assert log.count("stopped by") == 1 and log.count("resumed from") == 1 and "finished: best" in log
+    assert weights(house.run)["epoch"] == 60

@@ -56,8 +56,11 @@ MinJobAge=3600
 CommunicationParameters=NoAddrCache,NoInAddrAny,NoCtldInAddrAny
 NodeName=n1 NodeHostname=$self NodeAddr=127.0.0.1 Port=17101 CPUs=48 RealMemory=500000 Gres=gpu:a100:4 State=UNKNOWN
 NodeName=n2 NodeHostname=$self NodeAddr=127.0.0.1 Port=17102 CPUs=48 RealMemory=500000 Gres=gpu:a100:4 State=UNKNOWN
-PartitionName=public Nodes=n1,n2 Default=YES MaxTime=7-0 State=UP
-PartitionName=htc Nodes=n1,n2 MaxTime=4:00:00 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=public Nodes=n1,n2 Default=YES MaxTime=7-0 PriorityTier=1 GraceTime=30 State=UP
+PartitionName=htc Nodes=n1,n2 MaxTime=4:00:00 PriorityTier=1 PreemptMode=OFF State=UP
+PartitionName=owners Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF State=UP
 CONF
   printf 'NodeName=n1,n2 Name=gpu Type=a100 File=%s/dev/nvidia[0-3]\n' "$lab" >"$lab/etc/gres.conf"
   slurmctld
