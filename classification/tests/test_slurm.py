@@ -196,7 +196,7 @@ def test_the_time_limit_passes_unnoticed(house):
 
 
 def test_a_killed_node_costs_no_more_than_its_epoch(house, cluster):
-    """The node's slurmd and the job's processes killed: Slurm requeues the job, which goes on from the last checkpoint."""
+    """slurmd and the job's processes killed: Slurm requeues the job, which goes on from the last checkpoint."""
     options = (GPU, "--nodelist=n1")
     job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60, options=options)
     house.until(lambda: (house.run / "last_ckpt.pth").exists(), "a checkpoint", job)
