@@ -292,3 +292,26 @@ def test_a_preempted_job_gives_way_and_goes_on(house):
     log = house.log(job)
     assert log.count("stopped by") == 1 and log.count("resumed from") == 1 and "finished: best" in log
     assert weights(house.run)["epoch"] == 60
+
+
+def test_srun_may_start_the_ranks_itself(house, tree):
+    """Without torchrun: two tasks on two nodes, told apart by SLURM_*."""
+    wrap = f"srun {sys.executable} main.py --cfg tiny.yaml --data-path {tree}"
+    options = ("-N", "2", "--ntasks-per-node=1", "--output=logs/train_%j.out", "--wrap", wrap)
+    done = subprocess.run(["sbatch", "--parsable", *options], cwd=house.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.strip()
+    assert house.wait(job) == "COMPLETED", house.log(job)
+    assert "on 2 x cpu" in house.log(job) and "finished: best" in house.log(job)
+
+
+def test_a_rank_that_dies_ends_the_job_with_its_message(house, own_tree):
+    """One bad image, on one of two ranks: the other does not wait for it."""
+    settings = house.folder / "mimic_settings.sh"
+    settings.write_text(re.sub(r"MIMIC_DATA_PATH=.*", f"MIMIC_DATA_PATH='{own_tree}'", settings.read_text()))
+    bad = sorted(own_tree.rglob("*.jpg"))
+    for path in bad[:5]:
+        path.write_bytes(b"no image")
+    job = house.submit("train_mimic.sbatch", options=("--nodes=2", "--gpus=a100:2"))
+    assert house.wait(job, 120) == "FAILED", house.log(job)
+    assert re.search(r"error: \S+\.jpg: cannot be read as an image", house.log(job)), house.log(job)
