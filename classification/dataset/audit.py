@@ -111,7 +111,7 @@ def _tables(base, folders, add):
     for name in images["dicom_id"][images["dicom_id"].duplicated()]:
         add("duplicate row", path.name, f"dicom_id {name}")
     images = images.drop_duplicates("dicom_id")
-    names = images["split"].astype(str).str.strip().replace(tables.SPLIT_ALIASES)
+    names = tables.split_names(images)
     for value, count in names[~names.isin(tables.SPLITS)].value_counts().items():
         add("bad split", path.name, f"{value!r} in {count} rows")
     splits = images.assign(split=names).groupby("subject_id")["split"].unique()
@@ -138,8 +138,7 @@ def _tables(base, folders, add):
         for study in np.setdiff1d(studies["study_id"], images["study_id"]):
             add("no image", labels_path.name, f"study_id {study}")
 
-    subject, study = images["subject_id"].astype(str), images["study_id"].astype(str)
-    images["stem"] = "files/p" + subject.str[:2] + "/p" + subject + "/s" + study + "/" + images["dicom_id"]
+    images["stem"] = tables.image_stems(images)
     inside = ~images["dicom_id"].str.contains(r"[/\\]|^\.\.?$")
     for name in images["dicom_id"][~inside]:
         add("outside", path.name, f"dicom_id {name}")

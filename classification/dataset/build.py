@@ -124,7 +124,8 @@ class Loader(DataLoader):
         )
         self.device, self.log = device, log
         self.skip_bad = config.DATA.ON_BAD_IMAGE == "skip"
-        self.mean, self.std = config.AUG.MEAN, config.AUG.STD
+        # On the device once: as lists they would cross, and be waited for, with every batch.
+        self.mean, self.std = (torch.tensor(v, device=device) for v in (config.AUG.MEAN, config.AUG.STD))
 
     def __iter__(self):
         for batch, errors in super().__iter__():

@@ -116,8 +116,19 @@ def _label_values(frame, label_names, path):
     return values
 
 
+def split_names(frame):
+    """The column `split` with its aliases replaced; other names stay as they are."""
+    return frame["split"].astype(str).str.strip().replace(SPLIT_ALIASES)
+
+
+def image_stems(images):
+    """Paths of the official layout without their suffixes, from the columns of the split file."""
+    subject, study = images["subject_id"].astype(str), images["study_id"].astype(str)
+    return "files/p" + subject.str[:2] + "/p" + subject + "/s" + study + "/" + images["dicom_id"]
+
+
 def _splits(frame, path):
-    names = frame["split"].astype(str).str.strip().replace(SPLIT_ALIASES)
+    names = split_names(frame)
     bad = ~names.isin(SPLITS)
     if bad.any():
         row = _first(bad)
@@ -231,9 +242,7 @@ def _official_table(base, folders, labeler, test_labeler, label_names, image_for
     images, split, labels = images[labelled], split[labelled], labels[labelled]
     if images.empty:
         raise UserError(f"{files[labeler]}: none of the studies of {files['split']} has a row here")
-    subject, study = images["subject_id"].astype(str), images["study_id"].astype(str)
-    stem = "files/p" + subject.str[:2] + "/p" + subject + "/s" + study + "/" + images["dicom_id"]
-    stem = stem.to_numpy(dtype=object)
+    stem = image_stems(images).to_numpy(dtype=object)
     suffix = _find_suffix(stem, base) if image_format == "auto" else "." + image_format
     return Table(
         root=base,

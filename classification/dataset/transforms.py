@@ -15,7 +15,7 @@ INTERPOLATION = {"bicubic": v2.InterpolationMode.BICUBIC, "bilinear": v2.Interpo
 
 def normalize(images, mean, std):
     """uint8 [N, 1 or 3, S, S] -> float32 [N, 3, S, S] of (value / 255 - mean) / std, on the device of `images`."""
-    mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    mean, std = (torch.as_tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
     return (images.float() / 255 - mean) / std
 
 
