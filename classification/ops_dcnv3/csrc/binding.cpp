@@ -170,9 +170,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, cons
   // The sums are float32 (float64 for float64), and become the gradient where that is its type.
   const auto sums = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor grad_input = at::zeros(input.sizes(), input.options().dtype(sums));
+  call.problem.grad_input = grad_input.mutable_data_ptr();
   if (input.numel() > 0)
-    check_cuda(dcnv3::cuda_backward(call.problem, grad_input.mutable_data_ptr(),
-                                    at::globalContext().deterministicAlgorithms(),
+    check_cuda(dcnv3::cuda_backward(call.problem, at::globalContext().deterministicAlgorithms(),
                                     c10::cuda::getCurrentCUDAStream().stream()));
   return {grad_input.to(input.scalar_type()), grad_offset, grad_mask};
 }

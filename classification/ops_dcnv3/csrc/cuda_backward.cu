@@ -1,164 +1,207 @@
-// The backward pass on a GPU; cuda_common.h says how the work is cut.
+// The backward pass on a GPU; cuda_common.h says how the work is cut, and has its first step. The others:
 //
-// Of every point, the output gradient's dot products with the four corners give the gradients of
-// mask, x and y. The threads of a pair lie in one warp and add their parts there. The gradient of the
-// input is added to float32 memory; in the deterministic variant a kernel of its own does that, in
-// which one thread owns a channel of an image and takes its points in order.
+// 2. The gradient of the input: every pair adds to its corners in memory, in float32. What that costs is
+//    the 32-byte sectors of memory each instruction touches, so the threads of a pair always add to whole
+//    ones. In the deterministic variant a kernel of its own does this step, in which one thread owns a
+//    channel of an image and takes its points in order.
+// 3. Of every point, the output gradient's dot products with the four corners.
+// 4. One thread a pair again: the gradients of mask and offset follow from the dot products.
+// 5. They are written, neighbouring threads to neighbouring numbers.
 #include "cuda_common.h"
 
 namespace dcnv3 {
 namespace {
 
 struct Backward {
-  Problem problem;
+  Problem problem;  // grad_input: the sums, of type Accumulator<T>
   Cut cut;
-  void* accumulator;  // null: the gradient of the input is left out
-  int lanes;          // threads of a pair: a power of two, at most 32
+  bool scatter;  // step 2 is done here
 };
 
-// One point in shared memory: axis weights before, gradients after its sum.
-template <typename A>
-struct alignas(16) Axes {
-  A x_low, x_high, y_low, y_high;
-};
-template <typename A>
-constexpr int kPointBytes = sizeof(Axes<A>) + sizeof(A) + sizeof(int);
+// Numbers that one instruction adds to memory: since sm_90 four float32.
+#if defined(DCNV3_TEST_ATOMIC_VECTOR)
+constexpr int kAtomicVector = DCNV3_TEST_ATOMIC_VECTOR;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
+constexpr int kAtomicVector = 4;
+#else
+constexpr int kAtomicVector = 1;
+#endif
+constexpr int kSectorNumbers = 8;
 
-// Adds `size` neighbouring numbers to memory: by four float32 where the GPU can.
 template <int size, typename A>
 __device__ inline void add_to(A* to, const A* numbers) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
-  if constexpr (size % 4 == 0 && sizeof(A) == sizeof(float)) {
+  if constexpr (size == 4) {
+    atomicAdd(reinterpret_cast<float4*>(to), make_float4(numbers[0], numbers[1], numbers[2], numbers[3]));
+  } else {
+    static_assert(size == 1, "GPUs add one number or four");
+    atomicAdd(to, numbers[0]);
+  }
+}
+
+// Step 2. A thread adds `rounds` vectors of a pair's channels to each corner, a sector's worth apart.
+template <typename T, int kPoints, int rounds, typename Index>
+__device__ inline void scatter(const Problem& p, const Cut& cut, const Shared<Accumulator<T>, Index>& shared) {
+  using A = Accumulator<T>;
+  constexpr int vector = kPoints && sizeof(A) == sizeof(float) ? kAtomicVector : 1;
+  constexpr int lanes = kSectorNumbers / vector;
+  const int points = kPoints ? kPoints : cut.points, stride = kPoints ? kPairs : cut.pairs;
+  const Distances<Index> far(p);
+  A* grad_input[4];
 #pragma unroll
-    for (int i = 0; i < size; i += 4)
-      atomicAdd(reinterpret_cast<float4*>(to + i),
-                make_float4(numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]));
-  } else
-#endif
-  {
+  for (int q = 0; q < 4; ++q) grad_input[q] = hidden(static_cast<A*>(p.grad_input) + far.corner[q]);
+  for (int item = threadIdx.x; item < cut.pairs * lanes; item += kThreads) {
+    const int i = item / lanes, lane = item % lanes;
+    const Pair<Index> pair = pair_of<Index>(cut, blockIdx.x, i);
+    if (!pair.valid) continue;
+    const Index from = (pair.pixel * Index(p.group) + pair.group) * Index(p.channels);
+    for (int c = lane * vector; c < int(p.channels); c += rounds * kSectorNumbers) {
+      A grad[rounds][vector];
 #pragma unroll
-    for (int i = 0; i < size; ++i) atomicAdd(to + i, numbers[i]);
+      for (int r = 0; r < rounds; ++r)
+        widen(load<vector>(static_cast<const T*>(p.grad_output) + (from + Index(c + r * kSectorNumbers))), grad[r]);
+#pragma unroll
+      for (int k = 0; k < points; ++k) {
+        const Corners<A> corners = shared.corners[k * stride + i];
+        const A* const weight = corners.weight;
+        // A point outside adds nothing.
+        if (weight[0] == A(0) && weight[1] == A(0) && weight[2] == A(0) && weight[3] == A(0)) continue;
+        const Index place = shared.places[k * stride + i] + Index(c);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          A* const to = grad_input[q] + place;
+#pragma unroll
+          for (int r = 0; r < rounds; ++r) {
+            A part[vector];
+#pragma unroll
+            for (int j = 0; j < vector; ++j) part[j] = grad[r][j] * weight[q];
+            add_to<vector>(to + r * kSectorNumbers, part);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Step 3. The dot products take the place of the weights. kLanes = 0: any number of threads a pair.
+template <typename T, int kPoints, int size, int kLanes, typename Index>
+__device__ inline void multiply(const Problem& p, const Cut& cut, const Shared<Accumulator<T>, Index>& shared) {
+  using A = Accumulator<T>;
+  const int points = kPoints ? kPoints : cut.points, stride = kPoints ? kPairs : cut.pairs;
+  const int lanes = kLanes ? kLanes : cut.lanes;
+  const Distances<Index> far(p);
+  const T* input[4];
+#pragma unroll
+  for (int q = 0; q < 4; ++q) input[q] = hidden(static_cast<const T*>(p.input) + far.corner[q]);
+  // Whole warps take part to the end, because the threads of a pair lie in one and add up by shuffles.
+  for (int item = threadIdx.x; item < (cut.pairs * lanes + 31) / 32 * 32; item += kThreads) {
+    const int i = item / lanes < cut.pairs ? item / lanes : 0, lane = item % lanes;
+    const Pair<Index> pair = pair_of<Index>(cut, blockIdx.x, i);
+    const T* const grad_output =
+        static_cast<const T*>(p.grad_output) + (pair.pixel * Index(p.group) + pair.group) * Index(p.channels);
+    A grad[size] = {};
+    if (kPoints && pair.valid) widen(load<size>(grad_output + lane * size), grad);  // one vector a thread
+#pragma unroll
+    for (int k = 0; k < points; ++k) {
+      A dot[4] = {};
+      const Index place = shared.places[k * stride + i];
+      for (int c = lane * size; kPoints || (c < int(p.channels) && pair.valid); c += lanes * size) {
+        if (!kPoints) widen(load<size>(grad_output + c), grad);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          A numbers[size];
+          widen(load<size>(input[q] + (place + Index(c))), numbers);
+#pragma unroll
+          for (int j = 0; j < size; ++j) dot[q] += grad[j] * numbers[j];
+        }
+        if (kPoints) break;
+      }
+#pragma unroll
+      for (int step = lanes / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) dot[q] += __shfl_xor_sync(0xffffffffu, dot[q], step);
+      }
+      if (lane == 0 && item / lanes < cut.pairs) shared.corners[k * stride + i] = {{dot[0], dot[1], dot[2], dot[3]}};
+    }
+  }
+}
+
+// Step 4. The gradients of x, y and mask take the place of the dot products.
+template <typename T, int kPoints, typename Index>
+__device__ inline void combine(const Problem& p, const Cut& cut, const Shared<Accumulator<T>, Index>& shared) {
+  using A = Accumulator<T>;
+  const int points = kPoints ? kPoints : cut.points, stride = kPoints ? kPairs : cut.pairs;
+  for (int i = threadIdx.x; i < cut.pairs; i += kThreads) {
+    const Pair<Index> pair = pair_of<Index>(cut, blockIdx.x, i);
+    if (!pair.valid) continue;
+    const Points<T, kPoints, Index> at(p, cut, pair);
+    A mean = 0;
+#pragma unroll
+    for (int k = 0; k < points; ++k) {
+      Axis<A> h, v;
+      at.axes(k, &h, &v);
+      const Corners<A> dot = shared.corners[k * stride + i];
+      const A mask = shared.masks[k * stride + i], by_offset = mask * A(p.offset_scale);
+      const A low = h.low_weight * dot.weight[0] + h.high_weight * dot.weight[1];
+      const A high = h.low_weight * dot.weight[2] + h.high_weight * dot.weight[3];
+      const A low_x = h.low_slope * dot.weight[0] + h.high_slope * dot.weight[1];
+      const A high_x = h.low_slope * dot.weight[2] + h.high_slope * dot.weight[3];
+      const A by_mask = v.low_weight * low + v.high_weight * high;
+      mean += mask * by_mask;
+      shared.corners[k * stride + i] = {{(v.low_weight * low_x + v.high_weight * high_x) * by_offset,
+                                         (v.low_slope * low + v.high_slope * high) * by_offset, by_mask, A(0)}};
+    }
+    if (!p.softmax) continue;
+#pragma unroll
+    for (int k = 0; k < points; ++k) {
+      A* const by_mask = &shared.corners[k * stride + i].weight[2];
+      *by_mask = shared.masks[k * stride + i] * (*by_mask - mean);
+    }
+  }
+}
+
+// Step 5.
+template <typename T, int kPoints, typename Index>
+__device__ inline void write(const Problem& p, const Cut& cut, const Shared<Accumulator<T>, Index>& shared) {
+  using A = Accumulator<T>;
+  const int points = kPoints ? kPoints : cut.points, stride = kPoints ? kPairs : cut.pairs;
+  for (int item = threadIdx.x; item < cut.pairs * points; item += kThreads) {
+    const int i = item / points, k = item % points;
+    const Pair<Index> pair = pair_of<Index>(cut, blockIdx.x, i);
+    if (!pair.valid) continue;
+    const Corners<A> gradient = shared.corners[k * stride + i];
+    const Index to = (pair.pixel * Index(p.group) + pair.group) * Index(points) + Index(k);
+    Pack<T, 2> both;
+    narrow(gradient.weight[0], &both.numbers[0]);
+    narrow(gradient.weight[1], &both.numbers[1]);
+    static_cast<Pack<T, 2>*>(p.grad_offset)[to] = both;
+    narrow(gradient.weight[2], static_cast<T*>(p.grad_mask) + to);
   }
 }
 
 template <typename T, int kPoints, int size, typename Index>
-__global__ void __launch_bounds__(kThreads) backward_kernel(Backward a) {
-  using A = Accumulator<T>;
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) backward_kernel(Backward a) {
   const Problem& p = a.problem;
   const Cut& cut = a.cut;
-  const int points = kPoints ? kPoints : cut.points;
   DCNV3_SHARED(memory);
-  Axes<A>* const axes = reinterpret_cast<Axes<A>*>(memory);                   // [points][pairs]
-  int64_t* const bases = reinterpret_cast<int64_t*>(axes + points * cut.pairs);  // [pairs]; -1 beyond the end
-  A* const masks = reinterpret_cast<A*>(bases + cut.pairs);                   // [points][pairs]
-  int* const places = reinterpret_cast<int*>(masks + points * cut.pairs);     // [points][pairs]
-
-  for (int i = threadIdx.x; i < cut.pairs; i += kThreads) {
-    const Pair pair = pair_of(p, cut, blockIdx.x, i);
-    bases[i] = -1;
-    if (!pair.valid) continue;
-    bases[i] = visit_points<T, kPoints, Index>(p, cut, pair, [&](int k, A mask, const Axis<A>& h, const Axis<A>& v) {
-      const int to = k * cut.pairs + i;
-      axes[to] = {h.low_weight, h.high_weight, v.low_weight, v.high_weight};
-      masks[to] = mask;
-      places[to] = pack_place(h.low, h.high, v.low, v.high, int(p.width));
-    });
+  const Shared<Accumulator<T>, Index> shared(memory, kPoints ? kPoints : cut.points, kPoints ? kPairs : cut.pairs);
+  locate<T, kPoints, Index>(p, cut, blockIdx.x, true, shared);
+  __syncthreads();
+  if (a.scatter) {
+    if (kPoints && p.channels % (2 * kSectorNumbers) == 0)
+      scatter<T, kPoints, 2, Index>(p, cut, shared);
+    else
+      scatter<T, kPoints, 1, Index>(p, cut, shared);
   }
   __syncthreads();
-
-  const Index all = Index(p.group * p.channels), line = Index(p.width) * all;
-  const int channels = int(p.channels);
-  // Whole warps take part to the end, because their threads add up by shuffles.
-  for (int item = threadIdx.x; item < (cut.pairs * a.lanes + 31) / 32 * 32; item += kThreads) {
-    const int lane = item % a.lanes;
-    const bool exists = item / a.lanes < cut.pairs;
-    const int i = exists ? item / a.lanes : 0;
-    const bool valid = exists && bases[i] >= 0;
-    const Pair pair = pair_of(p, cut, blockIdx.x, i);
-    const int64_t base = valid ? bases[i] : 0;
-    const T* const input = static_cast<const T*>(p.input) + base;
-    A* const grad_input = a.accumulator ? static_cast<A*>(a.accumulator) + base : nullptr;
-    const T* const grad_output =
-        static_cast<const T*>(p.grad_output) + (valid ? (pair.pixel * p.group + pair.group) * p.channels : 0);
-
-    // With unrolled points a thread has just this one vector of channels.
-    Pack<T, size> grad = {};
-    if (kPoints && valid) grad = *reinterpret_cast<const Pack<T, size>*>(grad_output + lane * size);
-
-#pragma unroll
-    for (int k = 0; k < points; ++k) {
-      const int at = k * cut.pairs + i;
-      const Axes<A> w = valid ? axes[at] : Axes<A>{};
-      const A mask = valid ? masks[at] : A(0);
-      const int place = valid ? places[at] : 0;
-      const Index low = Index(place >> 2) * all;
-      const Index right = (place & 1) ? all : Index(0), below = (place & 2) ? line : Index(0);
-      const Index corner[4] = {low, low + right, low + below, low + below + right};
-      const A weight[4] = {w.y_low * w.x_low, w.y_low * w.x_high, w.y_high * w.x_low, w.y_high * w.x_high};
-
-      A dot[4] = {};
-      for (int c = lane * size; c < channels && valid; c += a.lanes * size) {
-        if (!kPoints) grad = *reinterpret_cast<const Pack<T, size>*>(grad_output + c);
-#pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          const Pack<T, size> pack = *reinterpret_cast<const Pack<T, size>*>(input + corner[q] + c);
-          A part[size];
-#pragma unroll
-          for (int j = 0; j < size; ++j) {
-            const A g = widen(grad.numbers[j]);
-            dot[q] += g * widen(pack.numbers[j]);
-            part[j] = g * (weight[q] * mask);
-          }
-          if (grad_input && weight[q] * mask != A(0)) add_to<size>(grad_input + corner[q] + c, part);
-        }
-        if (kPoints) break;
-      }
-
-      // A slope is not 0 where its neighbour exists. A low one that exists has a weight above 0. A high
-      // one differs from the low one, or the low one does not exist, and then has a weight above 0 too.
-      const A slope_x_low = w.x_low > A(0) ? A(-1) : A(0), slope_y_low = w.y_low > A(0) ? A(-1) : A(0);
-      const A slope_x_high = (place & 1) || w.x_high > A(0) ? A(1) : A(0);
-      const A slope_y_high = (place & 2) || w.y_high > A(0) ? A(1) : A(0);
-      const A row_low = w.x_low * dot[0] + w.x_high * dot[1], row_high = w.x_low * dot[2] + w.x_high * dot[3];
-      A grad_mask = w.y_low * row_low + w.y_high * row_high;
-      A grad_x = w.y_low * (slope_x_low * dot[0] + slope_x_high * dot[1]) +
-                 w.y_high * (slope_x_low * dot[2] + slope_x_high * dot[3]);
-      A grad_y = slope_y_low * row_low + slope_y_high * row_high;
-      for (int step = a.lanes / 2; step > 0; step /= 2) {
-        grad_mask += __shfl_xor_sync(0xffffffffu, grad_mask, step);
-        grad_x += __shfl_xor_sync(0xffffffffu, grad_x, step);
-        grad_y += __shfl_xor_sync(0xffffffffu, grad_y, step);
-      }
-      __syncwarp();  // every thread of the pair has read the point: the gradients take its place
-      if (valid && lane == 0) {
-        const A by_offset = mask * A(p.offset_scale);
-        axes[at] = {grad_x * by_offset, grad_y * by_offset, grad_mask, A(0)};
-      }
-    }
-  }
+  constexpr int usual = kPoints ? 16 / size : 0;  // groups of InternImage T to XL have 16 channels
+  if (usual && cut.lanes == usual)
+    multiply<T, kPoints, size, usual, Index>(p, cut, shared);
+  else
+    multiply<T, kPoints, size, 0, Index>(p, cut, shared);
   __syncthreads();
-
-  // Neighbouring threads write neighbouring numbers.
-  const int row = cut.groups_per_block * points;  // points of one pixel in this block
-  for (int item = threadIdx.x; item < cut.pixels_per_block * row; item += kThreads) {
-    const int i = item / points, k = item % points;  // pairs of a pixel are neighbours
-    const Pair pair = pair_of(p, cut, blockIdx.x, i);
-    if (!pair.valid) continue;
-    const Axes<A> gradient = axes[k * cut.pairs + i];
-    A grad_mask = gradient.y_low;
-    if (p.softmax) {
-      A mean = 0;
-#pragma unroll
-      for (int j = 0; j < points; ++j) mean += masks[j * cut.pairs + i] * axes[j * cut.pairs + i].y_low;
-      grad_mask = masks[k * cut.pairs + i] * (grad_mask - mean);
-    }
-    const int64_t to = (pair.pixel * p.group + pair.group) * points + k;
-    narrow(grad_mask, static_cast<T*>(p.grad_mask) + to);
-    Pack<T, 2> both;
-    narrow(gradient.x_low, &both.numbers[0]);
-    narrow(gradient.x_high, &both.numbers[1]);
-    reinterpret_cast<Pack<T, 2>*>(p.grad_offset)[to] = both;
-  }
+  combine<T, kPoints, Index>(p, cut, shared);
+  __syncthreads();
+  write<T, kPoints, Index>(p, cut, shared);
 }
 
 // The gradient of the input alone, in a fixed order of sums: a block takes one group of one image, a
@@ -167,39 +210,29 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) ordered_kernel(Backward a) {
   using A = Accumulator<T>;
   const Problem& p = a.problem;
-  const Cut& cut = a.cut;  // of one pixel a pair
+  const Cut& cut = a.cut;  // one group a block
   DCNV3_SHARED(memory);
-  Axes<A>* const weights = reinterpret_cast<Axes<A>*>(memory);  // [points][pairs], times the mask
-  int* const places = reinterpret_cast<int*>(weights + cut.points * cut.pairs);
+  const Shared<A, int64_t> shared(memory, cut.points, cut.pairs);
+  const Distances<int64_t> far(p);
   const int64_t image = blockIdx.x / p.group, group = blockIdx.x % p.group;
-  const int64_t out_pixels = p.out_height * p.out_width, all = p.group * p.channels;
-  A* const grad_input = static_cast<A*>(a.accumulator) + image * p.height * p.width * all + group * p.channels;
-
-  for (int64_t first = 0; first < out_pixels; first += cut.pairs) {
-    const int count = int(out_pixels - first < cut.pairs ? out_pixels - first : cut.pairs);
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const Pair pair{true, image * out_pixels + first + i, group};
-      visit_points<T, 0, int64_t>(p, cut, pair, [&](int k, A mask, const Axis<A>& h, const Axis<A>& v) {
-        const A low = v.low_weight * mask, high = v.high_weight * mask;
-        weights[k * cut.pairs + i] = {low * h.low_weight, low * h.high_weight, high * h.low_weight,
-                                      high * h.high_weight};
-        places[k * cut.pairs + i] = pack_place(h.low, h.high, v.low, v.high, int(p.width));
-      });
-    }
+  const int64_t begin = image * p.out_height * p.out_width, end = begin + p.out_height * p.out_width;
+  // Tiles do not begin with an image: the pixels of its neighbours are passed over.
+  for (int64_t tile = begin / cut.pairs; tile * cut.pairs < end; ++tile) {
+    locate<T, 0, int64_t>(p, cut, uint32_t(tile * p.group + group), false, shared);
     __syncthreads();
     for (int64_t c = threadIdx.x; c < p.channels; c += kThreads) {
-      for (int i = 0; i < count; ++i) {
-        const int64_t pixel = image * out_pixels + first + i;
-        const A grad = widen(static_cast<const T*>(p.grad_output)[pixel * all + group * p.channels + c]);
+      for (int i = 0; i < cut.pairs; ++i) {
+        const int64_t pixel = tile * cut.pairs + i;
+        if (pixel < begin || pixel >= end) continue;
+        const A grad = widen(static_cast<const T*>(p.grad_output)[(pixel * p.group + group) * p.channels + c]);
         for (int k = 0; k < cut.points; ++k) {
-          const Axes<A> w = weights[k * cut.pairs + i];
-          const int place = places[k * cut.pairs + i];
-          A* const low = grad_input + int64_t(place >> 2) * all + c;
-          const int64_t right = (place & 1) ? all : 0, below = (place & 2) ? p.width * all : 0;
-          low[0] += grad * w.x_low;
-          low[right] += grad * w.x_high;
-          low[below] += grad * w.y_low;
-          low[below + right] += grad * w.y_high;
+          const Corners<A> corners = shared.corners[k * cut.pairs + i];
+          A* const to = static_cast<A*>(p.grad_input) + shared.places[k * cut.pairs + i] + c;
+          A sum[4];
+          for (int q = 0; q < 4; ++q) sum[q] = to[far.corner[q]] + grad * corners.weight[q];
+          // Corners with a weight are four places; one without may be another's, and must not undo its sum.
+          for (int q = 0; q < 4; ++q)
+            if (corners.weight[q] != A(0)) to[far.corner[q]] = sum[q];
         }
       }
     }
@@ -208,32 +241,37 @@ __global__ void __launch_bounds__(kThreads) ordered_kernel(Backward a) {
 }
 
 template <typename T>
-const char* backward(const Problem& p, void* accumulator, bool deterministic, void* stream) {
+const char* backward(const Problem& whole, bool deterministic, void* stream) {
   using A = Accumulator<T>;
-  constexpr int point_bytes = kPointBytes<A>, size = kVectorBytes / sizeof(T);
-  Backward a{p, cut_of(p, point_bytes), deterministic ? nullptr : accumulator, 1};
-  if (a.cut.pairs == 0) return kTooManyPoints;
-  if (too_many_pixels(p)) return kTooManyPixels;
-  const int64_t shared = int64_t(a.cut.pairs) * (a.cut.points * point_bytes + sizeof(int64_t));
-  const void* tensors[] = {p.input, p.grad_output, accumulator};
-  const int64_t vectors = p.channels / size;
-  const bool fast = fits_vectors(p, a.cut, sizeof(T), tensors, 3) && vectors <= 32 && (vectors & (vectors - 1)) == 0;
-  while (a.lanes < 32 && a.lanes < (fast ? vectors : p.channels)) a.lanes *= 2;
-  const char* error = fast ? launch(backward_kernel<T, 9, size, int>, a, a.cut.blocks, shared, stream)
-                           : launch(backward_kernel<T, 0, 1, int64_t>, a, a.cut.blocks, shared, stream);
-  if (error || !deterministic) return error;
-  a.accumulator = accumulator;
-  return launch(ordered_kernel<T>, a, p.batch * p.group, shared, stream);
+  constexpr int vector = kVectorBytes / sizeof(T);
+  return in_parts(whole, sizeof(T), sizeof(A), [&](const Problem& p, bool reached) {
+    const void* tensors[] = {p.input, p.grad_output, p.grad_input};
+    constexpr int point_bytes = Shared<A, int64_t>::bytes(true);
+    const char* error;
+    if (reached && fits_vectors(p, vector, sizeof(T), tensors, 3)) {
+      constexpr int small_point_bytes = Shared<A, uint32_t>::bytes(true);
+      const Backward a{p, cut_of(p, vector, small_point_bytes), !deterministic};
+      error = launch(backward_kernel<T, 9, vector, uint32_t>, a, a.cut.blocks, 9 * kPairs * small_point_bytes, stream);
+    } else {
+      const Backward a{p, cut_of(p, 1, point_bytes), !deterministic};
+      if (a.cut.blocks == 0) return kTooManyPoints;
+      const int64_t bytes = int64_t(a.cut.points) * a.cut.pairs * point_bytes;
+      error = launch(backward_kernel<T, 0, 1, int64_t>, a, a.cut.blocks, bytes, stream);
+    }
+    if (error || !deterministic) return error;
+    const Backward a{p, cut_of(p, 1, point_bytes, 1), true};
+    return launch(ordered_kernel<T>, a, p.batch * p.group, int64_t(a.cut.points) * a.cut.pairs * point_bytes, stream);
+  });
 }
 
 }  // namespace
 
-const char* cuda_backward(const Problem& p, void* accumulator, bool deterministic, void* stream) {
+const char* cuda_backward(const Problem& p, bool deterministic, void* stream) {
   switch (p.dtype) {
-    case Dtype::float64: return backward<double>(p, accumulator, deterministic, stream);
-    case Dtype::float32: return backward<float>(p, accumulator, deterministic, stream);
-    case Dtype::float16: return backward<Float16>(p, accumulator, deterministic, stream);
-    case Dtype::bfloat16: return backward<BFloat16>(p, accumulator, deterministic, stream);
+    case Dtype::float64: return backward<double>(p, deterministic, stream);
+    case Dtype::float32: return backward<float>(p, deterministic, stream);
+    case Dtype::float16: return backward<Float16>(p, deterministic, stream);
+    case Dtype::bfloat16: return backward<BFloat16>(p, deterministic, stream);
   }
   return "unknown dtype";
 }

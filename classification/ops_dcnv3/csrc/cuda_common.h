@@ -1,17 +1,25 @@
-// What the CUDA kernels share: how the work is cut into blocks, and its first half.
+// What the CUDA kernels share: how the work is cut into blocks, and its first step.
 //
-// A "pair" is one output pixel of one group. A block takes a tile of consecutive pixels times a chunk
-// of neighbouring groups (their channels share cache lines), and works in two phases. First, one
-// thread a pair: softmax, positions, corners and weights of its points go to shared memory. Then the
-// block's threads are dealt out again, each owning up to 16 bytes of the channels of a pair.
+// A "pair" is one output pixel of one group. A block takes some consecutive output pixels times a few
+// neighbouring groups, and works in steps. First, one thread a pair: softmax, positions, corners and
+// weights of its points go to shared memory, once for all channels. Then the block's threads are dealt
+// out again, a few to each pair, each owning up to 16 bytes of its channels.
 //
-// Two versions of each kernel: 3x3 with all points unrolled, 16-byte vectors and 32-bit indices, and
-// one for any kernel, width, alignment and size.
+// What bounds these kernels is how many instructions they issue, so: divisions are multiplications,
+// the four corners of a point lie at four constant distances from one number, and two versions exist
+// of each kernel, one for 3x3 points, all unrolled, with 16-byte vectors and 32-bit indices, and one for
+// any kernel, width, alignment and size.
 #pragma once
 
 #ifndef DCNV3_EMULATED  // the tests compile this for the CPU, with an imitation of what follows
 #include <cuda_runtime.h>
 #define DCNV3_SHARED(name) extern __shared__ double2 name[]
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define DCNV3_ASSUME(condition) __builtin_assume(condition)
+#else
+#define DCNV3_ASSUME(condition) ((void)0)
 #endif
 
 #include "dcnv3.h"
@@ -21,100 +29,118 @@ namespace dcnv3 {
 namespace {
 
 constexpr int kThreads = 128;
+// Blocks of a multiprocessor at once: leaves 64 registers a thread, 128 where a number takes two.
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 8 ? 4 : 8;
+constexpr int kPairs = 64;  // of a block; in InternImage two threads or more work on a pair
 constexpr int kSharedBytes = 48 * 1024;  // what a block may use without asking
 constexpr int kVectorBytes = 16;
+// Elements of a tensor that the 32-bit version reaches: their offsets in bytes fit 32 bits as float32.
+#ifdef DCNV3_TEST_REACH
+constexpr int64_t kReach = DCNV3_TEST_REACH;
+#else
+constexpr int64_t kReach = int64_t(1) << 30;
+#endif
+
+// Divides numbers below 2^31 by a multiplication and a shift (Granlund and Montgomery, 1994).
+struct Divisor {
+  uint32_t value, factor, shift;
+  explicit Divisor(int64_t divisor = 1) : value(uint32_t(divisor)), shift(0) {
+    while ((int64_t(1) << shift) < divisor) ++shift;
+    factor = uint32_t(((uint64_t(1) << 32) * ((uint64_t(1) << shift) - value)) / value + 1);
+  }
+  DCNV3_INLINE uint32_t quotient(uint32_t n) const {
+    return (uint32_t((uint64_t(n) * factor) >> 32) + n) >> shift;
+  }
+  DCNV3_INLINE int64_t quotient(int64_t n) const { return n / value; }
+};
 
 // The cut of a problem into blocks.
 struct Cut {
-  int points;
-  int groups_per_block, pixels_per_block, pairs;  // pairs = groups_per_block * pixels_per_block
-  int64_t group_chunks, blocks, pixels;           // pixels: output pixels of the batch
+  int points, pairs;       // of a block
+  int pixels_per_block;
+  int lanes, lane_shift;   // threads of a pair: 2 to the power of lane_shift, at most 32
+  Divisor groups, chunks;  // groups of a block; how many of those make all groups
+  Divisor width, height;   // of the output
+  int64_t pixels, blocks;  // output pixels of the batch
 };
 
 // `point_bytes`: shared memory for one point. A cut with blocks = 0 means that a pair does not fit.
-inline Cut cut_of(const Problem& p, int point_bytes) {
+inline Cut cut_of(const Problem& p, int vector, int point_bytes, int most_groups = 4) {
   Cut cut;
   cut.points = point_count(p.kernel_h, p.kernel_w, p.remove_center);
+  const int64_t room = kSharedBytes / (int64_t(cut.points) * point_bytes);
+  const int most = int(room < kPairs ? room : kPairs);
+  // Few groups and many pixels: neighbouring pixels read the same input. A divisor leaves no thread idle.
+  int64_t groups = most < most_groups ? most : most_groups;
+  while (groups > 1 && p.group % groups) --groups;
+  cut.pixels_per_block = groups ? int(most / groups) : 0;
+  cut.pairs = int(cut.pixels_per_block * groups);
+  cut.lanes = 1, cut.lane_shift = 0;
+  while (cut.lanes < 32 && cut.lanes * vector < p.channels) cut.lanes *= 2, ++cut.lane_shift;
   cut.pixels = p.batch * p.out_height * p.out_width;
-  cut.group_chunks = (p.group + 7) / 8;
-  cut.groups_per_block = int((p.group + cut.group_chunks - 1) / cut.group_chunks);
-  // A pair takes its points and its place in memory (an int64_t).
-  const int64_t room = kSharedBytes / (int64_t(cut.points) * point_bytes + int64_t(sizeof(int64_t)));
-  if (room < cut.groups_per_block) {
-    cut.groups_per_block = room > 0 ? int(room) : 1;
-    cut.group_chunks = (p.group + cut.groups_per_block - 1) / cut.groups_per_block;
-  }
-  const int most = int(room < kThreads ? room : kThreads);
-  cut.pixels_per_block = most / cut.groups_per_block;
-  cut.pairs = cut.pixels_per_block * cut.groups_per_block;
-  const int64_t tiles = cut.pairs > 0 ? (cut.pixels + cut.pixels_per_block - 1) / cut.pixels_per_block : 0;
-  cut.blocks = tiles * cut.group_chunks;
+  cut.width = Divisor(p.out_width), cut.height = Divisor(p.out_height);
+  cut.blocks = 0;
+  if (cut.pairs == 0) return cut;
+  cut.groups = Divisor(groups), cut.chunks = Divisor(p.group / groups);
+  cut.blocks = (cut.pixels + cut.pixels_per_block - 1) / cut.pixels_per_block * cut.chunks.value;
   return cut;
 }
 
-// Whether the version for 3x3 kernels fits: `vector` elements of `element` bytes at a time.
-inline bool fits_vectors(const Problem& p, const Cut& cut, int element, const void* const* tensors, int count) {
-  const int vector = kVectorBytes / element;
-  const int64_t limit = int64_t(1) << 31, channels = p.group * p.channels;
-  bool fits = cut.points == 9 && p.channels % vector == 0 && p.height * p.width * channels < limit &&
-              cut.pixels < limit;
+// Elements of the largest tensor, for one image.
+inline int64_t elements_of_an_image(const Problem& p) {
+  const int64_t in = p.height * p.width, out = p.out_height * p.out_width, channels = p.group * p.channels;
+  const int64_t a = in * channels, b = out * channels, c = out * p.offset_stride, d = out * p.mask_stride;
+  const int64_t ab = a > b ? a : b, cd = c > d ? c : d;
+  return ab > cd ? ab : cd;
+}
+
+// Whether the version for 3x3 kernels fits: `vector` numbers of `element` bytes at a time.
+inline bool fits_vectors(const Problem& p, int vector, int element, const void* const* tensors, int count) {
+  const int64_t lanes = p.channels / vector, pair_bytes = 2 * element;  // x and y of an offset are read as one
+  bool fits = p.kernel_h == 3 && p.kernel_w == 3 && !p.remove_center && p.height > 1 && p.width > 1 &&
+              p.channels % vector == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0 && p.offset_stride % 2 == 0 &&
+              reinterpret_cast<uintptr_t>(p.offset) % pair_bytes == 0;
   for (int i = 0; i < count; ++i) fits = fits && reinterpret_cast<uintptr_t>(tensors[i]) % kVectorBytes == 0;
   return fits;
 }
 
-// Where pair `i` of block `block` lies; beyond the end, `valid` is false.
-struct Pair {
-  bool valid;
-  int64_t pixel, group;
-};
-__device__ inline Pair pair_of(const Problem& p, const Cut& cut, int64_t block, int i) {
-  Pair pair;
-  pair.pixel = block / cut.group_chunks * cut.pixels_per_block + i / cut.groups_per_block;
-  pair.group = block % cut.group_chunks * cut.groups_per_block + i % cut.groups_per_block;
-  pair.valid = pair.pixel < cut.pixels && pair.group < p.group;
-  return pair;
+// `count` images from `first` on. `element`: bytes of a number; of the input's gradient, `sum_element`.
+inline Problem images_of(const Problem& p, int64_t first, int64_t count, int element, int sum_element) {
+  const int64_t in = p.height * p.width * p.group * p.channels, out = p.out_height * p.out_width;
+  const int64_t points = out * p.group * point_count(p.kernel_h, p.kernel_w, p.remove_center);
+  const auto from = [&](const void* tensor, int64_t image, int bytes) {
+    return static_cast<const char*>(tensor) + (tensor ? first * image * bytes : 0);
+  };
+  const auto to = [&](void* tensor, int64_t image, int bytes) {
+    return static_cast<char*>(tensor) + (tensor ? first * image * bytes : 0);
+  };
+  Problem part = p;
+  part.batch = count;
+  part.input = from(p.input, in, element);
+  part.offset = from(p.offset, out * p.offset_stride, element);
+  part.mask = from(p.mask, out * p.mask_stride, element);
+  part.output = to(p.output, out * p.group * p.channels, element);
+  part.grad_output = from(p.grad_output, out * p.group * p.channels, element);
+  part.grad_input = to(p.grad_input, in, sum_element);
+  part.grad_offset = to(p.grad_offset, points * 2, element);
+  part.grad_mask = to(p.grad_mask, points, element);
+  return part;
 }
 
-// A corner's pixel in its image, and whether the neighbours right of and below it differ from it.
-DCNV3_INLINE int pack_place(int low_x, int high_x, int low_y, int high_y, int width) {
-  return (low_y * width + low_x) << 2 | (high_y - low_y) << 1 | (high_x - low_x);
-}
-
-// Calls use(k, mask, horizontal axis, vertical axis) for every point of a valid pair, and returns where
-// the pair's channels begin in the input. Index: a type that holds every number of output pixels.
-template <typename T, int kPoints, typename Index, typename Use>
-__device__ inline int64_t visit_points(const Problem& p, const Cut& cut, const Pair& pair, Use use) {
-  using A = Accumulator<T>;
-  const int points = kPoints ? kPoints : cut.points;
-  const Index pixel = Index(pair.pixel), row_index = pixel / Index(p.out_width);
-  const int column = int(pixel % Index(p.out_width)), row = int(row_index % Index(p.out_height));
-  const int64_t image = int64_t(row_index / Index(p.out_height));
-  const T* offset = static_cast<const T*>(p.offset) + pair.pixel * p.offset_stride + pair.group * points * 2;
-  const T* mask = static_cast<const T*>(p.mask) + pair.pixel * p.mask_stride + pair.group * points;
-  const A scale = A(p.offset_scale);
-  const A x = origin_of<A>(column, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w, scale);
-  const A y = origin_of<A>(row, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h, scale);
-
-  A highest = 0, factor = 1;
-  if (p.softmax) {
-    A sum = 0;
-    highest = widen(mask[0]);
-#pragma unroll
-    for (int k = 1; k < points; ++k) highest = widen(mask[k]) > highest ? widen(mask[k]) : highest;
-#pragma unroll
-    for (int k = 0; k < points; ++k) sum += exp_of(widen(mask[k]) - highest);
-    factor = A(1) / sum;
+// Calls run(problem, whether 32-bit indices reach) for the batch, in as many parts as that takes. One
+// image that alone is too large goes with 64 bits.
+template <typename Run>
+const char* in_parts(const Problem& p, int element, int sum_element, Run run) {
+  const int64_t size = elements_of_an_image(p);
+  if (size == 0) return nullptr;
+  const int64_t images = size <= kReach ? kReach / size : 1;
+  for (int64_t first = 0; first < p.batch; first += images) {
+    const int64_t count = p.batch - first < images ? p.batch - first : images;
+    const char* error = run(images_of(p, first, count, element, sum_element), size <= kReach);
+    if (error) return error;
   }
-#pragma unroll
-  for (int k = 0; k < points; ++k) {
-    int kernel_row, kernel_column;
-    point_of(k, p.kernel_h, p.kernel_w, p.remove_center, &kernel_row, &kernel_column);
-    const A at_x = position_of(x, A(kernel_column * p.dilation_w), A(widen(offset[2 * k])), scale);
-    const A at_y = position_of(y, A(kernel_row * p.dilation_h), A(widen(offset[2 * k + 1])), scale);
-    const A m = p.softmax ? exp_of(widen(mask[k]) - highest) * factor : widen(mask[k]);
-    use(k, m, axis_of(at_x, int(p.width)), axis_of(at_y, int(p.height)));
-  }
-  return image * p.height * p.width * p.group * p.channels + pair.group * p.channels;
+  return nullptr;
 }
 
 // `size` numbers that are loaded and stored as one.
@@ -122,10 +148,195 @@ template <typename T, int size>
 struct alignas(sizeof(T) * size) Pack {
   T numbers[size];
 };
+// In one instruction: member by member, the compiler may load them one by one.
+template <int size, typename T>
+DCNV3_INLINE Pack<T, size> load(const T* from) {
+  Pack<T, size> pack;
+  memcpy(&pack, __builtin_assume_aligned(from, sizeof(pack)), sizeof(pack));
+  return pack;
+}
+template <typename T, int size>
+DCNV3_INLINE void widen(const Pack<T, size>& pack, Accumulator<T>* to) {
+#pragma unroll
+  for (int i = 0; i < size; ++i) to[i] = widen(pack.numbers[i]);
+}
+// Two at a time: one instruction a number, where taking it out of its word first would be two.
+template <int size>
+DCNV3_INLINE void widen(const Pack<BFloat16, size>& pack, float* to) {
+  if constexpr (size % 2 == 0) {
+    const Pack<uint32_t, size / 2> words = bits_as<Pack<uint32_t, size / 2>>(pack);
+#pragma unroll
+    for (int i = 0; i < size / 2; ++i) {
+      to[2 * i] = bits_as<float>(words.numbers[i] << 16);
+      to[2 * i + 1] = bits_as<float>(words.numbers[i] & 0xffff0000u);
+    }
+  } else {
+    to[0] = widen(pack.numbers[0]);
+  }
+}
+// Four corners are reached from four pointers by the same offset, one instruction each. Unless they are
+// hidden from it, the compiler computes one address from another, two instructions each.
+template <typename T>
+__device__ inline T* hidden(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  size_t address = __cvta_generic_to_global(pointer);  // the compiler still has to know that it is global memory
+  asm("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+#else
+  return pointer;
+#endif
+}
+
+// Where pair `i` of block `block` lies; beyond the end, `valid` is false. Index: a type that holds an
+// element's number in any of the tensors.
+template <typename Index>
+struct Pair {
+  bool valid;
+  Index pixel, group;
+};
+template <typename Index>
+__device__ inline Pair<Index> pair_of(const Cut& cut, uint32_t block, uint32_t i) {
+  const uint32_t tile = cut.chunks.quotient(block), row = cut.groups.quotient(i);
+  Pair<Index> pair;
+  pair.pixel = Index(tile) * Index(cut.pixels_per_block) + Index(row);
+  pair.group = Index((block - tile * cut.chunks.value) * cut.groups.value + (i - row * cut.groups.value));
+  pair.valid = pair.pixel < Index(cut.pixels);
+  return pair;
+}
+
+// The points of one pair. kPoints = 0: any number, otherwise 9 of a 3x3 kernel.
+template <typename T, int kPoints, typename Index>
+struct Points {
+  using A = Accumulator<T>;
+  const Problem& problem;
+  const T* offset;
+  A x, y, scale;  // of kernel element 0 without an offset
+  Index image;
+
+  __device__ Points(const Problem& p, const Cut& cut, const Pair<Index>& pair) : problem(p), scale(A(p.offset_scale)) {
+    const Index row_of_batch = cut.width.quotient(pair.pixel);
+    image = cut.height.quotient(row_of_batch);
+    const int column = int(pair.pixel - row_of_batch * Index(p.out_width));
+    const int row = int(row_of_batch - image * Index(p.out_height));
+    const int points = kPoints ? kPoints : cut.points;
+    offset = static_cast<const T*>(p.offset) + (pair.pixel * Index(p.offset_stride) + pair.group * Index(points * 2));
+    x = origin_of<A>(column, kPoints ? 3 : p.kernel_w, p.stride_w, p.padding_w, p.dilation_w, scale);
+    y = origin_of<A>(row, kPoints ? 3 : p.kernel_h, p.stride_h, p.padding_h, p.dilation_h, scale);
+  }
+
+  __device__ void axes(int k, Axis<A>* horizontal, Axis<A>* vertical) const {
+    int row, column;
+    point_of(k, kPoints ? 3 : problem.kernel_h, kPoints ? 3 : problem.kernel_w, !kPoints && problem.remove_center,
+             &row, &column);
+    constexpr int together = kPoints ? 2 : 1;
+    A by[2];
+#pragma unroll
+    for (int i = 0; i < 2; i += together) widen(load<together>(offset + 2 * k + i), by + i);
+    const A across = A(column) * A(problem.dilation_w), down = A(row) * A(problem.dilation_h);
+    const int width = int(problem.width), height = int(problem.height);
+    if (kPoints) DCNV3_ASSUME(width > 1 && height > 1);
+    *horizontal = axis_of(position_of(x, across, by[0], scale), width);
+    *vertical = axis_of(position_of(y, down, by[1], scale), height);
+  }
+};
+
+// The masks of one pair, after the softmax where there is one.
+template <typename T, int kPoints, typename Index>
+struct Masks {
+  using A = Accumulator<T>;
+  const T* from;
+  bool softmax;
+  A highest, factor;
+  A kept[kPoints ? kPoints : 1];
+
+  __device__ Masks(const Problem& p, const Cut& cut, const Pair<Index>& pair) : softmax(p.softmax) {
+    const int points = kPoints ? kPoints : cut.points;
+    from = static_cast<const T*>(p.mask) + (pair.pixel * Index(p.mask_stride) + pair.group * Index(points));
+    if (kPoints) {
+#pragma unroll
+      for (int k = 0; k < kPoints; ++k) kept[k] = widen(from[k]);
+    }
+    if (!softmax) return;
+    highest = at(0, false);
+#pragma unroll
+    for (int k = 1; k < points; ++k) highest = at(k, false) > highest ? at(k, false) : highest;
+    A sum = 0;
+#pragma unroll
+    for (int k = 0; k < points; ++k) {
+      const A power = exp_of(at(k, false) - highest);
+      if (kPoints) kept[k] = power;
+      sum += power;
+    }
+    factor = A(1) / sum;
+  }
+  __device__ A at(int k, bool after_softmax = true) const {
+    if (!softmax || !after_softmax) return kPoints ? kept[k] : A(widen(from[k]));
+    return (kPoints ? kept[k] : exp_of(widen(from[k]) - highest)) * factor;
+  }
+};
+
+// Shared memory of a block, each array [points][pairs], so that neighbouring threads meet in no bank.
+// `place` is the element of the input where the pair's channels of the low corner begin.
+template <typename A>
+struct alignas(16) Corners {
+  A weight[4];  // times the mask: (low y, low x), (low, high), (high, low), (high, high)
+};
+template <typename A, typename Index>
+struct Shared {
+  Corners<A>* corners;
+  Index* places;
+  A* masks;  // only the backward pass has them
+  static constexpr int bytes(bool with_masks) {
+    return int(sizeof(Corners<A>) + sizeof(Index) + (with_masks ? sizeof(A) : 0));
+  }
+  __device__ Shared(void* memory, int points, int stride)
+      : corners(static_cast<Corners<A>*>(memory)), places(reinterpret_cast<Index*>(corners + points * stride)),
+        masks(reinterpret_cast<A*>(places + points * stride)) {}
+};
+
+// The first step: the points of a block's pairs.
+template <typename T, int kPoints, typename Index>
+__device__ inline void locate(const Problem& p, const Cut& cut, uint32_t block, bool with_masks,
+                              const Shared<Accumulator<T>, Index>& shared) {
+  using A = Accumulator<T>;
+  const int points = kPoints ? kPoints : cut.points, stride = kPoints ? kPairs : cut.pairs;
+  const Index all = Index(p.group * p.channels);
+  for (int i = threadIdx.x; i < cut.pairs; i += kThreads) {
+    const Pair<Index> pair = pair_of<Index>(cut, block, i);
+    if (!pair.valid) {
+      for (int k = 0; k < points; ++k) shared.places[k * stride + i] = 0;  // somewhere that may be read
+      continue;
+    }
+    const Points<T, kPoints, Index> at(p, cut, pair);
+    const Masks<T, kPoints, Index> masks(p, cut, pair);
+    const Index first_row = at.image * Index(p.height), first_channel = pair.group * Index(p.channels);
+#pragma unroll
+    for (int k = 0; k < points; ++k) {
+      Axis<A> h, v;
+      at.axes(k, &h, &v);
+      const A mask = masks.at(k), low = v.low_weight * mask, high = v.high_weight * mask;
+      const int to = k * stride + i;
+      shared.corners[to] = {{low * h.low_weight, low * h.high_weight, high * h.low_weight, high * h.high_weight}};
+      shared.places[to] = ((first_row + Index(v.low)) * Index(p.width) + Index(h.low)) * all + first_channel;
+      if (with_masks) shared.masks[to] = mask;
+    }
+  }
+}
+
+// How far the corners lie from the low one: in an input of one row or column, nowhere.
+template <typename Index>
+struct Distances {
+  Index corner[4];
+  __device__ explicit Distances(const Problem& p) {
+    const Index all = Index(p.group * p.channels);
+    const Index right = p.width > 1 ? all : Index(0), below = p.height > 1 ? Index(p.width) * all : Index(0);
+    corner[0] = 0, corner[1] = right, corner[2] = below, corner[3] = below + right;
+  }
+};
 
 template <typename Arguments>
 const char* launch(void (*kernel)(Arguments), Arguments arguments, int64_t blocks, int64_t shared, void* stream) {
-  if (blocks >= int64_t(1) << 31) return "the problem is too large for one launch: split the batch";
+  if (blocks >= int64_t(1) << 31) return "an image has too many output pixels for one launch";
   void* list[] = {&arguments};
   const cudaError_t error = cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kThreads), list, size_t(shared),
                                              static_cast<cudaStream_t>(stream));
@@ -135,8 +346,6 @@ const char* launch(void (*kernel)(Arguments), Arguments arguments, int64_t block
 }
 
 const char* const kTooManyPoints = "the kernel has too many points for the CUDA kernels (about 900 fit)";
-const char* const kTooManyPixels = "images of 2^29 pixels and more do not fit the CUDA kernels";
-inline bool too_many_pixels(const Problem& p) { return p.height * p.width >= int64_t(1) << 29; }
 
 }  // namespace
 }  // namespace dcnv3

@@ -9,84 +9,69 @@ struct Forward {
   Cut cut;
 };
 
-template <typename A>
-struct alignas(16) Corners {
-  A weight[4];  // (low y, low x), (low, high), (high, low), (high, high)
-};
-
 template <int size, typename T, typename A>
 __device__ inline void add_corner(const T* from, A weight, A* sum) {
-  const Pack<T, size> pack = *reinterpret_cast<const Pack<T, size>*>(from);
+  A numbers[size];
+  widen(load<size>(from), numbers);
 #pragma unroll
-  for (int i = 0; i < size; ++i) sum[i] += widen(pack.numbers[i]) * weight;
+  for (int i = 0; i < size; ++i) sum[i] += numbers[i] * weight;
 }
 
-// kPoints = 0: any number. size: channels at a time. Index: holds an element's number in its image,
-// and a pixel's in the batch.
+// kPoints = 0: any number. size: channels at a time.
 template <typename T, int kPoints, int size, typename Index>
-__global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward a) {
   using A = Accumulator<T>;
   const Problem& p = a.problem;
   const Cut& cut = a.cut;
-  const int points = kPoints ? kPoints : cut.points;
+  const int points = kPoints ? kPoints : cut.points, stride = kPoints ? kPairs : cut.pairs;
   DCNV3_SHARED(memory);
-  // [points][pairs], [pairs] and [points][pairs]: neighbouring threads meet in no bank.
-  Corners<A>* const corners = reinterpret_cast<Corners<A>*>(memory);
-  int64_t* const bases = reinterpret_cast<int64_t*>(corners + points * cut.pairs);  // -1 beyond the end
-  int* const places = reinterpret_cast<int*>(bases + cut.pairs);
-
-  for (int i = threadIdx.x; i < cut.pairs; i += kThreads) {
-    const Pair pair = pair_of(p, cut, blockIdx.x, i);
-    bases[i] = -1;
-    if (!pair.valid) continue;
-    bases[i] = visit_points<T, kPoints, Index>(p, cut, pair, [&](int k, A mask, const Axis<A>& h, const Axis<A>& v) {
-      const A low = v.low_weight * mask, high = v.high_weight * mask;
-      const int to = k * cut.pairs + i;
-      corners[to] = {{low * h.low_weight, low * h.high_weight, high * h.low_weight, high * h.high_weight}};
-      places[to] = pack_place(h.low, h.high, v.low, v.high, int(p.width));
-    });
-  }
+  const Shared<A, Index> shared(memory, points, stride);
+  locate<T, kPoints, Index>(p, cut, blockIdx.x, false, shared);
   __syncthreads();
 
-  const Index all = Index(p.group * p.channels), line = Index(p.width) * all;
-  const int vectors = int(p.channels / size);
-  for (int item = threadIdx.x; item < cut.pairs * vectors; item += kThreads) {
-    const int i = item / vectors, channel = item % vectors * size;
-    const int64_t base = bases[i];
-    if (base < 0) continue;
-    const T* const input = static_cast<const T*>(p.input) + base + channel;
-    A sum[size] = {};
+  const Distances<Index> far(p);
+  const T* input[4];
 #pragma unroll
-    for (int k = 0; k < points; ++k) {
-      const Corners<A> c = corners[k * cut.pairs + i];
-      const int place = places[k * cut.pairs + i];
-      const Index right = (place & 1) ? all : Index(0), below = (place & 2) ? line : Index(0);
-      const T* const from = input + Index(place >> 2) * all;
-      add_corner<size>(from, c.weight[0], sum);
-      add_corner<size>(from + right, c.weight[1], sum);
-      add_corner<size>(from + below, c.weight[2], sum);
-      add_corner<size>(from + below + right, c.weight[3], sum);
+  for (int q = 0; q < 4; ++q) input[q] = hidden(static_cast<const T*>(p.input) + far.corner[q]);
+  for (int item = threadIdx.x; item < cut.pairs * cut.lanes; item += kThreads) {
+    const int i = item >> cut.lane_shift, lane = item & (cut.lanes - 1);
+    const Pair<Index> pair = pair_of<Index>(cut, blockIdx.x, i);
+    if (!pair.valid) continue;
+    for (int c = lane * size; c < int(p.channels); c += cut.lanes * size) {
+      A sum[size] = {};
+#pragma unroll
+      for (int k = 0; k < points; ++k) {
+        const Corners<A> corners = shared.corners[k * stride + i];
+        const Index place = shared.places[k * stride + i] + Index(c);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) add_corner<size>(input[q] + place, corners.weight[q], sum);
+      }
+      Pack<T, size> result;
+#pragma unroll
+      for (int j = 0; j < size; ++j) narrow(sum[j], &result.numbers[j]);
+      const Index to = (pair.pixel * Index(p.group) + pair.group) * Index(p.channels) + Index(c);
+      *reinterpret_cast<Pack<T, size>*>(static_cast<T*>(p.output) + to) = result;
+      if (kPoints) break;  // one vector a thread
     }
-    Pack<T, size> result;
-#pragma unroll
-    for (int j = 0; j < size; ++j) narrow(sum[j], &result.numbers[j]);
-    const Pair pair = pair_of(p, cut, blockIdx.x, i);
-    T* const output = static_cast<T*>(p.output) + (pair.pixel * p.group + pair.group) * p.channels + channel;
-    *reinterpret_cast<Pack<T, size>*>(output) = result;
   }
 }
 
 template <typename T>
-const char* forward(const Problem& p, void* stream) {
-  constexpr int point_bytes = sizeof(Corners<Accumulator<T>>) + sizeof(int);
-  const Forward a{p, cut_of(p, point_bytes)};
-  if (a.cut.pairs == 0) return kTooManyPoints;
-  if (too_many_pixels(p)) return kTooManyPixels;
-  const int64_t shared = int64_t(a.cut.pairs) * (a.cut.points * point_bytes + sizeof(int64_t));
-  const void* tensors[] = {p.input, p.output};
-  return fits_vectors(p, a.cut, sizeof(T), tensors, 2)
-             ? launch(forward_kernel<T, 9, kVectorBytes / sizeof(T), int>, a, a.cut.blocks, shared, stream)
-             : launch(forward_kernel<T, 0, 1, int64_t>, a, a.cut.blocks, shared, stream);
+const char* forward(const Problem& whole, void* stream) {
+  using A = Accumulator<T>;
+  constexpr int vector = kVectorBytes / sizeof(T);
+  return in_parts(whole, sizeof(T), sizeof(A), [&](const Problem& p, bool reached) {
+    const void* tensors[] = {p.input, p.output};
+    if (reached && fits_vectors(p, vector, sizeof(T), tensors, 2)) {
+      const Forward a{p, cut_of(p, vector, Shared<A, uint32_t>::bytes(false))};
+      const int64_t bytes = 9 * kPairs * Shared<A, uint32_t>::bytes(false);
+      return launch(forward_kernel<T, 9, vector, uint32_t>, a, a.cut.blocks, bytes, stream);
+    }
+    const Forward a{p, cut_of(p, 1, Shared<A, int64_t>::bytes(false))};
+    if (a.cut.blocks == 0) return kTooManyPoints;
+    const int64_t bytes = int64_t(a.cut.points) * a.cut.pairs * Shared<A, int64_t>::bytes(false);
+    return launch(forward_kernel<T, 0, 1, int64_t>, a, a.cut.blocks, bytes, stream);
+  });
 }
 
 }  // namespace

@@ -40,8 +40,8 @@ void cpu_backward(const Problem& problem, int64_t begin, int64_t end);
 // CUDA, on the current device and on `stream` (a cudaStream_t), without waiting for the result.
 // Return null, or what went wrong.
 const char* cuda_forward(const Problem& problem, void* stream);
-// `accumulator` takes the gradient of the input: float32 (float64 for float64), all zeros, dense as
-// input. problem.grad_input is not used. Sums into it are in no fixed order unless `deterministic`.
-const char* cuda_backward(const Problem& problem, void* accumulator, bool deterministic, void* stream);
+// problem.grad_input takes sums: it is float32 (float64 for float64) whatever the dtype, and must be all
+// zeros. Its sums are in no fixed order unless `deterministic`.
+const char* cuda_backward(const Problem& problem, bool deterministic, void* stream);
 
 }  // namespace dcnv3

@@ -13,7 +13,7 @@
 #define DCNV3_EMULATED
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define DCNV3_SHARED(name) Wide* const name = reinterpret_cast<Wide*>(emulated::shared)
 
 struct alignas(16) Wide {
@@ -63,6 +63,13 @@ A __shfl_xor_sync(unsigned, A value, int mask) {
 template <typename A>
 void atomicAdd(A* to, A value) {
   *to += value;
+}
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline void atomicAdd(float4* to, float4 value) {
+  to->x += value.x, to->y += value.y, to->z += value.z, to->w += value.w;
 }
 
 namespace emulated {

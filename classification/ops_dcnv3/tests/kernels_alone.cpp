@@ -55,12 +55,13 @@ int main(int, char** arguments) {
 
   file = fopen(arguments[1], "wb");
 #ifdef DCNV3_TEST_CUDA
-  std::vector<char> accumulator(in * (bytes == 8 ? 8 : 4));
+  std::vector<char> sums(in * (bytes == 8 ? 8 : 4));
+  p.grad_input = sums.data();
   const char* error = dcnv3::cuda_forward(p, nullptr);
-  if (!error) error = dcnv3::cuda_backward(p, accumulator.data(), deterministic, nullptr);
+  if (!error) error = dcnv3::cuda_backward(p, deterministic, nullptr);
   if (error) return fprintf(stderr, "%s\n", error), 4;
   fwrite(p.output, bytes, out, file);
-  fwrite(accumulator.data(), 1, accumulator.size(), file);
+  fwrite(sums.data(), 1, sums.size(), file);
 #else
   (void)deterministic;
   dcnv3::cpu_forward(p, 0, dcnv3::cpu_forward_tasks(p));

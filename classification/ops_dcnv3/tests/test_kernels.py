@@ -25,20 +25,25 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-@pytest.fixture(scope="session", params=["cpu", "cuda"])
+# As built for a GPU, and as if tensors beyond 2000 elements were out of reach of 32-bit indices (a batch goes
+# in parts, an image that alone is too large with 64 bits) and four floats were added at once (sm_90).
+CUDA_FLAGS = {"cuda": [], "cuda sm_90, parts": ["-DDCNV3_TEST_REACH=2000", "-DDCNV3_TEST_ATOMIC_VECTOR=4"]}
+
+
+@pytest.fixture(scope="session", params=["cpu", *CUDA_FLAGS])
 def program(request, tmp_path_factory):
     """(device, path) of the kernels of a device as a program."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    path = tmp_path_factory.mktemp("kernels") / request.param
-    sources = [HERE / "kernels_alone.cpp"]
-    if request.param == "cpu":
-        sources += [SOURCES / "cpu_baseline.cpp", SOURCES / "cpu_avx2.cpp"]
-    flags = ["-DDCNV3_TEST_CUDA"] if request.param == "cuda" else []
+    device = request.param.split()[0]
+    path = tmp_path_factory.mktemp("kernels") / device
+    sources, flags = [HERE / "kernels_alone.cpp"], ["-DDCNV3_TEST_CUDA", *CUDA_FLAGS.get(request.param, ())]
+    if device == "cpu":
+        sources, flags = [*sources, SOURCES / "cpu_baseline.cpp", SOURCES / "cpu_avx2.cpp"], []
     command = [COMPILER, "-std=c++17", "-O0", "-I", SOURCES, "-I", HERE, *flags, *sources, "-o", path]
     if subprocess.run([*command, *SANITIZERS], capture_output=True).returncode:
         subprocess.run(command, check=True)  # a compiler without the sanitizers
-    return request.param, path
+    return device, path
 
 
 CASES = {
@@ -60,6 +65,10 @@ CASES = {
     ),
     "large kernel": dict(h=5, w=4, group=3, width=4, kernel=(7, 7), padding=(3, 3), softmax=True),
     "one pixel": dict(h=1, w=1, group=5, width=16, softmax=True),
+    "one row": dict(h=1, w=9, group=4, width=16, softmax=True),
+    "one column": dict(h=9, w=1, group=2, width=5, deterministic=True),
+    "two columns": dict(h=6, w=2, group=4, width=16, softmax=True),
+    "width 8": dict(h=5, w=7, group=6, width=8, softmax=True, dtype=torch.bfloat16),
     "strided": dict(h=5, w=7, group=3, width=16, softmax=True, extra=5),
     "deterministic": dict(h=7, w=9, group=3, width=16, softmax=True, deterministic=True),
 }  # fmt: skip
