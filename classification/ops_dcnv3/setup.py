@@ -114,6 +114,7 @@ class BuildKernels(build_ext):
             "torch": torch and torch.__version__,
             "cuda": torch and torch.version.cuda,
             "kernels": kernels,
+            "architectures": os.environ["TORCH_CUDA_ARCH_LIST"] if "cuda" in kernels else "",
             "missing": {device: reason for device, reason in missing.items() if reason},
         }
         (package / "_build.json").write_text(json.dumps(record, indent=1) + "\n")

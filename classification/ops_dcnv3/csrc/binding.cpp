@@ -10,8 +10,12 @@
 #include <algorithm>
 
 #ifdef DCNV3_WITH_CUDA
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+
+#include <array>
+#include <mutex>
 #endif
 
 #include "dcnv3.h"
@@ -143,15 +147,35 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const
 // ---- CUDA -------------------------------------------------------------------------------------
 
 void check_cuda(const char* error) {
-  TORCH_CHECK(error == nullptr, "dcnv3: the CUDA kernel did not start: ", error,
-              ". If it has no image for this GPU, build it again for its architecture, as in TORCH_CUDA_ARCH_LIST=8.9 "
-              "pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv3");
+  TORCH_CHECK(error == nullptr, "dcnv3: the CUDA kernel did not start: ", error);
+}
+
+// Null where the kernels run on this device, or why not; asked once a device.
+const char* obstacle_on(c10::DeviceIndex device) {
+  constexpr int most = 64;
+  static std::array<std::once_flag, most> asked;
+  static std::array<const char*, most> answers;
+  TORCH_CHECK(device < most, "dcnv3: GPUs beyond number ", most - 1, " are not supported");
+  std::call_once(asked[device], [device] { answers[device] = dcnv3::cuda_obstacle(); });
+  return answers[device];
+}
+
+// The definition in PyTorch, for a GPU that cannot run the kernels: _ops.py declares both, and says so.
+template <typename Result, typename... Arguments>
+Result without_kernels(const char* name, const char* why, const Arguments&... arguments) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow(name, "")
+      .typed<Result(c10::string_view, const Arguments&...)>()
+      .call(why, arguments...);
 }
 
 Tensor forward_cuda(const Tensor& input, const Tensor& offset, const Tensor& mask, int64_t group, IntArrayRef kernel,
                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, double offset_scale,
                     bool remove_center, bool softmax) {
   const c10::cuda::CUDAGuard guard(input.device());
+  if (const char* why = obstacle_on(input.get_device()))
+    return without_kernels<Tensor>("dcnv3::_forward_without_kernels", why, input, offset, mask, group, kernel, stride,
+                                   padding, dilation, offset_scale, remove_center, softmax);
   Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
   Tensor output = call.new_output();
   if (output.numel() > 0)
@@ -164,6 +188,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, cons
                                                  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                                  double offset_scale, bool remove_center, bool softmax) {
   const c10::cuda::CUDAGuard guard(input.device());
+  if (const char* why = obstacle_on(input.get_device()))
+    return without_kernels<std::tuple<Tensor, Tensor, Tensor>>(
+        "dcnv3::_backward_without_kernels", why, grad_output, input, offset, mask, group, kernel, stride, padding,
+        dilation, offset_scale, remove_center, softmax);
   Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
   const Tensor dense = call.set_grad_output(grad_output);
   auto [grad_offset, grad_mask] = call.new_small_gradients();

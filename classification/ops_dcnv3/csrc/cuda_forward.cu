@@ -76,6 +76,14 @@ const char* forward(const Problem& whole, void* stream) {
 
 }  // namespace
 
+const char* cuda_obstacle() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, forward_kernel<float, 9, 4, uint32_t>);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 const char* cuda_forward(const Problem& p, void* stream) {
   switch (p.dtype) {
     case Dtype::float64: return forward<double>(p, stream);

@@ -37,6 +37,9 @@ int64_t cpu_backward_tasks(const Problem& problem);  // groups of the batch
 void cpu_forward(const Problem& problem, int64_t begin, int64_t end);
 void cpu_backward(const Problem& problem, int64_t begin, int64_t end);
 
+// Null where the current GPU can run the CUDA kernels, otherwise why it cannot: it may be older than the
+// architectures they were built for, or its driver older than the toolkit.
+const char* cuda_obstacle();
 // CUDA, on the current device and on `stream` (a cudaStream_t), without waiting for the result.
 // Return null, or what went wrong.
 const char* cuda_forward(const Problem& problem, void* stream);

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
-_MEND = "run `pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv3` to build them"
+_INSTALL = "pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv3"
+_MEND = f"run `{_INSTALL}` to build them"
 _kernels = ()  # devices with loaded kernels
+_architectures = ""  # of GPUs, that the loaded kernels were built for
 _missing = {}  # device -> why it has none
 _DEVICES = ("cpu", "cuda")
 
@@ -26,7 +28,7 @@ def describe_torch():
 def load(folder=_FOLDER):
     """Loads the library in `folder`. Why kernels are missing is remembered for the first call that would need them;
     kernels that were built and cannot be used are warned about at once."""
-    global _kernels, _missing
+    global _kernels, _missing, _architectures
     library, record = folder / "_C.so", folder / "_build.json"
     if not record.exists():
         unusable = "an earlier build stopped half-way" if library.exists() else None
@@ -41,7 +43,7 @@ def load(folder=_FOLDER):
             else:
                 try:
                     torch.ops.load_library(str(library))
-                    _kernels = tuple(build["kernels"])
+                    _kernels, _architectures = tuple(build["kernels"]), build["architectures"]
                 except OSError as error:
                     unusable = f"they do not load ({error})"
     if unusable:
@@ -63,3 +65,13 @@ def why_not(device_type):
     if device_type not in _DEVICES:
         return f"there are kernels for cpu and cuda only, not for {device_type}"
     return f"{_missing[device_type]}; {_MEND}"
+
+
+def why_not_on(capability, error):
+    """Why the loaded CUDA kernels do not run on a GPU of this compute capability: (major, minor), CUDA's error."""
+    this = ".".join(map(str, capability))
+    return (
+        f"the kernels were built for GPUs of compute capability {_architectures}, and this one has {this} ({error}); "
+        f"run `TORCH_CUDA_ARCH_LIST='{_architectures};{this}' {_INSTALL}` to build them for it, or, if it is among "
+        "them, install a driver for this version of CUDA"
+    )

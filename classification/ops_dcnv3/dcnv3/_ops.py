@@ -16,32 +16,30 @@ _PARAMETERS = (
     "float offset_scale, bool remove_center, bool softmax"
 )
 _library = torch.library.Library("dcnv3", "DEF")  # declarations vanish with their Library object
-_library.define(
-    f"forward(Tensor input, Tensor offset, Tensor mask, {_PARAMETERS}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-)
-_library.define(
-    "backward(Tensor grad_output, Tensor input, Tensor offset, Tensor mask, "
-    f"{_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_FORWARD = f"Tensor input, Tensor offset, Tensor mask, {_PARAMETERS}) -> Tensor"
+_BACKWARD = f"Tensor grad_output, Tensor input, Tensor offset, Tensor mask, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)"
+_library.define(f"forward({_FORWARD}", tags=_TAGS)
+_library.define(f"backward({_BACKWARD}", tags=_TAGS)
+# What the CUDA kernels call on a GPU that cannot run them, `why` being CUDA's reason.
+_library.define(f"_forward_without_kernels(str why, {_FORWARD}")
+_library.define(f"_backward_without_kernels(str why, {_BACKWARD}")
 
 _said = set()
 
 
-def _say_slow(device):
+def _say_slow(device, why):
     """Once a device: the definition runs because nothing better is there."""
-    if device.type not in _said:
-        _said.add(device.type)
+    if device not in _said:
+        _said.add(device)
         warnings.warn(
-            f"dcnv3: the operator runs in plain PyTorch on {device.type}, several times slower than its kernels: "
-            f"{_extension.why_not(device.type)}",
+            f"dcnv3: the operator runs in plain PyTorch on {device}, several times slower than its kernels: {why}",
             stacklevel=2,
         )
 
 
 def _forward_fallback(input, *args):
-    _say_slow(input.device)
+    _say_slow(input.device.type, _extension.why_not(input.device.type))
     return definition.forward(input, *args)
 
 
@@ -49,8 +47,20 @@ def _backward_fallback(grad_output, *args):
     return definition.backward(grad_output, *args)
 
 
+def _forward_without_kernels(why, input, *args):
+    capability = torch.cuda.get_device_capability(input.device)
+    _say_slow(str(input.device), _extension.why_not_on(capability, why))
+    return definition.forward(input, *args)
+
+
+def _backward_without_kernels(why, grad_output, *args):
+    return definition.backward(grad_output, *args)
+
+
 _library.impl("forward", _forward_fallback, "CompositeExplicitAutograd")
 _library.impl("backward", _backward_fallback, "CompositeExplicitAutograd")
+_library.impl("_forward_without_kernels", _forward_without_kernels, "CompositeExplicitAutograd")
+_library.impl("_backward_without_kernels", _backward_without_kernels, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("dcnv3::forward", lib=_library)

@@ -1,13 +1,6 @@
 // Runs one kernel without torch: `kernels_alone FILE`. FILE holds the problem and the tensors
 // as written by test_kernels.py; the results are appended to it. Compiled with AddressSanitizer, and
-// with cuda_on_cpu.h before the CUDA kernels.
-#ifdef DCNV3_TEST_CUDA
-#include "cuda_on_cpu.h"
-// After the imitation:
-#include "cuda_backward.cu"
-#include "cuda_forward.cu"
-#endif
-
+// with DCNV3_TEST_CUDA beside imitation/cuda_kernels.cpp.
 #include <stdio.h>
 #include <stdlib.h>
 

@@ -8,16 +8,18 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from common import assert_same, random_inputs
 
-from dcnv3 import definition
+from dcnv3 import definition, kernels
 from dcnv3.functional import output_size
 
 HERE = Path(__file__).parent
+IMITATION = HERE / "imitation"
 SOURCES = HERE.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 NVCC = shutil.which("nvcc")
@@ -37,10 +39,12 @@ def program(request, tmp_path_factory):
         pytest.skip("no C++ compiler")
     device = request.param.split()[0]
     path = tmp_path_factory.mktemp("kernels") / device
-    sources, flags = [HERE / "kernels_alone.cpp"], ["-DDCNV3_TEST_CUDA", *CUDA_FLAGS.get(request.param, ())]
     if device == "cpu":
-        sources, flags = [*sources, SOURCES / "cpu_baseline.cpp", SOURCES / "cpu_avx2.cpp"], []
-    command = [COMPILER, "-std=c++17", "-O0", "-I", SOURCES, "-I", HERE, *flags, *sources, "-o", path]
+        sources, flags = [SOURCES / "cpu_baseline.cpp", SOURCES / "cpu_avx2.cpp"], ["-O0"]
+    else:  # the imitation runs longer than it takes to compile
+        sources, flags = [IMITATION / "cuda_kernels.cpp"], ["-O1", "-DDCNV3_TEST_CUDA", *CUDA_FLAGS[request.param]]
+    sources.append(HERE / "kernels_alone.cpp")
+    command = [COMPILER, "-std=c++17", "-I", SOURCES, "-I", IMITATION, *flags, *sources, "-o", path]
     if subprocess.run([*command, *SANITIZERS], capture_output=True).returncode:
         subprocess.run(command, check=True)  # a compiler without the sanitizers
     return device, path
@@ -119,6 +123,72 @@ def test_kernels_alone(program, name, tmp_path):
     assert not memory
     eps = torch.finfo(dtype).eps
     assert_same(got, expected, rtol=8 * eps, atol=8 * eps * max(1.0, max(t.abs().max().item() for t in expected)))
+
+
+BUILD = """
+import json, shutil, sys, torch
+from pathlib import Path
+from setuptools import Distribution
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+sources, imitation, folder = map(Path, sys.argv[1:])
+text = (sources / "binding.cpp").read_text()
+for old, new in (
+    ("(dcnv3, CPU,", "(dcnv3, XPU,"), ("(dcnv3, CUDA,", "(dcnv3, CPU,"), ("input.get_device()", "0"),
+):
+    assert old in text
+    text = text.replace(old, new)
+(folder / "binding.cpp").write_text(text)
+files = [folder / "binding.cpp", imitation / "cuda_kernels.cpp", sources / "cpu_baseline.cpp", sources / "cpu_avx2.cpp"]
+extension = CppExtension(
+    "_C", [str(file) for file in files], include_dirs=[str(imitation), str(sources)],
+    define_macros=[("DCNV3_WITH_CUDA", None)], extra_compile_args=["-O2", "-g0", "-DAT_PER_OPERATOR_HEADERS"],
+)
+extension.libraries = [name for name in extension.libraries if name != "torch_python"]
+builder = BuildExtension(Distribution({"ext_modules": [extension]}), no_python_abi_suffix=True, use_ninja=False)
+builder.build_lib, builder.build_temp = str(folder), str(folder / "temp")
+builder.ensure_finalized()
+builder.run()
+shutil.copytree(sources.parent / "dcnv3", folder / "dcnv3", ignore=shutil.ignore_patterns("_C.so", "_build.json"))
+shutil.move(folder / "_C.so", folder / "dcnv3" / "_C.so")
+record = {"torch": torch.__version__, "cuda": torch.version.cuda, "kernels": ["cpu"], "architectures": "8.0;9.0+PTX"}
+(folder / "dcnv3" / "_build.json").write_text(json.dumps({**record, "missing": {"cuda": "an imitation"}}))
+"""
+
+OLD_GPU = """
+import warnings, torch, dcnv3
+torch.cuda.get_device_capability = lambda device: (7, 5)
+inputs = [torch.randn(1, 3, 4, n, requires_grad=True) for n in (8, 36, 18)]
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        output = dcnv3.dcnv3(*inputs, group=2)
+        got = torch.autograd.grad(output.sum(), inputs)
+expected = dcnv3.reference(*inputs, group=2)
+torch.testing.assert_close(output, expected, rtol=0, atol=0)
+torch.testing.assert_close(got, torch.autograd.grad(expected.sum(), inputs), rtol=0, atol=0)
+(message,) = [str(w.message) for w in said if "dcnv3" in str(w.message)]
+assert "compute capability 8.0;9.0+PTX, and this one has 7.5 (an emulated error)" in message, message
+assert "TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX;7.5' pip install" in message, message
+"""
+
+
+@pytest.mark.skipif("cpu" not in kernels(), reason="no compiler: no kernels were built")
+def test_the_operator_over_the_binding_for_cuda(tmp_path):
+    """The tests of the operator once more, through the binding's CUDA half and the CUDA kernels, for tensors on a CPU.
+    Then on a GPU that the kernels have no image for: the definition steps in, and says so once."""
+
+    def run(*arguments, **variables):
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), **variables}
+        run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout
+
+    run("-c", BUILD, SOURCES, IMITATION, tmp_path)
+    assert str(tmp_path) in run("-c", "import dcnv3; print(dcnv3.__file__)")
+    left_out = "not reference and not threads and not compiles and not kernel4"  # nothing of CUDA, or slow here
+    files = [HERE / "test_operator.py", HERE / "test_torch.py"]
+    assert " passed" in run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", left_out)
+    run("-c", OLD_GPU, DCNV3_TEST_NO_IMAGE="1")
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")

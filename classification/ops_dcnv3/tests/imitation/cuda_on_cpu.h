@@ -28,6 +28,12 @@ typedef void* cudaStream_t;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return 0; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
+// A GPU that the kernels have no image for, where a test asks for it.
+struct cudaFuncAttributes {};
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return getenv("DCNV3_TEST_NO_IMAGE") ? 1 : cudaSuccess;
+}
 
 static dim3 threadIdx, blockIdx;
 
@@ -36,7 +42,8 @@ static char* shared;
 static std::vector<ucontext_t> fibers;
 static std::vector<long> block_barriers, warp_barriers;  // how many each fiber has reached
 static std::vector<bool> done;
-static std::vector<double> slots;  // what a thread offers to its warp
+static std::vector<double> slots;  // what a thread offers to its warp, in turn by one of two
+static long steps;                 // of all fibers together
 static ucontext_t scheduler;
 
 inline void hand_over() { swapcontext(&fibers[threadIdx.x], &scheduler); }
@@ -44,6 +51,7 @@ inline void hand_over() { swapcontext(&fibers[threadIdx.x], &scheduler); }
 // Waits until all threads [first, last) have reached as many barriers as this one.
 inline void wait_for(std::vector<long>& reached, unsigned first, unsigned last) {
   const long mine = ++reached[threadIdx.x];
+  ++steps;
   for (unsigned i = first; i < last; ++i)
     while (!done[i] && reached[i] < mine) hand_over();
 }
@@ -54,11 +62,11 @@ inline void __syncthreads() { emulated::wait_for(emulated::block_barriers, 0, un
 inline void __syncwarp() { emulated::wait_for(emulated::warp_barriers, emulated::warp(), emulated::warp() + 32); }
 template <typename A>
 A __shfl_xor_sync(unsigned, A value, int mask) {
-  emulated::slots[threadIdx.x] = value;
+  // Two places a thread: a quick one offers its next value while a slow one still reads.
+  const long turn = emulated::warp_barriers[threadIdx.x] % 2;
+  emulated::slots[2 * threadIdx.x + turn] = value;
   __syncwarp();
-  const A other = A(emulated::slots[threadIdx.x ^ unsigned(mask)]);
-  __syncwarp();
-  return other;
+  return A(emulated::slots[2 * (threadIdx.x ^ unsigned(mask)) + turn]);
 }
 template <typename A>
 void atomicAdd(A* to, A value) {
@@ -78,6 +86,7 @@ static const void* argument;
 inline void run() {
   body(argument);
   done[threadIdx.x] = true;
+  ++steps;
   for (;;) hand_over();
 }
 }  // namespace emulated
@@ -100,20 +109,25 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, v
     block_barriers.assign(block.x, 0);
     warp_barriers.assign(block.x, 0);
     done.assign(block.x, false);
-    slots.assign(block.x, 0);
+    slots.assign(2 * block.x, 0);
     for (unsigned i = 0; i < block.x; ++i) {
       getcontext(&fibers[i]);
       fibers[i].uc_stack.ss_sp = stacks.data() + stack * i;
       fibers[i].uc_stack.ss_size = stack;
       makecontext(&fibers[i], run, 0);
     }
-    for (bool running = true; running;) {
-      running = false;
-      for (unsigned i = 0; i < block.x; ++i) {
-        if (done[i]) continue;
-        running = true;
-        threadIdx.x = i;
-        swapcontext(&scheduler, &fibers[i]);
+    // A warp at a time, for as long as it gets on.
+    for (long all = -1; steps != all;) {
+      all = steps;
+      for (unsigned warp = 0; warp < block.x; warp += 32) {
+        for (long before = -1; steps != before;) {
+          before = steps;
+          for (unsigned i = warp; i < warp + 32; ++i) {
+            if (done[i]) continue;
+            threadIdx.x = i;
+            swapcontext(&scheduler, &fibers[i]);
+          }
+        }
       }
     }
     free(shared);

@@ -1,0 +1,5 @@
+// The CUDA kernels over the imitation of CUDA.
+#include "cuda_on_cpu.h"
+// After the imitation:
+#include "cuda_backward.cu"
+#include "cuda_forward.cu"
