@@ -16,12 +16,6 @@
 #define DCNV3_SHARED(name) extern __shared__ double2 name[]
 #endif
 
-#if defined(__CUDA_ARCH__)
-#define DCNV3_ASSUME(condition) __builtin_assume(condition)
-#else
-#define DCNV3_ASSUME(condition) ((void)0)
-#endif
-
 #include "dcnv3.h"
 #include "dcnv3_math.h"
 
@@ -234,9 +228,8 @@ struct Points {
     for (int i = 0; i < 2; i += together) widen(load<together>(offset + 2 * k + i), by + i);
     const A across = A(column) * A(problem.dilation_w), down = A(row) * A(problem.dilation_h);
     const int width = int(problem.width), height = int(problem.height);
-    if (kPoints) DCNV3_ASSUME(width > 1 && height > 1);
-    *horizontal = axis_of(position_of(x, across, by[0], scale), width);
-    *vertical = axis_of(position_of(y, down, by[1], scale), height);
+    *horizontal = axis_of(position_of(x, across, by[0], scale), width, kPoints ? 1 : next_pixel(width));
+    *vertical = axis_of(position_of(y, down, by[1], scale), height, kPoints ? 1 : next_pixel(height));
   }
 };
 

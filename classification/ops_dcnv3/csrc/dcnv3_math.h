@@ -172,35 +172,43 @@ DCNV3_INLINE int floor_of(A x) {
 #endif
 }
 
+// How far the second pixel of a sample lies from the first, along an axis of `size` pixels.
+DCNV3_INLINE int next_pixel(int size) { return smaller_of(size - 1, 1); }
+
 // One axis of a bilinear sample: two neighbouring pixels, their weights, and the weights' derivatives.
 template <typename A>
 struct Axis {
-  int low, high;              // indices that exist; high = low + 1, but in an input of one pixel, where it is low
+  int low, high;              // indices that exist; high = low + next
   A low_weight, high_weight;  // 0 for a pixel that the sample does not touch
   A low_slope, high_slope;    // d weight / d position: -1, 0 or 1
 };
 
-// `position` along an axis of `size` pixels. Beyond the first and the last pixel, where one neighbour
-// does not exist, the two pixels are the outermost ones, so that high is always next to low: a GPU then
-// reaches the four corners of a sample by four constant distances. At an integer the cell, and with it
-// the slopes, are those of floor. A point counts if -1 < position < size on both axes; otherwise, and at
-// NaN, all four numbers of the axis are 0, so that the sample and all its gradients are, whatever the
-// other axis says.
+// `position` along an axis of `size` pixels, with next = next_pixel(size). Beyond the first and the last
+// pixel, where one neighbour does not exist, the two pixels are the outermost ones, so that high is
+// always next to low: a GPU then reaches the four corners of a sample by four constant distances. At an
+// integer the cell, and with it the slopes, are those of floor. A point counts if -1 < position < size
+// on both axes; otherwise, and at NaN, all four numbers of the axis are 0, so that the sample and all its
+// gradients are, whatever the other axis says.
+//
+// No condition depends on another and none on `size` alone: compilers would make branches of them, and
+// not vectorise the loops around.
 template <typename A>
-DCNV3_INLINE Axis<A> axis_of(A position, int size) {
+DCNV3_INLINE Axis<A> axis_of(A position, int size, int next) {
   const A x = smaller_of(larger_of(position, A(-1)), A(size));  // -1 for NaN
   const int cell = floor_of(x);
-  const int last = size > 2 ? size - 2 : 0;
   Axis<A> axis;
-  axis.low = smaller_of(larger_of(cell, 0), last);
-  axis.high = axis.low + (size > 1 ? 1 : 0);
+  axis.low = smaller_of(larger_of(cell, 0), larger_of(size - 2, 0));
+  axis.high = axis.low + next;
   const A from_low = x - A(axis.low), low = A(1) - magnitude_of(from_low);
   const A high = A(1) - magnitude_of(from_low - A(1));
   axis.low_weight = larger_of(low, A(0));
-  axis.high_weight = size > 1 ? larger_of(high, A(0)) : A(0);
-  const bool counts = (x > A(-1)) & (x < A(size));
-  axis.low_slope = counts ? (cell < axis.low ? A(1) : (cell == axis.low ? A(-1) : A(0))) : A(0);
-  axis.high_slope = counts & (size > 1) ? (cell > axis.low ? A(-1) : (cell == axis.low ? A(1) : A(0))) : A(0);
+  axis.high_weight = larger_of(high, A(0)) * A(next);
+  // By how far the cell was moved inside, 1, 0 or -1, low has the slope 1, -1 or 0, high 0, 1 or -1.
+  const A counts = (x > A(-1) ? A(1) : A(0)) * (x < A(size) ? A(1) : A(0));
+  const A moved = (A(axis.low) - A(cell)) * counts;
+  const A even = A(1.5) * moved * moved - counts, odd = A(0.5) * moved;
+  axis.low_slope = odd + even;
+  axis.high_slope = (odd - even) * A(next);
   return axis;
 }
 
