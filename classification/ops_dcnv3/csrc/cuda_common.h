@@ -14,6 +14,7 @@
 #ifndef DCNV3_EMULATED  // the tests compile this for the CPU, with an imitation of what follows
 #include <cuda_runtime.h>
 #define DCNV3_SHARED(name) extern __shared__ double2 name[]
+#define DCNV3_ENTRY(kernel) reinterpret_cast<const void*>(kernel)  // CUDA 11 takes no other pointer
 #endif
 
 #include "dcnv3.h"
@@ -331,7 +332,7 @@ template <typename Arguments>
 const char* launch(void (*kernel)(Arguments), Arguments arguments, int64_t blocks, int64_t shared, void* stream) {
   if (blocks >= int64_t(1) << 31) return "an image has too many output pixels for one launch";
   void* list[] = {&arguments};
-  const cudaError_t error = cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kThreads), list, size_t(shared),
+  const cudaError_t error = cudaLaunchKernel(DCNV3_ENTRY(kernel), dim3(unsigned(blocks)), dim3(kThreads), list, size_t(shared),
                                              static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // reported here: not once more by whoever asks next

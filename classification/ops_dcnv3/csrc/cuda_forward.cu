@@ -78,7 +78,7 @@ const char* forward(const Problem& whole, void* stream) {
 
 const char* cuda_obstacle() {
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, forward_kernel<float, 9, 4, uint32_t>);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, DCNV3_ENTRY((forward_kernel<float, 9, 4, uint32_t>)));
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
   return cudaGetErrorString(error);

@@ -14,6 +14,7 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define DCNV3_ENTRY(kernel) kernel
 #define DCNV3_SHARED(name) Wide* const name = reinterpret_cast<Wide*>(emulated::shared)
 
 struct alignas(16) Wide {
