@@ -34,6 +34,8 @@ class Stem(nn.Module):
         self.norm2 = _norm_sequential(channels, ToChannelsLast())
 
     def forward(self, x):
+        # From here on all tensors lie channels last in memory: no layer copies one into another layout.
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
 
 
@@ -207,6 +209,8 @@ class InternImage(nn.Module):
             )
         self.head = nn.Linear(features, num_classes)
         self._init_weights()
+        # The weights of convolutions as well, which would be copied in every step otherwise.
+        self.to(memory_format=torch.channels_last)
 
     def _init_weights(self):
         for module in self.modules():

@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -201,27 +202,58 @@ def levels_table(device, dtype, batch, variants, repeats):
     for title, rows in zip(titles, tables):
         print(f"{title}, ms, {str(dtype).removeprefix('torch.')}, batch {batch}\n")
         table(header, rows)
+    return totals
 
 
-def bytes_table(repeats):
-    """What InternImage-B must move at batch 32 in bfloat16, at the rate of a device-to-device copy."""
+def copy_rate(repeats):
+    """Bytes a second that a device-to-device copy reads and writes."""
     source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    rate = 2 * source.numel() / milliseconds(lambda: target.copy_(source), "cuda", repeats) * 1e3
+    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), "cuda", repeats) * 1e3
+
+
+def bytes_table(rate, dtype, batch, totals):
+    """What InternImage-B must move, beside the time it took, and the fraction of the rate of a copy that makes."""
     channels, groups, depths = VARIANTS["B"]
     forward = backward = 0
     for level, depth in enumerate(depths):
-        pixels, c, g = 32 * SIZES[level] ** 2, channels << level, groups << level
-        forward += depth * pixels * (2 * c + 27 * g) * 2
-        backward += depth * pixels * (3 * c + 54 * g) * 2
-    print(f"Copy rate {rate / 1e12:.2f} TB/s. InternImage-B, 33 blocks, bfloat16, batch 32:")
-    print(f"forward {forward / 1e9:.2f} GB = {forward / rate * 1e3:.2f} ms, ", end="")
-    print(f"backward {backward / 1e9:.2f} GB = {backward / rate * 1e3:.2f} ms at that rate.\n")
+        pixels, c, g = batch * SIZES[level] ** 2, channels << level, groups << level
+        forward += depth * pixels * (2 * c + 27 * g) * dtype.itemsize
+        backward += depth * pixels * (3 * c + 54 * g) * dtype.itemsize
+    name = str(dtype).removeprefix("torch.")
+    print(f"InternImage-B, all 33 blocks, {name}, batch {batch}; a copy moves {rate / 1e12:.2f} TB/s here\n")
+    rows = []
+    for title, moved, which in (("forward", forward, 0), ("backward", backward, 2)):
+        took, least = totals["B", "dcnv3, logits", which], moved / rate * 1e3
+        rows.append([title, f"{moved / 1e9:.2f}", f"{least:.2f}", f"{took:.2f}", f"{least / took:.0%}"])
+    table(["", "GB that must move", "ms at the rate of a copy", "ms taken", "fraction of the rate"], rows)
 
-    print("Adding 64 MiB of float32 to memory, scattered by row of 16, ms (it decides the backward pass):")
-    index = torch.randint(0, 1 << 20, (1 << 20,), device="cuda")
-    rows, memory = torch.randn(1 << 20, 16, device="cuda"), torch.zeros(1 << 20, 16, device="cuda")
-    print(f"index_add_ {milliseconds(lambda: memory.index_add_(0, index, rows), 'cuda', repeats):.3f}\n")
+
+def atomics_table(batch):
+    """What the float32 adds of a backward pass cost by themselves: a program of its own, atomics.cu."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = CUDA_HOME and Path(CUDA_HOME) / "bin" / "nvcc"
+    if not nvcc or not nvcc.exists():
+        print("Atomic adds are not timed: no nvcc, set CUDA_HOME\n")
+        return
+    major, minor = torch.cuda.get_device_capability()
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "atomics")
+        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{major}{minor}", HERE / "atomics.cu", "-o", program]
+        subprocess.run(command, check=True)
+        lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    _, groups, depths = VARIANTS["B"]
+    pairs = sum(depth * batch * SIZES[level] ** 2 * (groups << level) for level, depth in enumerate(depths))
+    rows_of_model, rows_timed = pairs * 9 * 4, 1 << 22
+    print(
+        f"Adding rows of 16 float32 to 16 MiB at random places, scaled to the {rows_of_model / 1e6:.0f} million rows of "
+        f"a backward pass (InternImage-B, 33 blocks, batch {batch}): it can be no faster than the fastest\n"
+    )
+    table(
+        ["how the threads share a row", "ms"],
+        [[name, f"{float(ms) * rows_of_model / rows_timed:.2f}"] for name, ms in (line.split("|") for line in lines)],
+    )
 
 
 def memory_line():
@@ -279,14 +311,37 @@ def model_table(device, dtype, batch, variant, modes, repeats):
         def step(run=run):
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 loss = run(x).float().square().mean()
+            optimizer.zero_grad()
             loss.backward()
+            optimizer.step()
 
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
         inference = milliseconds(infer, device, repeats)
         model.train()
-        rows.append([mode, f"{inference:.1f}", f"{milliseconds(step, device, repeats):.1f}"])
+        training = milliseconds(step, device, repeats)
+        share = "" if mode == "grid_sample" else f"{operator_share(step, device):.0%}"
+        rows.append([mode, f"{inference:.1f}", f"{training:.1f}", share])
     dcnv3.module.dcnv3 = dcnv3.dcnv3
     print(f"InternImage-{variant}, 224 pixels, batch {batch}, {str(dtype).removeprefix('torch.')}, ms\n")
-    table(["operator", "forward", "forward + backward"], rows)
+    table(["", "forward", "training step (AdamW)", "of which the operator"], rows)
+
+
+def operator_share(step, device):
+    """The part of a step's time that the operator's calls, forward and backward, take."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=activities) as recorded:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    operator = total = 0
+    for event in recorded.key_averages():
+        total += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        # Outermost calls, with all that they call; autograd's own names hold the same once more.
+        if event.key in ("dcnv3::forward", "dcnv3::backward"):
+            operator += event.device_time_total if device == "cuda" else event.cpu_time_total
+    return operator / total
 
 
 def check():
@@ -330,9 +385,12 @@ def main():
     if torch.cuda.is_available():
         repeats = 5 if arguments.quick else 50
         describe("cuda")
-        bytes_table(repeats)
+        atomics_table(32)
+        rate = copy_rate(repeats)
         for dtype in (torch.bfloat16, torch.float32):
-            levels_table("cuda", dtype, 32, ("T", "B"), repeats)
+            totals = levels_table("cuda", dtype, 32, ("T", "B"), repeats)
+            if "cuda" in dcnv3.kernels():
+                bytes_table(rate, dtype, 32, totals)
         if "cuda" in dcnv3.kernels():
             memory_line()
         model_table("cuda", torch.bfloat16, 32, "B", ("dcnv3", "compiled"), repeats)

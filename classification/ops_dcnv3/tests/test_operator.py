@@ -256,6 +256,38 @@ def test_offsets_that_are_nowhere_sample_zero(implementation, dtype, device):
             assert (output == 0).all() and (x.grad == 0).all() and (moved.grad == 0).all()
 
 
+@every_device
+def test_indices_beyond_2_to_the_31(device):
+    """One image of 2.2e9 numbers, of which a few pixels are ever looked at: memory is taken on first use. The result
+    there is that of a window around them. The CPU's backward pass would fill all of it, so it is left out."""
+    size, channels, group, stride, at = 8200, 33, 3, 4094, 8188  # the last output pixel looks around (at, at)
+    needed = size * size * channels * (2 if device == "cpu" else 16)
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip("the GPU has too little memory")
+    assert (at * size + at) * channels > 2**31
+    window, offset, mask = (t.detach() for t in random_inputs(n=1, h=9, w=9, group=group, width=11, device=device))
+    window, offset, mask = (t.to(torch.bfloat16).requires_grad_() for t in (window, offset, mask))
+    expected = reference(window, offset, mask, group=group)[:, 4, 4]
+
+    input = torch.empty(1, size, size, channels, dtype=torch.bfloat16, device=device)
+    if device == "cuda":
+        input.zero_()
+    input[:, at - 4 : at + 5, at - 4 : at + 5] = window.detach()
+    far = [torch.zeros(1, 3, 3, t.shape[-1], dtype=t.dtype, device=device) for t in (offset, mask)]
+    for few, t in zip(far, (offset, mask)):
+        few[:, 2, 2] = t.detach()[:, 4, 4]
+    leaves = [t.requires_grad_(device == "cuda") for t in (input, *far)]
+    output = dcnv3(*leaves, group=group, stride=(stride, stride))
+    torch.testing.assert_close(output[:, 2, 2], expected, rtol=2**-7, atol=2**-7)
+    if device == "cuda":
+        expected.sum().backward()
+        output[:, 2, 2].sum().backward()
+        got = (input.grad[:, at - 4 : at + 5, at - 4 : at + 5], *(t.grad[:, 2, 2] for t in far))
+        want = (window.grad, *(t.grad[:, 4, 4] for t in (offset, mask)))
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)
+
+
 def test_the_number_of_threads_changes_nothing():
     inputs = random_inputs(h=13, w=11, dtype=torch.float32)
     before = torch.get_num_threads()

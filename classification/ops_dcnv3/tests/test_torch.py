@@ -179,17 +179,49 @@ def test_a_build_that_does_not_fit_is_said_and_not_used(tmp_path, monkeypatch, r
     assert "pip install" in _extension.why_not("cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+on_a_gpu = pytest.mark.skipif("cuda" not in kernels() or not torch.cuda.is_available(), reason="no GPU, or no kernels")
+
+
+@on_a_gpu
 def test_cuda_graph_capture_and_other_stream():
-    inputs = [t.detach() for t in random_inputs(dtype=torch.float32, device="cuda")]
+    inputs = random_inputs(dtype=torch.float32, device="cuda")
+
+    def step():
+        output = dcnv3(*inputs, group=3)
+        return output, torch.autograd.grad(output.sum(), inputs)
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        dcnv3(*inputs, group=3)
+        step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = dcnv3(*inputs, group=3)
-    inputs[0].mul_(2)
+        captured = step()
+    inputs[0].data.mul_(2)
     graph.replay()
-    torch.testing.assert_close(output, dcnv3(*inputs, group=3))
+    torch.testing.assert_close(captured, step())
+
+
+@on_a_gpu
+def test_memory_is_that_of_the_tensors_and_one_accumulator():
+    inputs = random_inputs(n=4, h=28, w=28, group=14, width=16, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn_like(inputs[0]).detach()
+    torch.autograd.grad(dcnv3(*inputs, group=14), inputs, grad)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gradients = torch.autograd.grad(dcnv3(*inputs, group=14), inputs, grad)
+    new = [grad, *gradients]  # the output is as large as its gradient
+    allowed = sum(t.numel() * t.element_size() for t in new) + inputs[0].numel() * 4
+    assert torch.cuda.max_memory_allocated() - before <= allowed + 512 * (len(new) + 1)  # rounding of each tensor
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")
+def test_a_device_other_than_the_current_one():
+    inputs = random_inputs(dtype=torch.float64)
+    elsewhere = [t.detach().to("cuda:1") for t in inputs]
+    with torch.cuda.device(0):
+        got = results(dcnv3, elsewhere, group=3)
+    assert all(t.device == torch.device("cuda:1") for t in got)
+    assert_same([t.cpu() for t in got], results(dcnv3, inputs, group=3), rtol=0, atol=1e-12)
