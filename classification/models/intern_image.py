@@ -209,8 +209,6 @@ class InternImage(nn.Module):
             )
         self.head = nn.Linear(features, num_classes)
         self._init_weights()
-        # The weights of convolutions as well, which would be copied in every step otherwise.
-        self.to(memory_format=torch.channels_last)
 
     def _init_weights(self):
         for module in self.modules():

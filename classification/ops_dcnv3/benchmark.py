@@ -287,7 +287,7 @@ def model_table(device, dtype, batch, variant, modes, repeats):
         depths=depths,
         layer_scale=None if variant == "T" else 1e-5,
         post_norm=variant != "T",
-    ).to(device)
+    ).to(device, memory_format=torch.channels_last)
     for name, parameter in model.named_parameters():  # a fresh model has no offsets
         if ".dcn.offset.weight" in name:
             torch.nn.init.normal_(parameter, std=0.05)
