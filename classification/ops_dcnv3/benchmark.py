@@ -247,8 +247,8 @@ def atomics_table(batch):
     pairs = sum(depth * batch * SIZES[level] ** 2 * (groups << level) for level, depth in enumerate(depths))
     rows_of_model, rows_timed = pairs * 9 * 4, 1 << 22
     print(
-        f"Adding rows of 16 float32 to 16 MiB at random places, scaled to the {rows_of_model / 1e6:.0f} million rows of "
-        f"a backward pass (InternImage-B, 33 blocks, batch {batch}): it can be no faster than the fastest\n"
+        f"Adding rows of 16 float32 to 16 MiB at random places, scaled to the {rows_of_model / 1e6:.0f} million rows "
+        f"of a backward pass (InternImage-B, 33 blocks, batch {batch}): it can be no faster than the fastest\n"
     )
     table(
         ["how the threads share a row", "ms"],
@@ -395,7 +395,7 @@ def main():
             memory_line()
         model_table("cuda", torch.bfloat16, 32, "B", ("dcnv3", "compiled"), repeats)
     else:
-        repeats = 3 if arguments.quick else 7
+        repeats = 3 if arguments.quick else 15
         torch.set_num_threads(arguments.threads)
         describe("cpu")
         levels_table("cpu", torch.float32, 2, ("T", "B"), repeats)

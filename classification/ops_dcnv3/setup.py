@@ -106,7 +106,7 @@ class BuildKernels(build_ext):
                 except Exception as error:
                     if wanted:
                         raise
-                    missing[attempt[-1]] = f"the compiler failed on them ({_last_words(error)}; pip's -v shows all it said)"
+                    missing[attempt[-1]] = f"the compiler failed on them ({_last_words(error)}; pip -v shows more)"
             if wanted and wanted not in kernels:
                 raise SystemExit(f"DCNV3_BUILD={wanted}: no {wanted} kernels: {missing[wanted]}")
 

@@ -4,7 +4,9 @@ Skipped where the compiler they need is not found. That no GPU is needed is the 
 show of the CUDA kernels is that indices, guards and sums are right, not that they run on a GPU.
 """
 
+import importlib.util
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -205,3 +207,32 @@ def test_cuda_sources_compile_for_every_target(tmp_path):
         command = [NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", *targets, "-c", SOURCES / source]
         run = subprocess.run([*command, "-o", tmp_path / "object"], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
+
+
+def find_cuobjdump():
+    """The disassembler: of the CUDA toolkit, or of the Triton that PyTorch's CUDA wheels bring."""
+    places = [Path(NVCC).resolve().parent] if NVCC else []
+    triton = importlib.util.find_spec("triton")
+    places += [Path(triton.origin).parent / "backends" / "nvidia" / "bin"] if triton else []
+    return shutil.which("cuobjdump") or next((p for p in (place / "cuobjdump" for place in places) if p.exists()), None)
+
+
+@pytest.mark.skipif(NVCC is None or find_cuobjdump() is None, reason="no nvcc, or no cuobjdump")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_the_forward_kernel_stays_within_its_instructions(architecture, tmp_path):
+    """What bounds it is how many instructions it issues for an output pixel and group of 16 channels. One thread a
+    pair before the barrier, 16 bytes of its channels a thread behind it; a warp issues for 32 threads at once."""
+    command = [NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", SOURCES / "cuda_forward.cu"]
+    subprocess.run([*command, "-o", tmp_path / "kernels"], check=True)
+    command = [find_cuobjdump(), "-sass", tmp_path / "kernels"]
+    listing, counts = subprocess.run(command, capture_output=True, text=True, check=True).stdout, {}
+    for function in listing.split("Function : ")[1:]:
+        name, *lines = function.splitlines()
+        code = [line for line in lines if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+[^/]", line)]
+        barrier = next(i for i, line in enumerate(code) if "BAR.SYNC" in line)
+        for dtype, threads in (("BFloat16", 2), ("f", 4)):
+            if re.search(rf"forward_kernelI(N.*{dtype}E|{dtype})Li9", name):  # 9 points, unrolled
+                counts[dtype] = barrier / 32 + (len(code) - barrier) * threads / 32
+                assert not any("LDL" in line or "STL" in line for line in code), "registers are spilled"
+    print(architecture, counts)
+    assert counts["BFloat16"] < 75 and counts["f"] < 70
