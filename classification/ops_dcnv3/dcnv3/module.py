@@ -98,7 +98,8 @@ class DCNv3(nn.Module):
             weights.append(weights[0].new_zeros(spare, self.channels))
             biases.append(biases[0].new_zeros(spare))
         both = nn.functional.linear(features, torch.cat(weights), torch.cat(biases))
-        return both[..., : sizes[0]], both[..., sizes[0] : sum(sizes)]
+        # Not by slices: each would bring back a gradient as wide as `both`, mostly zeros, to be added up.
+        return both.split([*sizes, spare], -1)[:2]
 
     def forward(self, x):
         features = self.dw_conv(x.permute(0, 3, 1, 2))  # [N, H, W, C]
