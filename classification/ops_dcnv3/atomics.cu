@@ -35,7 +35,7 @@ __global__ void scalar(float* memory) {
 // Four at a time, which GPUs can since sm_90.
 template <int lanes, bool blocked>
 __global__ void vector(float* memory) {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x, lane = thread % lanes;
   float4* const row = reinterpret_cast<float4*>(memory + size_t(row_of(thread / lanes)) * kRow);
 #pragma unroll
@@ -73,7 +73,7 @@ int main() {
     return 1;
   }
   for (const Way& way : ways) {
-    if (way.adds_four && properties.major < 9) continue;
+    if (way.adds_four && (properties.major < 9 || CUDART_VERSION < 12010)) continue;
     std::vector<float> times;
     for (int run = -3; run < kRuns; ++run) {
       cudaMemset(memory, 0, size_t(kRows) * kRow * sizeof(float));

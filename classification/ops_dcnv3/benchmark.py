@@ -102,7 +102,7 @@ def contestants(device, dtype):
             torch.autograd.grad(output.sum(), tensors)
             columns[name] = prepare, run
         except Exception as error:  # whatever it is that keeps a package of others from running
-            missing[name] = str(error).strip().splitlines()[0]
+            missing[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
     if device in dcnv3.kernels():
         columns["dcnv3"] = as_they_are, lambda *t: dcnv3.dcnv3(*t[:3], group=t[3])
         columns["dcnv3, logits"] = (
@@ -124,7 +124,7 @@ def level_tensors(batch, height, width, group, channels, dtype, device, seed=0):
 
 
 def milliseconds(function, device, repeats):
-    """Median time of a call. On a GPU by events, without waiting for each call."""
+    """Median time of a call. On a GPU by events, without waiting for each call; slow ones are called less often."""
     for _ in range(3 if device == "cuda" else 1):
         function()
     if device == "cpu":
@@ -134,28 +134,35 @@ def milliseconds(function, device, repeats):
             function()
             times.append((time.perf_counter() - start) * 1e3)
         return statistics.median(times)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    torch.cuda.synchronize()
-    for start, end in events:
-        start.record()
-        function()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+    def timed(count):
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        torch.cuda.synchronize()
+        for start, end in events:
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events)
+
+    return timed(max(3, min(repeats, int(1000 / timed(1)))))
 
 
 def recorded(function):
-    """`function` as a CUDA graph of the current stream: a kernel of 10 microseconds is over before Python has started
-    the next one, and it is kernels that are to be timed. What cannot be recorded is called as it is."""
-    function()
+    """(a CUDA graph of the current stream that calls `function` some times, how often): a kernel of 10 microseconds is
+    over before Python has started the next one, and it is kernels that are to be timed. What cannot be recorded is
+    called as it is, and a line says so."""
+    times = max(1, min(10, int(2 / milliseconds(function, "cuda", 3))))
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            function()
-    except RuntimeError:
+            for _ in range(times):
+                function()
+    except RuntimeError as error:
         torch.cuda.synchronize()
-        return function
-    return graph.replay
+        print(f"Not recorded as a graph, so with Python's own time: {str(error).splitlines()[0]}\n")
+        return function, 1
+    return graph.replay, times
 
 
 def forward_and_backward_times(run, sets, group, device, repeats):
@@ -180,7 +187,8 @@ def forward_and_backward_times(run, sets, group, device, repeats):
 
     if device == "cpu":
         return tuple(milliseconds(f, device, repeats) / len(sets) for f in (forward, both))
-    return tuple(milliseconds(recorded(f), device, repeats) / len(sets) for f in (forward, both, backward))
+    graphs = [recorded(f) for f in (forward, both, backward)]
+    return tuple(milliseconds(replay, device, repeats) / times / len(sets) for replay, times in graphs)
 
 
 def table(header, rows):
@@ -207,7 +215,7 @@ def levels_table(device, dtype, batch, variants, repeats):
             # Four sets on a GPU: more than its second-level cache holds, but for the last level.
             sets = [level_tensors(*shapes, seed=i) for i in range(4 if device == "cuda" else 1)]
             times = {}
-            for name, (prepare, run) in columns.items():
+            for name, (prepare, run) in reversed(columns.items()):  # ours first: a peer that fails may leave a mess
                 prepared = [prepare(*tensors) for tensors in sets]
                 times[name] = forward_and_backward_times(run, prepared, group, device, repeats)
             shape = f"{variant} {size}x{size}x{channels << level} G {group}"
@@ -264,8 +272,12 @@ def atomics_table(batch):
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "atomics")
         command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{major}{minor}", HERE / "atomics.cu", "-o", program]
-        subprocess.run(command, check=True)
-        lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+        for step in (command, [program]):
+            run = subprocess.run(step, capture_output=True, text=True)
+            if run.returncode:
+                print(f"Atomic adds are not timed: {run.stderr.strip().splitlines()[-1]}\n")
+                return
+        lines = run.stdout.splitlines()
     _, groups, depths = VARIANTS["B"]
     pairs = sum(depth * batch * SIZES[level] ** 2 * (groups << level) for level, depth in enumerate(depths))
     rows_of_model, rows_timed = pairs * 9 * 4, 1 << 22
@@ -360,7 +372,11 @@ def operator_share(step, device):
             torch.cuda.synchronize()
     operator = total = 0
     for event in recorded.key_averages():
-        total += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        if device == "cpu":
+            total += event.self_cpu_time_total
+        # Kernels only: the calls that started them have the same time once more.
+        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            total += event.self_device_time_total
         # Outermost calls, with all that they call; autograd's own names hold the same once more.
         if event.key in ("dcnv3::forward", "dcnv3::backward"):
             operator += event.device_time_total if device == "cuda" else event.cpu_time_total
@@ -375,9 +391,12 @@ def check():
     sanitizer = shutil.which("compute-sanitizer")
     if torch.cuda.is_available() and sanitizer:
         script = HERE / "tests" / "test_operator.py"
+        # Without torch's cache every tensor is memory of its own, and a step beyond it is seen.
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         for tool in ("memcheck", "racecheck", "initcheck"):
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
-            if subprocess.run([*command, str(script), "-k", "any_kernel or any_width"]).returncode:
+            tests = "cuda and (any_kernel or any_width or low_precision or views)"
+            if subprocess.run([*command, str(script), "-k", tests], env=environment).returncode:
                 sys.exit(f"benchmark: compute-sanitizer {tool} reports errors")
     elif torch.cuda.is_available():
         print("compute-sanitizer is not found: memory and races on the GPU are not checked\n")

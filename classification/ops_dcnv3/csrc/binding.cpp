@@ -41,6 +41,8 @@ bool has_pixel_stride(const Tensor& t) {
   return t.stride(3) == 1 && t.stride(1) == t.stride(2) * t.size(2) && t.stride(0) == t.stride(1) * t.size(1);
 }
 Tensor with_pixel_stride(const Tensor& t) { return has_pixel_stride(t) ? t : t.contiguous(); }
+// Of a tensor from there. A contiguous one may have any stride along a dimension of size 1.
+int64_t pixel_stride(const Tensor& t) { return has_pixel_stride(t) ? t.stride(2) : t.size(3); }
 
 // One call, and the tensors that its pointers lead to.
 struct Call {
@@ -53,8 +55,8 @@ struct Call {
       : input(input_.contiguous()), offset(with_pixel_stride(offset_)), mask(with_pixel_stride(mask_)) {
     const int64_t points = kernel[0] * kernel[1] - (remove_center ? 1 : 0);
     // Memory safety only, for those who call the operator directly: dcnv3.dcnv3 has said it better.
-    const bool fits = input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4 && group > 0 &&
-        input.size(3) % group == 0 && offset.size(3) == group * points * 2 && mask.size(3) == group * points &&
+    const bool fits = input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4 && group > 0 && points > 0 &&
+        input.size(1) > 0 && input.size(2) > 0 && input.size(3) > 0 && input.size(3) % group == 0 && offset.size(3) == group * points * 2 && mask.size(3) == group * points &&
         offset.sizes().slice(0, 3) == mask.sizes().slice(0, 3) && offset.size(0) == input.size(0) &&
         offset.scalar_type() == input.scalar_type() && mask.scalar_type() == input.scalar_type() &&
         offset.device() == input.device() && mask.device() == input.device() &&
@@ -65,7 +67,7 @@ struct Call {
     problem.batch = input.size(0), problem.height = input.size(1), problem.width = input.size(2);
     problem.out_height = offset.size(1), problem.out_width = offset.size(2);
     problem.group = group, problem.channels = input.size(3) / group;
-    problem.offset_stride = offset.stride(2), problem.mask_stride = mask.stride(2);
+    problem.offset_stride = pixel_stride(offset), problem.mask_stride = pixel_stride(mask);
     problem.kernel_h = int(kernel[0]), problem.kernel_w = int(kernel[1]);
     problem.stride_h = int(stride[0]), problem.stride_w = int(stride[1]);
     problem.padding_h = int(padding[0]), problem.padding_w = int(padding[1]);
@@ -199,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, cons
   const auto sums = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor grad_input = at::zeros(input.sizes(), input.options().dtype(sums));
   call.problem.grad_input = grad_input.mutable_data_ptr();
-  if (input.numel() > 0)
+  if (dense.numel() > 0)
     check_cuda(dcnv3::cuda_backward(call.problem, at::globalContext().deterministicAlgorithms(),
                                     c10::cuda::getCurrentCUDAStream().stream()));
   return {grad_input.to(input.scalar_type()), grad_offset, grad_mask};

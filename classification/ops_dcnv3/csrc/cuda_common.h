@@ -257,7 +257,7 @@ struct Masks {
     A sum = 0;
 #pragma unroll
     for (int k = 0; k < points; ++k) {
-      const A power = exp_of(at(k, false) - highest);
+      const A power = power_of(at(k, false) - highest);
       if (kPoints) kept[k] = power;
       sum += power;
     }
@@ -265,7 +265,11 @@ struct Masks {
   }
   __device__ A at(int k, bool after_softmax = true) const {
     if (!softmax || !after_softmax) return kPoints ? kept[k] : A(widen(from[k]));
-    return (kPoints ? kept[k] : exp_of(widen(from[k]) - highest)) * factor;
+    return (kPoints ? kept[k] : power_of(widen(from[k]) - highest)) * factor;
+  }
+  static __device__ A power_of(A x) {
+    if constexpr (sizeof(T) == 2) return rough_exp_of(x);
+    return exp_of(x);
   }
 };
 

@@ -79,9 +79,10 @@ const char* forward(const Problem& whole, void* stream) {
 const char* cuda_obstacle() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, DCNV3_ENTRY((forward_kernel<float, 9, 4, uint32_t>)));
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();
-  return cudaGetErrorString(error);
+  if (error != cudaSuccess) cudaGetLastError();
+  const bool unfit = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+                     error == cudaErrorUnsupportedPtxVersion || error == cudaErrorInsufficientDriver;
+  return unfit ? cudaGetErrorString(error) : nullptr;  // any other error will be that of the first launch as well
 }
 
 const char* cuda_forward(const Problem& p, void* stream) {

@@ -58,7 +58,7 @@ DCNV3_INLINE float widen(Float16 x) {
 DCNV3_INLINE void narrow(float x, float* to) { *to = x; }
 DCNV3_INLINE void narrow(double x, double* to) { *to = x; }
 DCNV3_INLINE void narrow(float x, BFloat16* to) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
 #else
   const uint32_t bits = bits_as<uint32_t>(x);
@@ -89,11 +89,7 @@ using Accumulator = decltype(widen(T{}));  // float32, or float64 for float64
 // e^x for the softmax, x <= 0.
 DCNV3_INLINE float exp_of(float x) {
 #if defined(__CUDA_ARCH__)
-  // 2^(x log2 e) by the GPU's own instruction. Its error relative to e^x grows with -x, but e^x falls
-  // faster: relative to 1, the largest of the softmax, it stays below that of float32.
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
-  return power;
+  return expf(x);
 #else
   // e^x = 2^n e^r with |r| <= ln(2) / 2, and e^r by its Taylor polynomial of degree 7,
   // whose error is below that of float32. Below -87 the result would be subnormal: clamped, so that
@@ -115,6 +111,20 @@ DCNV3_INLINE float exp_of(float x) {
 }
 DCNV3_INLINE double exp_of(double x) { return exp(x); }
 
+// The same where a result of 16 bits is enough. A GPU's own instruction has an error of 2^-22 of e^x,
+// and more with -x, but e^x falls faster.
+template <typename A>
+DCNV3_INLINE A rough_exp_of(A x) {
+#if defined(__CUDA_ARCH__)
+  static_assert(sizeof(A) == sizeof(float), "sums of 16-bit numbers are float32");
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
+  return power;
+#else
+  return exp_of(x);
+#endif
+}
+
 // ---- points -----------------------------------------------------------------------------------
 
 // Points of a kernel; remove_center leaves the middle one out.
@@ -130,19 +140,29 @@ DCNV3_INLINE void point_of(int p, int kernel_h, int kernel_w, bool remove_center
   *row = q % kernel_h;
 }
 
+// a b + c, rounded once on a GPU: there two kernels' steps compute a position each, and must get the same.
+template <typename A>
+DCNV3_INLINE A multiply_add(A a, A b, A c) {
+#if defined(__CUDA_ARCH__)
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Position, along one axis, of kernel element 0 at output `step` with a zero offset. offset_scale
 // stretches the grid around the middle of the kernel.
 template <typename A>
 DCNV3_INLINE A origin_of(int64_t step, int kernel, int stride, int padding, int dilation, A offset_scale) {
   const int extent = (dilation * (kernel - 1)) / 2;
-  return A(extent - padding + step * stride) - A(extent) * offset_scale;
+  return multiply_add(-A(extent), offset_scale, A(extent - padding + step * stride));
 }
 
 // Position, along one axis, of the kernel element `grid` pixels (row or column times dilation) from
 // element 0.
 template <typename A>
 DCNV3_INLINE A position_of(A origin, A grid, A offset, A offset_scale) {
-  return origin + (grid + offset) * offset_scale;
+  return multiply_add(grid + offset, offset_scale, origin);
 }
 
 // The larger and the smaller of two numbers; b where a is NaN.

@@ -29,6 +29,8 @@ def _checked(
     if input.dim() != 4:
         raise ValueError(f"dcnv3: input must be [N, H, W, channels], got shape {tuple(input.shape)}")
     batch, height, width, channels = input.shape
+    if height < 1 or width < 1 or channels < 1:
+        raise ValueError(f"dcnv3: the input has no pixels or no channels: shape {tuple(input.shape)}")
     if group < 1 or channels % group:
         raise ValueError(f"dcnv3: the input's {channels} channels do not divide into {group} groups")
     if remove_center and (kernel[0] % 2 == 0 or kernel[1] % 2 == 0):

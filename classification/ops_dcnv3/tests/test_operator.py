@@ -196,6 +196,14 @@ def test_views_and_empty_batch(implementation, device):
         got = torch.autograd.grad(function(*leaves, group=3), leaves, grad.to(inputs[0]))
         assert_same([expected[0], *got], expected, rtol=1e-6, atol=1e-6)
 
+    # One column, or one pixel: torch calls these contiguous, whatever their strides are.
+    for shape, dims in (((2, 1, 5), (0, 2, 1)), ((1, 1, 3), (2, 0, 1))):
+        base = [torch.randn(*shape, t.shape[-1], device=device) for t in inputs]
+        thin = [t.permute(*dims, 3) for t in base]
+        dense = [t.clone(memory_format=torch.contiguous_format) for t in thin]
+        assert thin[1].is_contiguous() and thin[1].stride() != dense[1].stride()
+        torch.testing.assert_close(function(*thin, group=3), function(*dense, group=3), rtol=0, atol=0)
+
     empty = [t[:0].requires_grad_() for t in inputs]
     output = function(*empty, group=3)
     assert output.shape == (0, *inputs[0].shape[1:])

@@ -26,14 +26,15 @@ struct dim3 {
 };
 typedef int cudaError_t;
 typedef void* cudaStream_t;
-constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 1, cudaErrorInvalidDeviceFunction = 2,
+                      cudaErrorUnsupportedPtxVersion = 3, cudaErrorInsufficientDriver = 4;
 inline cudaError_t cudaGetLastError() { return 0; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
 // A GPU that the kernels have no image for, where a test asks for it.
 struct cudaFuncAttributes {};
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
-  return getenv("DCNV3_TEST_NO_IMAGE") ? 1 : cudaSuccess;
+  return getenv("DCNV3_TEST_NO_IMAGE") ? cudaErrorNoKernelImageForDevice : cudaSuccess;
 }
 
 static dim3 threadIdx, blockIdx;
