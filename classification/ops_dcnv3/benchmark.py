@@ -309,6 +309,7 @@ def model_table(device, dtype, batch, variant, modes, repeats):
     sys.path.insert(0, str(HERE.parent))
     try:
         import torchvision_shim  # noqa: F401  (before timm)
+
         from models.intern_image import InternImage
     except ImportError as error:
         print(f"InternImage-{variant} is not timed: {error}\n")
