@@ -280,14 +280,14 @@ def atomics_table(batch):
         lines = run.stdout.splitlines()
     _, groups, depths = VARIANTS["B"]
     pairs = sum(depth * batch * SIZES[level] ** 2 * (groups << level) for level, depth in enumerate(depths))
-    rows_of_model, rows_timed = pairs * 9 * 4, 1 << 22
+    millions = pairs * 9 * 4 / 1e6
     print(
-        f"Adding rows of 16 float32 to 16 MiB at random places, scaled to the {rows_of_model / 1e6:.0f} million rows "
+        f"Adding rows of 16 float32 to 16 MiB at random places, scaled to the {millions:.0f} million rows "
         f"of a backward pass (InternImage-B, 33 blocks, batch {batch}): it can be no faster than the fastest\n"
     )
     table(
         ["how the threads share a row", "ms"],
-        [[name, f"{float(ms) * rows_of_model / rows_timed:.2f}"] for name, ms in (line.split("|") for line in lines)],
+        [[name, f"{float(ms) * millions:.2f}"] for name, ms in (line.split("|") for line in lines)],
     )
 
 

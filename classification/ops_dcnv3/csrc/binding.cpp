@@ -56,7 +56,8 @@ struct Call {
     const int64_t points = kernel[0] * kernel[1] - (remove_center ? 1 : 0);
     // Memory safety only, for those who call the operator directly: dcnv3.dcnv3 has said it better.
     const bool fits = input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4 && group > 0 && points > 0 &&
-        input.size(1) > 0 && input.size(2) > 0 && input.size(3) > 0 && input.size(3) % group == 0 && offset.size(3) == group * points * 2 && mask.size(3) == group * points &&
+        input.size(1) > 0 && input.size(2) > 0 && input.size(3) > 0 && input.size(3) % group == 0 &&
+        offset.size(3) == group * points * 2 && mask.size(3) == group * points &&
         offset.sizes().slice(0, 3) == mask.sizes().slice(0, 3) && offset.size(0) == input.size(0) &&
         offset.scalar_type() == input.scalar_type() && mask.scalar_type() == input.scalar_type() &&
         offset.device() == input.device() && mask.device() == input.device() &&
@@ -162,13 +163,11 @@ const char* obstacle_on(c10::DeviceIndex device) {
   return answers[device];
 }
 
-// The definition in PyTorch, for a GPU that cannot run the kernels: _ops.py declares both, and says so.
+// The definition in PyTorch, for a GPU that cannot run the kernels: _ops.py declares both operators.
 template <typename Result, typename... Arguments>
-Result without_kernels(const char* name, const char* why, const Arguments&... arguments) {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow(name, "")
-      .typed<Result(c10::string_view, const Arguments&...)>()
-      .call(why, arguments...);
+Result without_kernels(const char* name, const Arguments&... arguments) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(const Arguments&...)>().call(
+      arguments...);
 }
 
 Tensor forward_cuda(const Tensor& input, const Tensor& offset, const Tensor& mask, int64_t group, IntArrayRef kernel,
@@ -176,8 +175,8 @@ Tensor forward_cuda(const Tensor& input, const Tensor& offset, const Tensor& mas
                     bool remove_center, bool softmax) {
   const c10::cuda::CUDAGuard guard(input.device());
   if (const char* why = obstacle_on(input.get_device()))
-    return without_kernels<Tensor>("dcnv3::_forward_without_kernels", why, input, offset, mask, group, kernel, stride,
-                                   padding, dilation, offset_scale, remove_center, softmax);
+    return without_kernels<Tensor>("dcnv3::_forward_without_kernels", c10::string_view(why), input, offset, mask, group,
+                                   kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
   Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
   Tensor output = call.new_output();
   if (output.numel() > 0)
@@ -190,10 +189,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, cons
                                                  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                                  double offset_scale, bool remove_center, bool softmax) {
   const c10::cuda::CUDAGuard guard(input.device());
-  if (const char* why = obstacle_on(input.get_device()))
+  if (obstacle_on(input.get_device()))
     return without_kernels<std::tuple<Tensor, Tensor, Tensor>>(
-        "dcnv3::_backward_without_kernels", why, grad_output, input, offset, mask, group, kernel, stride, padding,
-        dilation, offset_scale, remove_center, softmax);
+        "dcnv3::_backward_without_kernels", grad_output, input, offset, mask, group, kernel, stride, padding, dilation,
+        offset_scale, remove_center, softmax);
   Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
   const Tensor dense = call.set_grad_output(grad_output);
   auto [grad_offset, grad_mask] = call.new_small_gradients();

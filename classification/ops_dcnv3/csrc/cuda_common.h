@@ -54,10 +54,12 @@ struct Divisor {
 struct Cut {
   int points, pairs;       // of a block
   int pixels_per_block;
-  int lanes, lane_shift;   // threads of a pair: 2 to the power of lane_shift, at most 32
+  int lane_shift;          // threads of a pair: 2 to this power, at most 32
   Divisor groups, chunks;  // groups of a block; how many of those make all groups
   Divisor width, height;   // of the output
   int64_t pixels, blocks;  // output pixels of the batch
+
+  DCNV3_INLINE int lanes() const { return 1 << lane_shift; }
 };
 
 // `point_bytes`: shared memory for one point. A cut with blocks = 0 means that a pair does not fit.
@@ -65,14 +67,14 @@ inline Cut cut_of(const Problem& p, int vector, int point_bytes, int most_groups
   Cut cut;
   cut.points = point_count(p.kernel_h, p.kernel_w, p.remove_center);
   const int64_t room = kSharedBytes / (int64_t(cut.points) * point_bytes);
-  const int most = int(room < kPairs ? room : kPairs);
+  const int most = int(smaller_of(room, int64_t(kPairs)));
   // Few groups and many pixels: neighbouring pixels read the same input. A divisor leaves no thread idle.
-  int64_t groups = most < most_groups ? most : most_groups;
+  int groups = smaller_of(most, most_groups);
   while (groups > 1 && p.group % groups) --groups;
-  cut.pixels_per_block = groups ? int(most / groups) : 0;
-  cut.pairs = int(cut.pixels_per_block * groups);
-  cut.lanes = 1, cut.lane_shift = 0;
-  while (cut.lanes < 32 && cut.lanes * vector < p.channels) cut.lanes *= 2, ++cut.lane_shift;
+  cut.pixels_per_block = groups ? most / groups : 0;
+  cut.pairs = cut.pixels_per_block * groups;
+  cut.lane_shift = 0;
+  while (cut.lanes() < 32 && cut.lanes() * vector < p.channels) ++cut.lane_shift;
   cut.pixels = p.batch * p.out_height * p.out_width;
   cut.width = Divisor(p.out_width), cut.height = Divisor(p.out_height);
   cut.blocks = 0;
@@ -85,9 +87,7 @@ inline Cut cut_of(const Problem& p, int vector, int point_bytes, int most_groups
 // Elements of the largest tensor, for one image.
 inline int64_t elements_of_an_image(const Problem& p) {
   const int64_t in = p.height * p.width, out = p.out_height * p.out_width, channels = p.group * p.channels;
-  const int64_t a = in * channels, b = out * channels, c = out * p.offset_stride, d = out * p.mask_stride;
-  const int64_t ab = a > b ? a : b, cd = c > d ? c : d;
-  return ab > cd ? ab : cd;
+  return larger_of(larger_of(in, out) * channels, out * larger_of(p.offset_stride, p.mask_stride));
 }
 
 // Whether the version for 3x3 kernels fits: `vector` numbers of `element` bytes at a time.
@@ -104,22 +104,16 @@ inline bool fits_vectors(const Problem& p, int vector, int element, const void* 
 inline Problem images_of(const Problem& p, int64_t first, int64_t count, int element, int sum_element) {
   const int64_t in = p.height * p.width * p.group * p.channels, out = p.out_height * p.out_width;
   const int64_t points = out * p.group * point_count(p.kernel_h, p.kernel_w, p.remove_center);
-  const auto from = [&](const void* tensor, int64_t image, int bytes) {
-    return static_cast<const char*>(tensor) + (tensor ? first * image * bytes : 0);
-  };
-  const auto to = [&](void* tensor, int64_t image, int bytes) {
-    return static_cast<char*>(tensor) + (tensor ? first * image * bytes : 0);
-  };
   Problem part = p;
   part.batch = count;
-  part.input = from(p.input, in, element);
-  part.offset = from(p.offset, out * p.offset_stride, element);
-  part.mask = from(p.mask, out * p.mask_stride, element);
-  part.output = to(p.output, out * p.group * p.channels, element);
-  part.grad_output = from(p.grad_output, out * p.group * p.channels, element);
-  part.grad_input = to(p.grad_input, in, sum_element);
-  part.grad_offset = to(p.grad_offset, points * 2, element);
-  part.grad_mask = to(p.grad_mask, points, element);
+  const auto skip = [first](auto*& tensor, int64_t image, int bytes) {  // null where the pass has no such tensor
+    const auto address = reinterpret_cast<uintptr_t>(tensor) + first * image * bytes;
+    if (tensor) tensor = reinterpret_cast<decltype(+tensor)>(address);
+  };
+  skip(part.input, in, element), skip(part.grad_input, in, sum_element);
+  skip(part.output, out * p.group * p.channels, element), skip(part.grad_output, out * p.group * p.channels, element);
+  skip(part.offset, out * p.offset_stride, element), skip(part.mask, out * p.mask_stride, element);
+  skip(part.grad_offset, points * 2, element), skip(part.grad_mask, points, element);
   return part;
 }
 
@@ -131,7 +125,7 @@ const char* in_parts(const Problem& p, int element, int sum_element, Run run) {
   if (size == 0) return nullptr;
   const int64_t images = size <= kReach ? kReach / size : 1;
   for (int64_t first = 0; first < p.batch; first += images) {
-    const int64_t count = p.batch - first < images ? p.batch - first : images;
+    const int64_t count = smaller_of(p.batch - first, images);
     const char* error = run(images_of(p, first, count, element, sum_element), size <= kReach);
     if (error) return error;
   }
@@ -199,6 +193,12 @@ __device__ inline Pair<Index> pair_of(const Cut& cut, uint32_t block, uint32_t i
   return pair;
 }
 
+// Where the channels of a pair begin in the output.
+template <typename Index>
+__device__ inline Index first_channel(const Problem& p, const Pair<Index>& pair) {
+  return (pair.pixel * Index(p.group) + pair.group) * Index(p.channels);
+}
+
 // The points of one pair. kPoints = 0: any number, otherwise 9 of a 3x3 kernel.
 template <typename T, int kPoints, typename Index>
 struct Points {
@@ -251,22 +251,24 @@ struct Masks {
       for (int k = 0; k < kPoints; ++k) kept[k] = widen(from[k]);
     }
     if (!softmax) return;
-    highest = at(0, false);
+    highest = given(0);
 #pragma unroll
-    for (int k = 1; k < points; ++k) highest = at(k, false) > highest ? at(k, false) : highest;
+    for (int k = 1; k < points; ++k) highest = given(k) > highest ? given(k) : highest;
     A sum = 0;
 #pragma unroll
     for (int k = 0; k < points; ++k) {
-      const A power = power_of(at(k, false) - highest);
+      const A power = power_of(given(k) - highest);
       if (kPoints) kept[k] = power;
       sum += power;
     }
     factor = A(1) / sum;
   }
-  __device__ A at(int k, bool after_softmax = true) const {
-    if (!softmax || !after_softmax) return kPoints ? kept[k] : A(widen(from[k]));
-    return (kPoints ? kept[k] : power_of(widen(from[k]) - highest)) * factor;
+  __device__ A at(int k) const {
+    if (!softmax) return given(k);
+    return (kPoints ? kept[k] : power_of(given(k) - highest)) * factor;
   }
+  // Before the softmax. With unrolled points the powers take its place.
+  __device__ A given(int k) const { return kPoints ? kept[k] : A(widen(from[k])); }
   static __device__ A power_of(A x) {
     if constexpr (sizeof(T) == 2) return rough_exp_of(x);
     return exp_of(x);
@@ -279,43 +281,45 @@ template <typename A>
 struct alignas(16) Corners {
   A weight[4];  // times the mask: (low y, low x), (low, high), (high, low), (high, high)
 };
-template <typename A, typename Index>
+template <typename A, int kPoints, typename Index>
 struct Shared {
-  Corners<A>* corners;
-  Index* places;
-  A* masks;  // only the backward pass has them
+  const int points, stride;
+  Corners<A>* const corners;
+  Index* const places;
+  A* const masks;  // only the backward pass has them
   static constexpr int bytes(bool with_masks) {
     return int(sizeof(Corners<A>) + sizeof(Index) + (with_masks ? sizeof(A) : 0));
   }
-  __device__ Shared(void* memory, int points, int stride)
-      : corners(static_cast<Corners<A>*>(memory)), places(reinterpret_cast<Index*>(corners + points * stride)),
+  __device__ Shared(void* memory, const Cut& cut)
+      : points(kPoints ? kPoints : cut.points), stride(kPoints ? kPairs : cut.pairs),
+        corners(static_cast<Corners<A>*>(memory)), places(reinterpret_cast<Index*>(corners + points * stride)),
         masks(reinterpret_cast<A*>(places + points * stride)) {}
+  __device__ int at(int k, int i) const { return k * stride + i; }  // point k of pair i
 };
 
 // The first step: the points of a block's pairs.
 template <typename T, int kPoints, typename Index>
 __device__ inline void locate(const Problem& p, const Cut& cut, uint32_t block, bool with_masks,
-                              const Shared<Accumulator<T>, Index>& shared) {
+                              const Shared<Accumulator<T>, kPoints, Index>& shared) {
   using A = Accumulator<T>;
-  const int points = kPoints ? kPoints : cut.points, stride = kPoints ? kPairs : cut.pairs;
   const Index all = Index(p.group * p.channels);
   for (int i = threadIdx.x; i < cut.pairs; i += kThreads) {
     const Pair<Index> pair = pair_of<Index>(cut, block, i);
     if (!pair.valid) {
-      for (int k = 0; k < points; ++k) shared.places[k * stride + i] = 0;  // somewhere that may be read
+      for (int k = 0; k < shared.points; ++k) shared.places[shared.at(k, i)] = 0;  // somewhere that may be read
       continue;
     }
     const Points<T, kPoints, Index> at(p, cut, pair);
     const Masks<T, kPoints, Index> masks(p, cut, pair);
-    const Index first_row = at.image * Index(p.height), first_channel = pair.group * Index(p.channels);
+    const Index first_row = at.image * Index(p.height), channel = pair.group * Index(p.channels);
 #pragma unroll
-    for (int k = 0; k < points; ++k) {
+    for (int k = 0; k < shared.points; ++k) {
       Axis<A> h, v;
       at.axes(k, &h, &v);
       const A mask = masks.at(k), low = v.low_weight * mask, high = v.high_weight * mask;
-      const int to = k * stride + i;
+      const int to = shared.at(k, i);
       shared.corners[to] = {{low * h.low_weight, low * h.high_weight, high * h.low_weight, high * h.high_weight}};
-      shared.places[to] = ((first_row + Index(v.low)) * Index(p.width) + Index(h.low)) * all + first_channel;
+      shared.places[to] = ((first_row + Index(v.low)) * Index(p.width) + Index(h.low)) * all + channel;
       if (with_masks) shared.masks[to] = mask;
     }
   }
@@ -332,12 +336,23 @@ struct Distances {
   }
 };
 
+// Where the four corners lie if the low one lies at `begin`.
+template <typename P>
+struct CornerPointers {
+  P* to[4];
+  template <typename Index>
+  __device__ CornerPointers(P* begin, const Distances<Index>& far) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) to[q] = hidden(begin + far.corner[q]);
+  }
+};
+
 template <typename Arguments>
 const char* launch(void (*kernel)(Arguments), Arguments arguments, int64_t blocks, int64_t shared, void* stream) {
   if (blocks >= int64_t(1) << 31) return "an image has too many output pixels for one launch";
   void* list[] = {&arguments};
-  const cudaError_t error = cudaLaunchKernel(DCNV3_ENTRY(kernel), dim3(unsigned(blocks)), dim3(kThreads), list, size_t(shared),
-                                             static_cast<cudaStream_t>(stream));
+  const cudaError_t error = cudaLaunchKernel(DCNV3_ENTRY(kernel), dim3(unsigned(blocks)), dim3(kThreads), list,
+                                             size_t(shared), static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // reported here: not once more by whoever asks next
   return cudaGetErrorString(error);

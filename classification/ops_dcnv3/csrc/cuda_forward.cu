@@ -23,33 +23,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward a
   using A = Accumulator<T>;
   const Problem& p = a.problem;
   const Cut& cut = a.cut;
-  const int points = kPoints ? kPoints : cut.points, stride = kPoints ? kPairs : cut.pairs;
   DCNV3_SHARED(memory);
-  const Shared<A, Index> shared(memory, points, stride);
+  const Shared<A, kPoints, Index> shared(memory, cut);
   locate<T, kPoints, Index>(p, cut, blockIdx.x, false, shared);
   __syncthreads();
 
-  const Distances<Index> far(p);
-  const T* input[4];
-#pragma unroll
-  for (int q = 0; q < 4; ++q) input[q] = hidden(static_cast<const T*>(p.input) + far.corner[q]);
-  for (int item = threadIdx.x; item < cut.pairs * cut.lanes; item += kThreads) {
-    const int i = item >> cut.lane_shift, lane = item & (cut.lanes - 1);
+  const CornerPointers<const T> input(static_cast<const T*>(p.input), Distances<Index>(p));
+  for (int item = threadIdx.x; item < cut.pairs * cut.lanes(); item += kThreads) {
+    const int i = item >> cut.lane_shift, lane = item & (cut.lanes() - 1);
     const Pair<Index> pair = pair_of<Index>(cut, blockIdx.x, i);
     if (!pair.valid) continue;
-    for (int c = lane * size; c < int(p.channels); c += cut.lanes * size) {
+    for (int c = lane * size; c < int(p.channels); c += cut.lanes() * size) {
       A sum[size] = {};
 #pragma unroll
-      for (int k = 0; k < points; ++k) {
-        const Corners<A> corners = shared.corners[k * stride + i];
-        const Index place = shared.places[k * stride + i] + Index(c);
+      for (int k = 0; k < shared.points; ++k) {
+        const Corners<A> corners = shared.corners[shared.at(k, i)];
+        const Index place = shared.places[shared.at(k, i)] + Index(c);
 #pragma unroll
-        for (int q = 0; q < 4; ++q) add_corner<size>(input[q] + place, corners.weight[q], sum);
+        for (int q = 0; q < 4; ++q) add_corner<size>(input.to[q] + place, corners.weight[q], sum);
       }
       Pack<T, size> result;
 #pragma unroll
       for (int j = 0; j < size; ++j) narrow(sum[j], &result.numbers[j]);
-      const Index to = (pair.pixel * Index(p.group) + pair.group) * Index(p.channels) + Index(c);
+      const Index to = first_channel(p, pair) + Index(c);
       *reinterpret_cast<Pack<T, size>*>(static_cast<T*>(p.output) + to) = result;
       if (kPoints) break;  // one vector a thread
     }
@@ -63,13 +59,13 @@ const char* forward(const Problem& whole, void* stream) {
   return in_parts(whole, sizeof(T), sizeof(A), [&](const Problem& p, bool reached) {
     const void* tensors[] = {p.input, p.output};
     if (reached && fits_vectors(p, vector, sizeof(T), tensors, 2)) {
-      const Forward a{p, cut_of(p, vector, Shared<A, uint32_t>::bytes(false))};
-      const int64_t bytes = 9 * kPairs * Shared<A, uint32_t>::bytes(false);
+      const Forward a{p, cut_of(p, vector, Shared<A, 9, uint32_t>::bytes(false))};
+      const int64_t bytes = 9 * kPairs * Shared<A, 9, uint32_t>::bytes(false);
       return launch(forward_kernel<T, 9, vector, uint32_t>, a, a.cut.blocks, bytes, stream);
     }
-    const Forward a{p, cut_of(p, 1, Shared<A, int64_t>::bytes(false))};
+    const Forward a{p, cut_of(p, 1, Shared<A, 0, int64_t>::bytes(false))};
     if (a.cut.blocks == 0) return kTooManyPoints;
-    const int64_t bytes = int64_t(a.cut.points) * a.cut.pairs * Shared<A, int64_t>::bytes(false);
+    const int64_t bytes = int64_t(a.cut.points) * a.cut.pairs * Shared<A, 0, int64_t>::bytes(false);
     return launch(forward_kernel<T, 0, 1, int64_t>, a, a.cut.blocks, bytes, stream);
   });
 }

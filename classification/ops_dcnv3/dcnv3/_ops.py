@@ -23,7 +23,7 @@ _library.define(f"forward({_FORWARD}", tags=_TAGS)
 _library.define(f"backward({_BACKWARD}", tags=_TAGS)
 # What the CUDA kernels call on a GPU that cannot run them, `why` being CUDA's reason.
 _library.define(f"_forward_without_kernels(str why, {_FORWARD}")
-_library.define(f"_backward_without_kernels(str why, {_BACKWARD}")
+_library.define(f"_backward_without_kernels({_BACKWARD}")
 
 _said = set()
 
@@ -53,14 +53,10 @@ def _forward_without_kernels(why, input, *args):
     return definition.forward(input, *args)
 
 
-def _backward_without_kernels(why, grad_output, *args):
-    return definition.backward(grad_output, *args)
-
-
 _library.impl("forward", _forward_fallback, "CompositeExplicitAutograd")
 _library.impl("backward", _backward_fallback, "CompositeExplicitAutograd")
 _library.impl("_forward_without_kernels", _forward_without_kernels, "CompositeExplicitAutograd")
-_library.impl("_backward_without_kernels", _backward_without_kernels, "CompositeExplicitAutograd")
+_library.impl("_backward_without_kernels", _backward_fallback, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("dcnv3::forward", lib=_library)
