@@ -24,15 +24,17 @@ import checkpoint
 import config as config_module
 import distributed
 import logger
-import report
+from analysis import training_log
+from analysis.evaluation import new_evaluation, write_evaluation
+from analysis.figures import plot_training
 from dataset.build import build_dataset, build_loader, worker_count
 from dataset.transforms import build_mixup
 from errors import UserError
+from inference import autocast, compute_threads, progress
 from lr_scheduler import build_schedule
 from models import build_model
 from optimizer import build_optimizer, set_lr
 from tasks import build_task
-from utils import autocast, compute_threads, progress
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -256,8 +258,8 @@ class Run:
 
         # The log first, the checkpoint after: a resume drops lines behind its epoch, and none is missing.
         if self.world.is_main:
-            report.append_metrics(self.folder / "metrics.jsonl", record)
-        self.log.info(report.epoch_lines(record, task.score))
+            training_log.append_metrics(self.folder / "metrics.jsonl", record)
+        self.log.info(training_log.epoch_lines(record, task.score))
         # LAST comes last: killed before it, the run repeats this epoch and writes the others again.
         done = epoch + 1
         names = [checkpoint.BEST] if is_best else []
@@ -291,7 +293,7 @@ def train(config, world, folder, log):
                 asked = distributed.report_outcome(world, "interrupted {} {}".format(*run.position))
                 return 0 if asked else number
     if world.is_main:
-        report.plot_training(folder, run.task.score)
+        plot_training(folder, run.task.score)
     if run.best is None:
         log.warning(
             "no label has both classes in the validation split, so there is no best checkpoint; "
@@ -322,14 +324,14 @@ def evaluate(config, world, folder, log):
         checkpoint.log_differences(
             state, config, log, but=("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
         )
-    target = report.new_evaluation(config.RESULTS) if world.is_main else None
+    target = new_evaluation(config.RESULTS) if world.is_main else None
     log.info(f"evaluating {path} on {len(dataset):,} test images")
     metrics = task.test(model.to(world.device), loader, world, autocast(config, world.device)[0])
     if not world.is_main:
         return None
     skipped = len(dataset) - metrics["images"]
     metrics = {"checkpoint": str(path), "config": config_module.to_dict(config), "skipped": skipped} | metrics
-    report.write_evaluation(target, metrics, dataset)
+    write_evaluation(target, metrics, dataset)
     log.info("test split\n" + task.table(metrics))
     if skipped:
         log.warning(f"{skipped} of {len(dataset):,} test images could not be read and do not count")

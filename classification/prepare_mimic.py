@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dataset import audit as auditing
 from dataset import cache
-from dataset.images import RECIPES
+from dataset.dicom import RECIPES
 from errors import UserError
 
 

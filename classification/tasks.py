@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import utils_multilabel as multilabel
+from analysis.text import auc_table
 from errors import UserError
-from utils import predict
+from inference import predict
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def _multilabel(config, dataset):
         score="mean_auc",
         validate=partial(multilabel.validate_multilabel, label_names=label_names),
         test=partial(multilabel.evaluate_test_set, label_names=label_names),
-        table=multilabel.auc_table,
+        table=auc_table,
     )
 
 

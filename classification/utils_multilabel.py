@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from utils import predict
+from inference import predict
 
 
 def _mean_over_known(positive, negative, targets, pos_weight):
@@ -111,27 +111,3 @@ def evaluate_test_set(model, loader, world, amp, *, label_names):
     metrics = multilabel_metrics(logits, targets, label_names)
     probabilities = torch.sigmoid(torch.from_numpy(logits).double()).numpy()
     return metrics | {"probabilities": probabilities, "targets": targets, "rows": rows}
-
-
-def auc_table(metrics):
-    """Lines of label, AUROC, average precision and counts; a dash where one class is missing."""
-
-    def number(value):
-        return "-" if value is None else f"{value:.4f}"
-
-    rows = [("label", "AUROC", "AP", "positive", "negative")]
-    rows += [
-        (name, number(auc), number(metrics["average_precision"][name]),
-         f"{metrics['positives'][name]:,}", f"{metrics['negatives'][name]:,}")
-        for name, auc in metrics["auc"].items()
-    ]  # fmt: skip
-    rows.append(("mean", number(metrics["mean_auc"]), number(metrics["mean_average_precision"]), "", ""))
-    width = max(len(r[0]) for r in rows)
-    lines = [r[0].ljust(width) + "".join(c.rjust(10) for c in r[1:]) for r in rows]
-    return "\n".join([*lines, *undefined_note(metrics["auc"])])
-
-
-def undefined_note(auc):
-    """One line that names the labels without an AUROC, or none."""
-    names = [name for name, value in auc.items() if value is None]
-    return [f"no AUROC (one class only), left out of the mean: {', '.join(names)}"] if names else []

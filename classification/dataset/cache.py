@@ -132,7 +132,7 @@ def make_copy(
         size: short side in pixels; smaller images keep theirs.
         quality: of the JPEGs, 1 to 100.
         in_zip: a few uncompressed zip files instead of a file an image, for `main.py --zip`.
-        dicom_recipe: see :data:`dataset.images.RECIPES`.
+        dicom_recipe: see :data:`dataset.dicom.RECIPES`.
         skip_bad: finish shards without the images that cannot be read.
 
     Raises:

@@ -30,7 +30,8 @@ from pydicom.uid import (
 
 from conftest import SHARED, edit_csv
 from dataset import tables
-from dataset.images import MAX_PIXELS, ImageError, decode
+from dataset.dicom import MAX_PIXELS
+from dataset.images import ImageError, decode
 from dataset.labels import LABELS, apply_policy
 from dataset.mimic_cxr import MIMICCXRDataset
 from dataset.stores import FileStore, MemoryStore, ZipStore

@@ -9,6 +9,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.ops import sigmoid_focal_loss
 
 import utils_multilabel as multilabel
+from analysis.text import auc_table
 from lr_scheduler import Schedule
 
 
@@ -38,7 +39,7 @@ def test_metrics_mask_unknown_targets(outputs):
     p = 1 / (1 + np.exp(-logits[everywhere].astype(float)))
     t = targets[everywhere]
     assert m["loss"] == pytest.approx(-(t * np.log(p) + (1 - t) * np.log(1 - p)).mean(), rel=1e-5)
-    table = multilabel.auc_table(m).splitlines()
+    table = auc_table(m).splitlines()
     assert table[3].split() == ["c", "-", "-", str(known[2].sum()), "0"]
     assert table[-1] == "no AUROC (one class only), left out of the mean: c, d"
     assert table[-2].split() == ["mean", f"{m['mean_auc']:.4f}", f"{m['mean_average_precision']:.4f}"]
