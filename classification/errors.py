@@ -1,4 +1,6 @@
-"""The one exception for mistakes a user can mend."""
+"""The one exception for mistakes a user can mend, and what becomes of it."""
+
+import sys
 
 
 class UserError(ValueError):
@@ -6,3 +8,13 @@ class UserError(ValueError):
 
     Entry points print it as one line, without a traceback.
     """
+
+
+def run_command(function, argv=None):
+    """Run an entry point: a user's mistake becomes one line on stderr and exit status 2."""
+    try:
+        stopped_by = function(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(128 + stopped_by if stopped_by else 0)

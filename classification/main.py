@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from analysis.evaluation import new_evaluation, write_evaluation
 from analysis.figures import plot_training
 from dataset.build import build_dataset, build_loader, worker_count
 from dataset.transforms import build_mixup
-from errors import UserError
+from errors import UserError, run_command
 from inference import autocast, compute_threads, progress
 from lr_scheduler import build_schedule
 from models import build_model
@@ -383,16 +382,6 @@ def main(argv=None):
             raise
         finally:
             logger.close(log)
-
-
-def run_command(function, argv=None):
-    """Run an entry point: a user's mistake becomes one line on stderr and exit status 2."""
-    try:
-        stopped_by = function(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(128 + stopped_by if stopped_by else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""Results a paper can print, from an evaluation or any table of predictions; no GPU, no model, no torch.
+
+    python report.py results/mimic_cxr/evaluation_20260101_120000
+    python report.py predictions.csv --validate predictions_validate.csv --groups patients.csv.gz --output report
+    python report.py EVALUATION --against OTHER --seeds-of SEED_2 SEED_3
+
+Writes report.html, report.json, per_label.csv, tables.tex, summary.md, model_card.md, calibration.json (with
+predictions of the validation split) and figures/ beside the predictions, or into --output.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+from analysis import results, tables
+from analysis.evaluation import ensemble, new_evaluation, read_evaluation
+from config import Parser
+from errors import UserError, run_command
+
+
+def parse_args(argv=None):
+    parser = Parser(description="Tables, figures and one page of an evaluation.", allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "evaluation",
+        help="folder that main.py --eval wrote, or a CSV with subject_id, <label>_target, <label>_probability",
+    )
+    add("--validate", metavar="CSV", help="predictions of the validation split, by which thresholds are chosen")
+    add("--output", metavar="FOLDER", help="where to write; otherwise beside the predictions")
+    add("--against", nargs="+", default=[], metavar="OTHER", help="evaluations of the same images to compare with")
+    add("--seeds-of", nargs="+", default=[], metavar="OTHER", help="evaluations of the same configuration, other seeds")
+    add("--ensemble", nargs="+", default=[], metavar="OTHER", help="average with these into an evaluation of its own")
+    add("--groups", nargs="+", default=[], metavar="CSV", help="tables by subject_id, study_id, dicom_id or path")
+    add("--study-by", choices=["mean", "max"], default="mean", help="a study's probability from its images'")
+    add("--study-views", choices=["all", "frontal"], default="all", help="which images of a study count")
+    add("--sensitivity", type=float, default=0.9, help="of the operating point of fixed sensitivity")
+    add("--specificity", type=float, default=0.9, help="of the operating point of fixed specificity")
+    add("--resamples", type=int, default=2000, help="of the bootstrap")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--no-images", action="store_true", help="no thumbnails in the page")
+    args = parser.parse_args(argv)
+    if args.resamples < 1:
+        raise UserError(f"--resamples is {args.resamples}; it must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; it must be at least 0")
+    for name in ("sensitivity", "specificity"):
+        if not 0 < getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must lie between 0 and 1")
+    return args
+
+
+def write(report, fitted, folder, pictures, no_pictures):
+    """Everything the report consists of, into `folder`."""
+    from analysis import card, figures, page
+
+    texts = {
+        "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
+        "report.html": page.render(report, pictures, no_pictures),
+        "tables.tex": tables.latex([t for _, _, found, _ in tables.sections(report) for t in found]),
+        "summary.md": tables.summary(report),
+        "model_card.md": card.model_card(report),
+    }
+    if fitted is not None:
+        texts["calibration.json"] = json.dumps(fitted, indent=1) + "\n"
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        if fitted is None:
+            (folder / "calibration.json").unlink(missing_ok=True)  # of an earlier report with other predictions
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        with open(folder / "per_label.csv", "w", newline="") as file:
+            csv.writer(file).writerows([tables.CSV_COLUMNS, *tables.per_label(report)])
+        figures.write_figures(report, folder / "figures")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
+
+
+def make(evaluation, options, folder, against=(), seeds=(), with_images=True):
+    """Measure, and write to `folder`; returns the report's dictionary."""
+    from analysis import page
+
+    report, fitted = results.collect(evaluation, options, against, seeds)
+    pictures, reason = {}, "--no-images"
+    if with_images:
+        pictures, reason = page.thumbnails(evaluation, report["errors"])
+    write(report, fitted, folder, pictures, reason)
+    return report
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    evaluation = read_evaluation(args.evaluation, args.validate)
+    folder = Path(args.output).expanduser() if args.output else None
+    if args.ensemble:
+        others = [read_evaluation(path) for path in args.ensemble]
+        folder = folder or new_evaluation(evaluation.folder.parent)
+        if folder.resolve() in [e.folder.resolve() for e in (evaluation, *others)]:
+            raise UserError(f"--output {folder} is one of the ensemble's evaluations; choose another folder")
+        evaluation = ensemble([evaluation, *others], folder)
+    options = results.Options(
+        resamples=args.resamples, seed=args.seed, study_by=args.study_by, study_views=args.study_views,
+        sensitivity=args.sensitivity, specificity=args.specificity, tables=tuple(args.groups),
+    )  # fmt: skip
+    against, seeds = ([read_evaluation(path) for path in paths] for paths in (args.against, args.seeds_of))
+    folder = folder or evaluation.folder
+    report = make(evaluation, options, folder, against, seeds, not args.no_images)
+    print(tables.headline(report))
+    print(f"report in {folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_command(main)
