@@ -10,10 +10,12 @@ predictions of the validation split) and figures/ beside the predictions, or int
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from analysis import results, tables
 from analysis.evaluation import ensemble, new_evaluation, read_evaluation
+from analysis.groups import read_table
 from config import Parser
 from errors import UserError, run_command
 
@@ -79,12 +81,29 @@ def make(evaluation, options, folder, against=(), seeds=(), with_images=True):
     """Measure, and write to `folder`; returns the report's dictionary."""
     from analysis import page
 
+    if not options.tables:
+        options = replace(options, tables=patients_table(evaluation))
     report, fitted = results.collect(evaluation, options, against, seeds)
     pictures, reason = {}, "--no-images"
     if with_images:
         pictures, reason = page.thumbnails(evaluation, report["errors"])
     write(report, fitted, folder, pictures, reason)
     return report
+
+
+def patients_table(evaluation):
+    """patients.csv.gz of MIMIC-IV beside the evaluation's images, if it is there and knows its patients."""
+    root = evaluation.config.get("DATA", {}).get("DATA_PATH")
+    folders = [Path(root).expanduser(), Path(root).expanduser().parent] if root else []
+    for path in (folder / name for folder in folders for name in ("patients.csv.gz", "patients.csv")):
+        if path.is_file():
+            try:
+                read_table(path, evaluation.test)
+            except UserError as error:
+                print(f"not used: {error}")
+                continue
+            return (path,)
+    return ()
 
 
 def main(argv=None):

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis import statistics
 from errors import UserError
 
 TEST, VALIDATE = "predictions.csv", "predictions_validate.csv"
@@ -312,8 +313,10 @@ def _read_metrics(folder, test):
 
 def _difference(ours, theirs):
     extra, lacking = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
-    parts = [f"more: {', '.join(extra)}"] * bool(extra) + [f"missing: {', '.join(lacking)}"] * bool(lacking)
-    return "; ".join(parts) or "another order"
+    parts = [
+        f"{len(names)} {what} ({', '.join(names)})" for what, names in (("missing", lacking), ("more", extra)) if names
+    ]
+    return ", ".join(parts) or "another order"
 
 
 def _check_validate(test, validate):
@@ -427,6 +430,19 @@ def check_one_configuration(first, others):
             )
 
 
+def _scores(predictions):
+    """What metrics.json says of probabilities: the loss, and AUROC and average precision by label and on the mean."""
+    y, p = predictions.targets, np.clip(predictions.probabilities, 1e-12, 1 - 1e-12)
+    found = {"loss": float(-np.nanmean(y * np.log(p) + (1 - y) * np.log1p(-p)))}
+    once = np.ones((len(y), 1), np.int32)
+    areas = statistics.bootstrap(predictions.probabilities, y, np.arange(len(y)), once)
+    for key, values in zip(("auc", "average_precision"), areas):
+        by_label = [None if np.isnan(v) else float(v) for v in values[:, 0]]
+        found[f"mean_{key}"] = float(np.nanmean(values)) if any(v is not None for v in by_label) else None
+        found[key] = dict(zip(predictions.label_names, by_label))
+    return found
+
+
 def ensemble(evaluations, folder):
     """Average the probabilities of several evaluations of the same images into an evaluation of its own.
 
@@ -443,11 +459,12 @@ def ensemble(evaluations, folder):
     if all(e.validate is not None for e in evaluations):
         tables[VALIDATE] = averaged([e.validate for e in evaluations])
     kept = {k: first.metrics[k] for k in ("label_policy", "domain", "cohort") if k in first.metrics}
-    data = first.config.get("DATA")
+    data, test = first.config.get("DATA"), tables[TEST]
     metrics = {
         "ensemble": [e.given for e in evaluations],
         "checkpoints": [e.metrics.get("checkpoint") for e in evaluations],
-        "images": len(first.test),
+        "images": len(test),
+        **_scores(test),
         **kept,
         **({"config": {"DATA": data}} if data else {}),
     }

@@ -14,7 +14,8 @@ from analysis.training_log import read_metrics
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 STYLE = {
     "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
-    "axes.titleweight": "bold", "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none", "svg.hashsalt": "report", "legend.frameon": False,
+    "axes.titleweight": "bold", "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none", "svg.hashsalt": "report",
+    "legend.frameon": False,
 }  # fmt: skip
 
 

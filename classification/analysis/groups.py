@@ -82,7 +82,7 @@ def read_table(path, predictions, required=True):
 
 
 def find_groups(predictions, tables, required=True):
-    """Every variable to group by, the view and the tables' columns: name -> (groups [N], or None; reason where None)."""
+    """Variables to group by, the view and the tables' columns: name -> (groups [N], or None; reason where None)."""
     found = {"view": (None, "the predictions have no column view")}
     for name in ("view", "sex", "age"):
         if name in predictions.ids:

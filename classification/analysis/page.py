@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from analysis import tables
@@ -40,6 +40,7 @@ def chart(
     def points(xs, ys):
         return " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in zip(xs, ys) if b is not None)
 
+    title, labels = escape(title), [escape(text) for text in labels]
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}"><title>{title}</title>']
     for k in range(3):
         at = [v[0] + (v[1] - v[0]) * k / 2 for v in (x, y)]

@@ -381,6 +381,10 @@ def worst_errors(predictions):
     return found
 
 
+def _counted(known, positives):
+    return {"known": known, "positives": positives, "prevalence": positives / known if known else None}
+
+
 def cohort(evaluation, options):
     """Flow and cohort: counts, views, sex, age bands and prevalence by split, and what was left out."""
     recorded = evaluation.metrics.get("cohort", {})
@@ -393,11 +397,11 @@ def cohort(evaluation, options):
             found[name] = int(predictions.ids[column].nunique()) if column in predictions.ids else None
         known, positive = ~np.isnan(predictions.targets), predictions.targets == 1
         found["labels"] = {
-            n: {"known": int(known[:, k].sum()), "positives": int(positive[:, k].sum())}
+            n: _counted(int(known[:, k].sum()), int(positive[:, k].sum()))
             for k, n in enumerate(predictions.label_names)
         }
         found["groups"] = {
-            name: {g: int((of == g).sum()) for g in sorted(set(of))}
+            name: {g: {"images": int((of == g).sum()), "share": float((of == g).mean())} for g in sorted(set(of))}
             for name, (of, _) in groups.find_groups(predictions, options.tables, required=False).items()
             if of is not None
         }
@@ -436,6 +440,8 @@ def about(evaluation):
         "model": config.get("MODEL", {}).get("NAME") or None,
         "architecture": config.get("MODEL", {}).get("TYPE") or None,
         "image_size": config.get("DATA", {}).get("IMG_SIZE"),
+        "labeler": config.get("DATA", {}).get("LABELER"),
+        "test_labeler": config.get("DATA", {}).get("TEST_LABELER"),
         "seed": config.get("SEED"),
         "checkpoint": m.get("checkpoint"),
         "checkpoint_sha256": m.get("checkpoint_sha256"),
@@ -473,9 +479,7 @@ def collect(evaluation, options, against=(), seeds=()):
         "thresholds": operating_points(evaluation, cluster, weights, options),
     }  # fmt: skip
     if patients < 2:
-        report["bootstrap"]["warning"] = (
-            f"one {test.unit} only: nothing can be said about others, the intervals have no width"
-        )
+        report["bootstrap"]["warning"] = f"one {test.unit} only: there is no interval and no standard error"
     if against:
         report["against"] = {e.given: compare(measured, e, test, cluster, weights) for e in against}
     if seeds:

@@ -14,7 +14,12 @@ FEW = 10  # below so many positive patients neither the bootstrap nor the cluste
 
 
 def draw(patients, resamples, seed):
-    """Multiplicities of a bootstrap over patients: [P, B] int32, each column a draw of P patients with replacement."""
+    """Multiplicities of a bootstrap over patients: [P, B] int32, each column a draw of P patients with replacement.
+
+    One patient cannot be resampled: B is 0 then, and there is no interval.
+    """
+    if patients < 2:
+        return np.ones((patients, 0), np.int32)
     rng = np.random.default_rng(seed)
     return np.ascontiguousarray(rng.multinomial(patients, [1 / patients] * patients, size=resamples).T, dtype=np.int32)
 
@@ -66,7 +71,7 @@ class Ranking:
         return auroc, precision
 
     def curves(self, weights, grid):
-        """(sensitivity at 1 - specificity, precision at sensitivity) on `grid` [K]: [K, B] each, NaN where undefined."""
+        """(sensitivity at 1 - specificity, precision at sensitivity) on `grid` [K]: [K, B] each, NaN if undefined."""
         roc, pr = np.full((2, len(grid), weights.shape[1]), np.nan)
         if not self.both:
             return roc, pr

@@ -94,7 +94,8 @@ def policy_text(report):
             return f"{rest} (" + ", ".join(f"{n} {COUNTED[c]}" for n, c in choice.items() if n != "default") + ")"
         return COUNTED[choice]
 
-    return f"Labels: uncertain (-1) {one(policy['uncertain'])}, blank {one(policy['missing'])}."
+    read = " Test labels read by a radiologist." if report["about"]["test_labeler"] == "radiologist" else ""
+    return f"Labels: uncertain (-1) {one(policy['uncertain'])}, blank {one(policy['missing'])}.{read}"
 
 
 def unit_text(report):
@@ -230,8 +231,8 @@ def _group(report, name, section):
     unit = report["bootstrap"]["unit"]
     text = (
         f"{note(report)} AUROC; in brackets the positive images{' and patients' if unit == 'patient' else ''}. The gap "
-        "is that of the two groups found furthest apart, so its interval says how sure their difference is, not that the "
-        f"choice was made beforehand. * fewer than {statistics.FEW} {unit}s of a class: too few to judge, and not "
+        "is that of the two groups found furthest apart, so its interval says how sure their difference is, not that "
+        f"the choice was made beforehand. * fewer than {statistics.FEW} {unit}s of a class: too few to judge, and not "
         "counted in the gap."
     )
     remarks = [f"{g}: {found['warning']}" for g, found in groups.items() if "warning" in found]
@@ -333,8 +334,8 @@ def _flow(report):
                 if groups is None:
                     cells.append(Cell(DASH))
                 else:
-                    n = groups.get(g, 0)
-                    cells.append(Cell(f"{n:,} ({n / max(found['images'], 1):.1%})", n))
+                    n = groups.get(g, {"images": 0, "share": 0.0})
+                    cells.append(Cell(f"{n['images']:,} ({n['share']:.1%})", n["images"]))
             rows.append([Cell(f"{v}: {g or 'unknown'}"), *cells])
     left_out = [f"{n:,} left out: {reason}" for reason, n in report["cohort"]["left_out"].items() if n]
     if report["cohort"]["skipped"]:
@@ -352,7 +353,7 @@ def _prevalence(report):
         cells = []
         for found in splits.values():
             c = found["labels"].get(name)
-            rate = c["positives"] / c["known"] if c and c["known"] else None
+            rate = c["prevalence"] if c else None
             cells.append(Cell(DASH if rate is None else f"{c['positives']:,} of {c['known']:,} ({rate:.1%})", rate))
         rows.append([Cell(name, name), *cells])
     return Table(
