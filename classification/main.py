@@ -105,7 +105,7 @@ class Run:
     def _build_data(self):
         config, log = self.config, self.log
         train_set, val_set = build_datasets(config, "train", "validate")
-        log_dataset(log, config, train_set)
+        log_datasets(log, config, train_set, val_set)
         self.train_loader = build_loader(config, train_set, train=True, world=self.world, log=log)
         self.val_loader = build_loader(config, val_set, train=False, world=self.world, log=log)
         self.updates = self.train_loader.batch_sampler.updates
@@ -354,10 +354,10 @@ def train(config, world, folder, log):
     return 0
 
 
-def log_dataset(log, config, dataset):
+def log_datasets(log, config, *datasets):
     """What is read, and what its reader warns of."""
-    log.info(f"data in {config.DATA.DATA_PATH}\n{dataset.summary}")
-    for warning in dataset.warnings:
+    log.info(f"data in {config.DATA.DATA_PATH}\n{datasets[0].summary}")
+    for warning in dict.fromkeys(text for dataset in datasets for text in dataset.warnings):
         log.warning(warning)
 
 
@@ -388,7 +388,7 @@ def load_for_evaluation(model, config, folder, label_names, log):
 def evaluate(config, world, folder, log):
     """Evaluate a checkpoint on the test split into RESULTS/evaluation_<timestamp>; returns its folder."""
     (dataset,) = build_datasets(config, "test")
-    log_dataset(log, config, dataset)
+    log_datasets(log, config, dataset)
     loader = build_loader(config, dataset, train=False, world=world, log=log)
     task, model = TASKS[dataset.task], build_model(config)
     path = load_for_evaluation(model, config, folder, dataset.label_names, log)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import checkpoint
+import config as config_module
+import distributed
+import faults
 import main
 from conftest import ROOT, edit_csv, epochs
 from dataset.labels import LABELS
@@ -642,7 +646,7 @@ def test_scores_of_two_validation_sets_are_not_compared(finished, run_main, tmp_
 
 
 def test_other_training_images_begin_the_epoch_anew(run_main, own_tree, monkeypatch):
-    """Stopped within epoch 1 after 4 of 9 updates; half of the training rows are then gone: 4 updates, from the first."""
+    """Stopped after 4 of 9 updates of an epoch; half of the training rows are gone then: 4 updates from the first."""
     steps, step = [], torch.optim.AdamW.step
 
     def counted(self, *a, **k):
@@ -661,15 +665,17 @@ def test_other_training_images_begin_the_epoch_anew(run_main, own_tree, monkeypa
 
 
 # -------------------------------------------------------------------------------- faults of the machine
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
 @pytest.mark.parametrize(
     "error, message",
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-         "does not hold a batch of 16 images of 32 pixels; .*--batch-size .*--accumulation-steps.*--use-checkpoint"),
+        (OUT_OF_MEMORY, "not hold a batch of 16 images of 32 .*--batch-size .*--accumulation-steps.*--use-checkpoint"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried"),
          "does not hold a batch of 16"),
         (MemoryError(), "does not hold a batch of 16"),
-        (RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. "), "was killed.*DATA.NUM_WORKERS .*--mem"),
+        (RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. "), "was killed.*NUM_WORKERS .*--mem"),
         (RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly"), "was killed.*DATA.NUM_WORKERS"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
                       "workers are out of shared memory."), "no room in shared memory"),
@@ -678,17 +684,21 @@ def test_other_training_images_begin_the_epoch_anew(run_main, own_tree, monkeypa
          "batch normalisation cannot train on one value"),
     ],
 )  # fmt: skip
-def test_faults_of_the_machine_are_one_line(run_main, monkeypatch, tmp_path, error, message):
-    """... on the terminal, and the traceback in the log file only."""
+def test_faults_of_the_machine_are_one_line(tiny, error, message):
+    config = config_module.get_config(config_module.parse_args(["--cfg", str(tiny)]))
+    explanation = faults.explain(error, config, distributed.World(0, 1, torch.device("cpu")))
+    assert re.search(message, explanation) and "\n" not in explanation
 
+
+def test_a_fault_leaves_its_traceback_in_the_log_file_only(run_main, monkeypatch, tmp_path):
     def fails(*_):
-        raise error
+        raise OUT_OF_MEMORY
 
     monkeypatch.setattr(main.Run, "update", fails)
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(UserError, match="does not hold a batch of 16") as raised:
         run_main()
     log = (tmp_path / "out" / "tiny" / "default" / "log_rank0.txt").read_text()
-    assert "Traceback" in log and f"error: {raised.value}" in log and "\n" not in str(raised.value)
+    assert "Traceback" in log and f"error: {raised.value}" in log
 
 
 def test_an_unknown_exception_keeps_its_traceback(run_main, monkeypatch, tmp_path):
