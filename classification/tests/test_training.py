@@ -719,6 +719,13 @@ def test_a_loading_process_that_is_killed(run_main, monkeypatch):
     """The real exception: a worker that kills itself, as the kernel does for want of memory."""
     from dataset import build
 
-    monkeypatch.setattr(build.SeededDataset, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    item = build.SeededDataset.__getitem__
+
+    def killed(self, key):
+        if torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(self, key)
+
+    monkeypatch.setattr(build.SeededDataset, "__getitem__", killed)
     with pytest.raises(UserError, match=r"was killed, most likely for want of memory; .*\(now 1\)"):
         run_main(DATA__NUM_WORKERS=1)
