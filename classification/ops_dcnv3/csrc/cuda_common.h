@@ -24,9 +24,9 @@ namespace dcnv3 {
 namespace {
 
 constexpr int kThreads = 128;
-// Blocks of a multiprocessor at once: leaves 64 registers a thread, 128 where a number takes two.
+// Blocks of a multiprocessor at once: leaves 64 registers a thread, 168 where a number takes two.
 template <typename T>
-constexpr int kBlocks = sizeof(T) == 8 ? 4 : 8;
+constexpr int kBlocks = sizeof(T) == 8 ? 3 : 8;
 constexpr int kPairs = 64;  // of a block; in InternImage two threads or more work on a pair
 constexpr int kSharedBytes = 48 * 1024;  // what a block may use without asking
 constexpr int kPadding = 8;              // of which, to bring an array to its border

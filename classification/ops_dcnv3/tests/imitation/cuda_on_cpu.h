@@ -135,6 +135,7 @@ inline void atomicAdd(float4* to, float4 value) {
 }
 
 namespace emulated {
+static void (*told)(unsigned blocks, size_t shared_bytes);  // where set, it is called and no kernel runs
 static void (*body)(const void*);
 static const void* argument;
 inline void run() {
@@ -150,6 +151,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, v
                              cudaStream_t) {
   using namespace emulated;
   if (bytes > (reinterpret_cast<const void*>(kernel) == asked_for ? granted : 48 * 1024)) return 1;
+  if (told) return told(grid.x, bytes), cudaSuccess;
   static void (*called)(Arguments);
   called = kernel;
   body = [](const void* a) { called(*static_cast<const Arguments*>(a)); };
