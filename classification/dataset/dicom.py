@@ -48,6 +48,7 @@ PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit ModalityLUTSequence
 VOILUTSequence WindowCenter WindowWidth VOILUTFunction
 """
 HEADER = [Tag(name) for name in NAMES.split()]
+NEEDED = ("Rows", "Columns", "BitsAllocated", "BitsStored")
 
 
 def decode_dicom(data, recipe, window):
@@ -105,32 +106,43 @@ def _read(data):
     """(header, transfer syntax, (VR, length as written, bytes) of PixelData), once it is sure that all are there."""
     file = _File(data)
     file.seek(132 if data[128:132] == b"DICM" else 0)
+    try:
+        dataset, syntax, pixels = _parse(file)
+    except Exception as error:  # the end of the file can be met anywhere
+        if file.cut:
+            raise ValueError("cut short: the file ends within the header") from error
+        raise
+    if pixels is None and file.cut:
+        raise ValueError("cut short: the file ends within the header")
+    missing = [name for name in NEEDED if dataset.get(name) in (None, "")]
+    if pixels is None:  # so looks a file that is cut between two elements
+        raise Unusable(f"the DICOM has no {' and no '.join([*missing, 'PixelData'])}: cut short, or not an image")
+    if missing:
+        raise Unusable(f"the DICOM has no {' and no '.join(missing)}")
+    vr, length, start = pixels
+    return dataset, syntax, (vr, length, memoryview(data)[start : start + length])
+
+
+def _parse(file):
+    """(header, transfer syntax, (VR, length, position) of PixelData or None)."""
     meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
     syntax = UID(str(meta.get("TransferSyntaxUID") or ""))
     if not syntax:
-        letters = data[file.tell() + 4 : file.tell() + 6]
+        letters = file.getvalue()[file.tell() + 4 : file.tell() + 6]
         syntax = UID(EXPLICIT if _is_vr(letters) else IMPLICIT)
         warnings.warn(f"no transfer syntax: taken for {syntax.name}", stacklevel=2)
     if syntax not in TRANSFER_SYNTAXES:  # before reading on, which would inflate a deflated file
         raise Unusable(f"transfer syntax {syntax.name} is not supported")
-    pixels = []
+    pixels = None
 
     def at_pixels(tag, vr, length):
-        if tag >= PIXEL_DATA:
-            pixels.append((tag, vr, length, file.tell()))
+        nonlocal pixels
+        if tag == PIXEL_DATA:
+            pixels = vr, length, file.tell()
         return tag >= PIXEL_DATA
 
     order = syntax == IMPLICIT, syntax != BIG_ENDIAN
-    dataset = read_dataset(file, *order, stop_when=at_pixels, specific_tags=HEADER)
-    if not pixels and file.cut:
-        raise ValueError("cut short: the file ends within the header")
-    for name in ("Rows", "Columns", "BitsAllocated", "BitsStored"):
-        if dataset.get(name) is None:
-            raise Unusable(f"the DICOM has no {name}")
-    if not pixels or pixels[0][0] != PIXEL_DATA:
-        raise Unusable("the DICOM has no PixelData")
-    _, vr, length, start = pixels[0]
-    return dataset, syntax, (vr, length, memoryview(data)[start : start + length])
+    return read_dataset(file, *order, stop_when=at_pixels, specific_tags=HEADER), syntax, pixels
 
 
 def _integer(dataset, name, default):
@@ -192,9 +204,13 @@ def _uncompressed(dataset, syntax, vr, length, data):
 
 def _decompressed(dataset, syntax, _vr, _length, data):
     """(words [H, W] of 8, 16 or 32 bits, of how many of these the decoder makes use)."""
+    if bytes(data[:4]) != b"\xfe\xff\x00\xe0":
+        raise Unusable(f"the pixels are not compressed, the transfer syntax says {syntax.name}")
     # One image: all fragments are of one frame, whatever the table of offsets before them says.
     _, *fragments = generate_fragments(bytes(data))
     frame = b"".join(fragments)
+    if not frame.strip(b"\0"):
+        raise ValueError("cut short: there are no compressed pixels")
     bits, signed = dataset.BitsAllocated, False
     if syntax != "1.2.840.10008.1.2.5":
         read = read_jpeg2000 if syntax.startswith("1.2.840.10008.1.2.4.9") else read_jpeg
