@@ -27,7 +27,7 @@ import logger
 from analysis import training_log
 from analysis.evaluation import new_evaluation, write_evaluation
 from analysis.figures import plot_training
-from dataset.build import build_dataset, build_loader, worker_count
+from dataset.build import build_datasets, build_loader, worker_count
 from dataset.transforms import build_mixup
 from errors import UserError
 from inference import autocast, compute_threads, progress
@@ -113,8 +113,10 @@ class Run:
         torch.manual_seed(config.SEED)
 
         # 1. Data first: most mistakes show here, before anything slow.
-        train_set, val_set = build_dataset(config, "train"), build_dataset(config, "validate")
+        train_set, val_set = build_datasets(config, "train", "validate")
         log.info(f"data in {config.DATA.DATA_PATH}\n{train_set.summary}")
+        for text in (*train_set.warnings, *val_set.warnings):
+            log.warning(text)
         self.train_loader = build_loader(config, train_set, train=True, world=world, log=log)
         self.val_loader = build_loader(config, val_set, train=False, world=world, log=log)
         self.mixup = build_mixup(config)
@@ -307,8 +309,10 @@ def train(config, world, folder, log):
 # --------------------------------------------------------------------------------------- evaluate
 def evaluate(config, world, folder, log):
     """Evaluate a checkpoint on the test split into RESULTS/evaluation_<timestamp>; returns its folder."""
-    dataset = build_dataset(config, "test")
+    (dataset,) = build_datasets(config, "test")
     log.info(f"data in {config.DATA.DATA_PATH}\n{dataset.summary}")
+    for text in dataset.warnings:
+        log.warning(text)
     loader = build_loader(config, dataset, train=False, world=world, log=log)
     task, model = build_task(config, dataset), build_model(config)
     # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
