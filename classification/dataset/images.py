@@ -126,7 +126,7 @@ def decode(data, name, *, recipe="window", window=0, shrink_to=0):
     except Exception as error:
         raise ImageError(f"{name}: cannot be read as an image ({_reason(error, data)}); replace the file") from error
     for warning in caught:
-        _note(str(warning.message), name)
+        note(str(warning.message), name)
     return grey
 
 
@@ -140,16 +140,20 @@ def _reason(error, data):
 
 
 # ------------------------------------------------------------------------------------- warnings, once a kind
-_warnings = {}  # of this process: kind -> [how often, first text]
+_warnings = {}  # of this process: kind -> [how often, first text, file of it]
 
 
-def _note(text, name):
-    kind = re.sub(r"'[^']*'|-?\d[\d.e+-]*", "#", text)  # texts that differ in values are of one kind
-    _warnings.setdefault(kind, [0, f"{text} ({name})"])[0] += 1
+def warning_kind(text):
+    """Texts that differ in values alone are of one kind."""
+    return re.sub(r"'[^']*'|-?\d[\d.e+-]*", "#", text)
+
+
+def note(text, name, count=1):
+    _warnings.setdefault(warning_kind(text), [0, text, name])[0] += count
 
 
 def take_warnings():
-    """What this process has warned of since the last call: kind -> (how often, the first text, with its file)."""
-    taken = {kind: tuple(seen) for kind, seen in _warnings.items()}
+    """What this process has warned of since the last call: [(how often, the first text, the file of that one)]."""
+    taken = [tuple(seen) for seen in _warnings.values()]
     _warnings.clear()
     return taken

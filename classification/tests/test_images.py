@@ -10,6 +10,7 @@ import struct
 import tracemalloc
 import warnings
 import zlib
+from types import SimpleNamespace as Node
 
 import numpy as np
 import pydicom
@@ -26,7 +27,9 @@ from pydicom.uid import (
 
 from conftest import SHARED
 from dataset.dicom import MAX_PIXELS
+from dataset.domain import domain_warning, image_domain
 from dataset.images import ImageError, decode, sniff, take_warnings
+from dataset.stores import FileStore
 from dicom_writer import BIG_ENDIAN, EXPLICIT, IMPLICIT, encapsulated, encode, image, items, lut
 
 
@@ -738,13 +741,113 @@ def test_warnings_are_counted_by_kind_and_not_printed(recwarn, capfd):
         decode(image(RAMP, *WINDOW), "good.dcm")
     data = image(RAMP, *WINDOW).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2\0\0\0")  # implicit, it says
     assert_shows(data, WINDOWED)
-    assert sorted(take_warnings().values()) == [
-        (1, "Expected implicit VR, but found explicit VR - using explicit VR for reading (a)"),
-        (5, "PixelPaddingValue 300 is no value that a pixel can have (0.dcm)"),
-        (5, "VOILUTFunction 'F0' is unknown: taken for LINEAR (0.dcm)"),
+    assert sorted(take_warnings()) == [
+        (1, "Expected implicit VR, but found explicit VR - using explicit VR for reading", "a"),
+        (5, "PixelPaddingValue 300 is no value that a pixel can have", "0.dcm"),
+        (5, "VOILUTFunction 'F0' is unknown: taken for LINEAR", "0.dcm"),
     ]
-    assert take_warnings() == {}
+    assert take_warnings() == []
     assert not recwarn.list and capfd.readouterr() == ("", "")
+
+
+def test_the_audit_names_what_is_odd_once_a_kind(own_tree, tmp_path, capfd):
+    """Every file is read, whatever its name; the summary has a line for each kind of oddity, the table each file."""
+    import prepare_mimic
+
+    paths = sorted(own_tree.rglob("*.jpg"))
+    noise = np.random.default_rng(0).integers(0, 4000, (len(paths), 64, 48))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for k, path in enumerate(paths[:12]):
+        path.unlink()
+        if k < 3:
+            Image.fromarray(noise[k].astype(np.uint8)).save(path.with_suffix(".jpeg"), exif=exif)
+        elif k < 8:  # two kinds
+            odd = ("VOILUTFunction", "CS", f"F{k}") if k < 6 else ("PixelPaddingValue", "SS", -5000 - k)
+            name = path.with_suffix((".dicom", ".DCM", "")[k % 3])
+            name.write_bytes(image(noise[k], *window_tags(2000, 4000), odd, bits=(16, 12, 11)))
+        else:
+            path.write_bytes(image(noise[k], *WINDOW))
+    assert prepare_mimic.main(["audit", "--data-path", str(own_tree), "--output", str(tmp_path / "audit")]) in (0, 1)
+    lines = (tmp_path / "audit" / "audit.txt").read_text().splitlines()
+    counts = {" ".join(line.split()[1:3]): line for line in lines}
+    assert "turned: pictures" in counts and counts["turned: pictures"].split()[0] == "3"
+    assert "EXIF orientation 6" in counts["turned: pictures"]
+    odd = [line for line in lines if "odd header: " in line]
+    assert sorted(line.split()[0] for line in odd) == ["2", "3"]
+    assert any("VOILUTFunction 'F" in line for line in odd) and any("PixelPaddingValue -50" in line for line in odd)
+    wrong = [line for line in lines if "wrong suffix: " in line]
+    assert len(wrong) == 1 and wrong[0].split()[0] == "4" and wrong[0].endswith("the content is .dcm")
+    assert not [line for line in lines if "missing: " in line or "unreadable: " in line]
+    assert "Warning" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_says_what_is_odd_once_a_kind(workers, capfd):
+    import logging
+
+    import torch
+
+    from dataset.build import EvalSampler, Loader
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return 16
+
+        def __getitem__(self, index):
+            grey = decode(image(RAMP, *WINDOW, ("VOILUTFunction", "CS", f"F{index}")), f"{index}.dcm")
+            return torch.from_numpy(grey)[None], torch.zeros(1)
+
+    take_warnings()
+    said = []
+    log = logging.Logger("said")
+    log.addHandler(type("Said", (logging.Handler,), {"emit": lambda self, record: said.append(record.getMessage())})())
+    data = Node(NUM_WORKERS=workers, PIN_MEMORY=False, ON_BAD_IMAGE="error")
+    config = Node(DATA=data, AUG=Node(MEAN=[0.5] * 3, STD=[0.5] * 3), SEED=0)
+    sampler = EvalSampler(16, batch_size=2, rank=0, world_size=1)
+    loader = Loader(config, Images(), sampler, torch.device("cpu"), log)
+    for _ in range(2):
+        assert len(list(loader)) == 8
+    text = "VOILUTFunction 'F0' is unknown: taken for LINEAR; said once, `prepare_mimic.py audit` counts such images"
+    assert said == [f"0.dcm: {text}"]
+    assert capfd.readouterr() == ("", "")
+
+
+# ------------------------------------------------------------------------------------------- the domain
+def test_the_domain_of_images_is_told_by_their_content(tmp_path):
+    """Not by their names; a copy has that of what it was made of."""
+    from dataset.cache import make_copy
+    from dataset.labels import LABELS
+
+    for kind, data in (("pictures", picture("JPEG")), ("dicom", image(RAMP.repeat(9, 0).repeat(9, 1), *WINDOW))):
+        root = tmp_path / kind
+        root.mkdir()
+        names = [f"{k}.jpg" for k in range(20)]
+        for name in names:
+            (root / name).write_bytes(data)
+        rows = "".join(f"{name},test{',0' * len(LABELS)}\n" for name in names)
+        (root / "own.csv").write_text(f"path,split,{','.join(LABELS)}\n{rows}")
+        for recipe in ("window", "mimic_jpg"):
+            expected = "pictures" if kind == "pictures" else f"dicom {recipe}"
+            assert image_domain(FileStore(root), names, recipe) == expected
+            out = tmp_path / f"{kind} {recipe}"
+            make_copy(root, out, size=16, dicom_recipe=recipe, workers=1, log=lambda _: None)
+            assert image_domain(FileStore(out), np.array([b"3.jpg"]), "window") == expected
+    (root / "0.jpg").write_bytes(picture("PNG"))
+    assert image_domain(FileStore(root), names, "window") == "dicom window and pictures"
+    assert image_domain(FileStore(root), ["not there.jpg"], "window") == ""
+
+
+def test_another_domain_is_one_line_that_names_the_remedy():
+    same = ["pictures", "dicom mimic_jpg"]
+    for one in same:
+        assert [domain_warning(one, other) for other in same] == ["", ""]
+        assert domain_warning(one, "dicom window").endswith("use DATA.DICOM_RECIPE mimic_jpg")
+    assert domain_warning("dicom window", "dicom window") == domain_warning("", "pictures") == ""
+    assert domain_warning("dicom window", "dicom mimic_jpg").endswith("use DATA.DICOM_RECIPE window")
+    for trained, here in (("dicom window", "pictures"), ("pictures", "dicom window and pictures")):
+        said = domain_warning(trained, here)
+        assert trained in said and here in said and "DATA.DICOM_RECIPE" in said and "\n" not in said
 
 
 def mutated(data, rng):
