@@ -114,10 +114,9 @@ def _read(data):
         raise
     if pixels is None and file.cut:
         raise ValueError("cut short: the file ends within the header")
-    missing = [name for name in NEEDED if dataset.get(name) in (None, "")]
     if pixels is None:  # so looks a file that is cut between two elements
-        raise Unusable(f"the DICOM has no {' and no '.join([*missing, 'PixelData'])}: cut short, or not an image")
-    if missing:
+        raise Unusable("the DICOM has no PixelData: cut short, or not an image")
+    if missing := [name for name in NEEDED if dataset.get(name) in (None, "")]:
         raise Unusable(f"the DICOM has no {' and no '.join(missing)}")
     vr, length, start = pixels
     return dataset, syntax, (vr, length, memoryview(data)[start : start + length])

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from pydicom.sequence import Sequence
 
 from dataset.codestreams import Unusable
@@ -67,13 +68,13 @@ def mimic_jpg(stored, dataset, _index):
         levels = ((values.astype(np.float64) - low) / max(high - low, 1) * 255).astype(np.uint8)
         return 255 - levels if inverted else levels
 
-    grey = _each_value_once(level, stored, low, high)
-    histogram = np.bincount(grey.ravel(), minlength=256)
+    image = Image.fromarray(_each_value_once(level, stored, low, high))
+    histogram = np.array(image.histogram())
     lowest = histogram[np.flatnonzero(histogram)[0]]
-    if lowest == grey.size:
-        return grey
-    table = np.round((np.cumsum(histogram) - lowest) * (255 / (grey.size - lowest))).clip(0, 255).astype(np.uint8)
-    return table[grey]
+    if lowest < stored.size:
+        equal = np.round((np.cumsum(histogram) - lowest) * (255 / (stored.size - lowest))).clip(0, 255)
+        image = image.point(equal.astype(int).tolist())
+    return np.asarray(image)
 
 
 RECIPES = {"window": window, "mimic_jpg": mimic_jpg}

@@ -38,7 +38,6 @@ NO_IMAGES = (
     (b"<", "a web page or XML, such as the answer to a download without login"),
     (b"\x1f\x8b", "compressed by gzip"),
     (b"PK", "a zip file"),
-    (bytes(16), "zeros, as of a download that was not finished"),
 )
 
 
@@ -81,8 +80,8 @@ def _decode_picture(data, shrink_to):
             factor = min(image.size) / shrink_to
             if factor >= 2:
                 image.draft("L", (int(image.width / factor), int(image.height / factor)))
+        image.load()  # which turns a TIFF itself
         turn = UPRIGHT.get(orientation(image))
-        image.load()
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             grey = Image.fromarray(_to_uint8(np.asarray(image)))
         else:
@@ -133,7 +132,9 @@ def decode(data, name, *, recipe="window", window=0, shrink_to=0):
 def _reason(error, data):
     """One line, without what means nothing to the user, such as an object's address."""
     if isinstance(error, UnidentifiedImageError):
-        what = next((what for start, what in NO_IMAGES if data.lstrip().startswith(start)), "")
+        what = next((what for start, what in NO_IMAGES if data[:1000].lstrip().startswith(start)), "")
+        if not data.strip(b"\0"):
+            what = "zeros, as of a download that was not finished"
         return f"cannot identify image: neither JPG, PNG nor DICOM{what and ', but '}{what}"
     text = str(error).split("\n")[0]
     return re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the file", text) or type(error).__name__

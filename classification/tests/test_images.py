@@ -10,6 +10,7 @@ import struct
 import tracemalloc
 import warnings
 import zlib
+from pathlib import Path
 from types import SimpleNamespace as Node
 
 import numpy as np
@@ -243,6 +244,10 @@ WINDOWED = [linear(v, 1000, 400) for v in range(0, 2400, 100)]
         [("RescaleSlope", "DS", "1"), ("RescaleType", "LO", "US")],
         [("RescaleSlope", "DS", "1e300"), ("RescaleIntercept", "DS", "0")],
         [("RescaleSlope", "DS", "nan"), ("RescaleIntercept", "DS", "0")],
+        [("VOILUTSequence", "UN", b"")],
+        [
+            ("VOILUTSequence", "SQ", b"\xfe\xff\x00\xe0\xff\xff\xff\xff\xfe\xff\x0d\xe0\0\0\0\0")
+        ],  # an item without a length
         [("ModalityLUTSequence", "SQ", b"")],
         [("ModalityLUTSequence", "SQ", items(b""))],
         [("PhotometricInterpretation", "CS", "MONOCHROME2\0")],
@@ -619,7 +624,7 @@ SEEN = {
 
 
 @pytest.mark.parametrize("shrink_to", [0, 12])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("value", SEEN)
 def test_pictures_are_turned_upright(value, kind, shrink_to):
     blocks = np.array([[10, 60, 110, 160], [200, 250, 30, 80]], np.uint8)
@@ -879,10 +884,17 @@ def test_mutated_files_are_read_or_refused(tree):
     pixels = np.asarray(Image.open(sorted(tree.rglob("*.jpg"))[0]).convert("L"))
     seeds = [(sorted(tree.rglob("*.jpg"))[0].read_bytes(), "a.jpg")]
     seeds += [(compressed(pixels, s), "a.dcm") for s in SYNTAXES]
-    if (SHARED / "cxr_dicom").is_dir():  # the syntaxes that nothing here can encode
-        seeds += [
-            (p.read_bytes(), "a.dcm") for p in (SHARED / "cxr_dicom").rglob("*.dcm") if p.stat().st_size < 300_000
-        ]
+    for name in COMPRESSED.values():  # the syntaxes that nothing here can encode
+        path = pydicom.data.get_testdata_file(name, download=False) if isinstance(name, str) else name
+        seeds += [(Path(path).read_bytes(), "a.dcm")] if path and Path(path).is_file() else []
+    tables = [(f"{k}LUTSequence", "SQ", lut(1000, -500, 12, bytes(2000))) for k in ("Modality", "VOI")]
+    seeds += [
+        (image(pixels, *WINDOW, bits=(16, 12, 13), signed=1, bare=True), "a.dcm"),
+        (image(pixels, *WINDOW, *tables, syntax=IMPLICIT), "a.dcm"),
+        (image(pixels.astype(np.int64) << 24, ("PixelPaddingValue", "US", 0), bits=(32, 32, 31)), "a.dcm"),
+        (image(pixels, *WINDOW, syntax=BIG_ENDIAN), "a.dcm"),
+        (picture("PNG"), "a.png"),
+    ]
     begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     at = mmap.mmap(-1, 16)  # which one: it outlives a crash
     pid = os.fork()
@@ -897,8 +909,8 @@ def test_mutated_files_are_read_or_refused(tree):
                 signal.alarm(20)
                 try:
                     recipe = ("window", "mimic_jpg")[k // len(seeds) % 2]
-                    image = decode(mutated(data, np.random.default_rng(k)), name, recipe=recipe)
-                    assert image.dtype == np.uint8 and image.ndim == 2 and image.size
+                    grey = decode(mutated(data, np.random.default_rng(k)), name, recipe=recipe)
+                    assert grey.dtype == np.uint8 and grey.ndim == 2 and grey.size
                     read += 1
                 except ImageError:
                     pass
