@@ -23,6 +23,12 @@ import torch.distributed as dist
 
 from errors import UserError
 
+# What rank 0 says where another rank has ended.
+LOSS_OF_PEER = (
+    "another process of this run has ended, and this one with it; why is said by that one, here or in its "
+    "log_rank*.txt. If it says nothing it was killed, most often for memory: give the job more (--mem), or "
+    "DATA.NUM_WORKERS less"
+)
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -164,22 +170,18 @@ def session():
     try:
         yield World(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
     except RuntimeError as error:
-        if not _is_loss_of_peer(error):
+        if not is_loss_of_peer(error):
             raise
-        time.sleep(3)  # the cause speaks first, and the launcher sees who ended first
+        time.sleep(3)  # the cause speaks first, and the launcher, which may end this process, sees who ended first
         if rank != 0:
             raise SystemExit(1) from None
-        raise UserError(
-            "another process of this run has ended, and this one with it; why is said by that one, here or in its "
-            "log_rank*.txt. If it says nothing it was killed, most often for memory: give the job more (--mem), or "
-            "DATA.NUM_WORKERS less"
-        ) from None
+        raise UserError(LOSS_OF_PEER) from None
     finally:
         if size > 1:
             dist.destroy_process_group()
 
 
-def _is_loss_of_peer(error):
+def is_loss_of_peer(error):
     """Whether a collective failed because another process is gone; the texts are gloo's and NCCL's."""
     text = str(error)
     return ("gloo/transport" in text and ("peer" in text or "pipe" in text)) or "remote process exit" in text

@@ -381,6 +381,10 @@ def main(argv=None):
         except UserError as error:
             logger.to_file(log, f"error: {error}")  # the terminal gets it from `run_command`
             raise
+        except RuntimeError as error:
+            if distributed.is_loss_of_peer(error):  # `session` says it on the terminal
+                logger.to_file(log, f"error: {distributed.LOSS_OF_PEER}")
+            raise
         finally:
             logger.close(log)
 

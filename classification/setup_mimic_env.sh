@@ -51,6 +51,8 @@ while [ $# -gt 0 ]; do
       [ $# -ge 2 ] || fail "$1 needs a value"
       name=${1#--}
       printf -v "${name//-/_}" %s "$2"
+      # A name asks for conda, whatever the last set-up did.
+      [ "$1" != --env-name ] || env_dir=${MIMIC_ENV_DIR:-}
       shift 2 ;;
     --no-weights) download=0; shift ;;
     --yes) ask=0; shift ;;
@@ -68,7 +70,7 @@ question() { # variable, text
 if [ "$ask" = 1 ]; then
   question data_path "MIMIC-CXR folder"
   ! have sbatch || { question email "e-mail for the jobs"; question account "Slurm account"; }
-  question env_name "name of the conda environment, where there is conda"
+  [ -n "$env_dir" ] || question env_name "name of the conda environment, where there is conda"
 fi
 if [ -n "$data_path" ]; then
   [ -d "$data_path" ] || fail "--data-path $data_path is not a folder; give the folder that holds files/ and the CSV files"

@@ -72,6 +72,31 @@ def test_no_free_port_is_said(monkeypatch, variables):
             distributed.meet(0, 2)
 
 
+def lone(rank, answers):
+    """One of two ranks of which the second ends without a word."""
+    os.environ |= {"SLURM_JOB_ID": "9", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+    distributed.time.sleep = lambda _: None
+    try:
+        with distributed.session() as world:
+            distributed.gather(rank, world)
+            if rank == 1:
+                os._exit(9)
+            distributed.gather(rank, world)
+    except Exception as error:
+        answers.put((type(error).__name__, str(error)))
+
+
+def test_the_end_of_another_rank_is_one_line():
+    answers = FORK.Queue()
+    ranks = [FORK.Process(target=lone, args=(rank, answers)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    assert answers.get(timeout=60) == ("UserError", distributed.LOSS_OF_PEER)
+    for process in ranks:
+        process.join()
+
+
 def test_a_container_without_scontrol_is_told_of_master_addr(monkeypatch):
     for name, value in {"STEP_NUM_TASKS": "2", "STEP_NUM_NODES": "2", "STEP_NODELIST": "n[1-2]"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)

@@ -264,7 +264,9 @@ def test_seeds_of_an_array_are_runs_of_their_own(house):
     """Task 1, whose number is the array's own, is interrupted: it alone is requeued."""
     epochs = ("--opts", "TRAIN.EPOCHS", 16)
     named = ("--array=0-1", "--output=logs/train_%A_%a.out")
-    job = house.submit("train_mimic.sbatch", *epochs, options=(GPU, *named))
+    # The variable is what the settings give to the shell that submits.
+    job = house.submit("train_mimic.sbatch", *epochs, options=(GPU, *named), SBATCH_ACCOUNT="lab")
+    assert shown(job)["Account"] == "lab"
     test = house.submit("eval_mimic.sbatch", *epochs, options=(GPU, "--array=0-1", f"--dependency=aftercorr:{job}"))
     interrupt(house, f"{job}_1", 1)
     for k in (1, 0):
@@ -405,8 +407,11 @@ def test_a_rank_that_dies_ends_the_job_with_its_message(house):
 
 @side_by_side
 def test_a_killed_rank_is_named(house):
-    """Two GPUs of one node, one process killed as for want of memory."""
-    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60, options=("--gpus=a100:2",))
+    """Two GPUs of one node, one process killed as for want of memory; and the same of ranks that srun started."""
+    flags = f"--cfg tiny.yaml --data-path {house.tree} --tag plain --opts TRAIN.EPOCHS 5000"
+    wrap = f"srun {sys.executable} -u main.py {flags}"
+    plain = house.submit("--wrap", wrap, options=("--ntasks=2", "--output=logs/train_%j.out"))
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 5000, options=("--gpus=a100:2",))
     house.until(lambda: "update" in house.log(job), "training", job)
     assert "on 2 x cpu" in house.log(job)
     (its,) = house.processes(SLURM_JOB_ID=job, RANK="1")
@@ -415,6 +420,15 @@ def test_a_killed_rank_is_named(house):
     log = house.log(job)
     assert re.search(r"error: the process of rank 1 on \S+ was ended by SIGKILL, most often for memory", log), log
     assert "Traceback" not in log and "frame #" not in log, log
+
+    house.until(lambda: "update" in house.log(plain), "training", plain)
+    (its,) = house.processes(SLURM_JOB_ID=plain, SLURM_PROCID="1")
+    os.kill(its, signal.SIGKILL)
+    assert house.wait(plain, 120) == "FAILED"
+    log = house.log(plain)
+    assert "task 1: Killed" in log and "Traceback" not in log, log
+    for text in (log, (house.run.with_name("plain") / "log_rank0.txt").read_text()):
+        assert text.count("error: another process of this run has ended") == 1, text
 
 
 @side_by_side
