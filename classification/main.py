@@ -461,6 +461,9 @@ def main(argv=None):
             raise
         except Exception as error:
             logger.to_file(log, traceback.format_exc())
+            if distributed.is_loss_of_peer(error):  # `session` says it on the terminal
+                logger.to_file(log, f"error: {distributed.LOSS_OF_PEER}")
+                raise
             explanation = faults.explain(error, config, world)
             if explanation is None:
                 raise
