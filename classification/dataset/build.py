@@ -19,6 +19,7 @@ class Dataset(Protocol):
     """One split, as a module with `build(config, *splits) -> one dataset a split` makes it (DATA.DATASET names it).
 
     Items: (image uint8 tensor [1 or 3, S, S] with S = DATA.IMG_SIZE, target = targets[index]).
+    It may have a `domain` as well, see `dataset.domain`: a model is then not tested on another one without a word.
     """
 
     task: str  # multilabel or single_label
