@@ -1,4 +1,4 @@
-"""Faults of the machine, told from the exceptions they end in: one line that says what to do."""
+"""Faults of the machine, known by the exceptions they raise: one line that says what to do."""
 
 import re
 

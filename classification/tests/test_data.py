@@ -530,3 +530,17 @@ def test_real_sample_is_read():
     assert counts == [660, 115, 100]
     image, target = MIMICCXRDataset(SHARED / "cxr_sample" / "files", "test")[0]
     assert min(image.size) == 320 and target.sum() > 0
+
+
+@pytest.mark.parametrize("how, black", [("pad", 12), ("squeeze", 0)])
+def test_a_crop_at_test_time_has_the_geometry_of_training(tiny, how, black):
+    """A white portrait of 96 x 48, padded to 64 x 64 (16 columns black either side), of which 4 pixels a side go."""
+    from config import get_config, parse_args
+    from dataset.transforms import radiograph_transform
+
+    opts = ["DATA.RESIZE", how, "TEST.CROP", "True", "DATA.IMG_SIZE", "56"]
+    config = get_config(parse_args(["--cfg", str(tiny), "--opts", *opts]))
+    image = radiograph_transform(config, train=False)(Image.new("L", (48, 96), 255))
+    assert image.shape == (1, 56, 56)
+    columns = (image[0] > 127).all(0)
+    assert columns.tolist() == [False] * black + [True] * (56 - 2 * black) + [False] * black
