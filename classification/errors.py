@@ -1,5 +1,6 @@
-"""The one exception for mistakes a user can mend, and what becomes of it."""
+"""The one exception for mistakes a user can mend, how it helps, and what becomes of it."""
 
+import difflib
 import sys
 
 
@@ -8,6 +9,12 @@ class UserError(ValueError):
 
     Entry points print it as one line, without a traceback.
     """
+
+
+def did_you_mean(name, known):
+    """' (did you mean X?)' where a known name is near, else nothing."""
+    near = difflib.get_close_matches(str(name), known, 1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def run_command(function, argv=None):
