@@ -25,11 +25,14 @@ import config as config_module
 import distributed
 import faults
 import logger
-from analysis import training_log
-from analysis.evaluation import new_evaluation, write_evaluation
+from analysis import tables, training_log
+from analysis.evaluation import digest, new_evaluation, read_evaluation, write_evaluation
 from analysis.figures import plot_training
+from analysis.report import make_report
+from analysis.results import Options
 from dataset.build import build_datasets, build_loader, fingerprint, worker_count
 from dataset.domain import domain_warning
+from dataset.tables import EmptySplit
 from dataset.transforms import build_mixup
 from errors import UserError, run_command
 from inference import autocast, compute_threads, progress
@@ -392,36 +395,60 @@ def load_for_evaluation(model, config, folder, label_names, log):
 
 
 def evaluate(config, world, folder, log):
-    """Evaluate a checkpoint on the test split into RESULTS/evaluation_<timestamp>; returns its folder."""
-    (dataset,) = build_datasets(config, "test")
-    log_datasets(log, config, dataset)
-    loader = build_loader(config, dataset, train=False, world=world, log=log)
-    task, model = TASKS[dataset.task], build_model(config)
-    path, trained_on = load_for_evaluation(model, config, folder, dataset.label_names, log)
-    domain = getattr(dataset, "domain", "")
+    """Evaluate a checkpoint into RESULTS/evaluation_<timestamp>, with its report; returns the folder.
+
+    The figures are those of the test split. The validation split is predicted too: thresholds and calibration are
+    chosen on it, never on the test split.
+    """
+    datasets = datasets_for_evaluation(config, log)
+    test_set = datasets["test"]
+    log_datasets(log, config, *datasets.values())
+    task, model = TASKS[test_set.task], build_model(config)
+    path, trained_on = load_for_evaluation(model, config, folder, test_set.label_names, log)
+    domain = getattr(test_set, "domain", "")
     warnings = [text for text in [domain_warning(trained_on, domain)] if text]
     for text in warnings:
         log.warning(text)
     target = new_evaluation(config.RESULTS) if world.is_main else None
-    log.info(f"evaluating {path} on {len(dataset):,} test images")
     amp, _ = autocast(config, world.device)
-    metrics = task.test(model.to(world.device), loader, world, amp, label_names=dataset.label_names)
+    model.to(world.device)
+    found = {}
+    for split, dataset in datasets.items():
+        log.info(f"evaluating {path} on {len(dataset):,} {split} images")
+        loader = build_loader(config, dataset, train=False, world=world, log=log)
+        found[split] = task.test(model, loader, world, amp, label_names=dataset.label_names)
     if not world.is_main:
         return None
-    skipped = len(dataset) - metrics["images"]
+    skipped = len(test_set) - found["test"]["images"]
     about = {
         "checkpoint": str(path),
-        "domain": {"trained": trained_on, "tested": domain},
+        "checkpoint_sha256": digest(path),
+        "domain": domain,
+        "trained_domain": trained_on,
         "warnings": warnings,
         "config": config_module.to_dict(config),
         "skipped": skipped,
     }
-    write_evaluation(target, about | metrics, dataset)
-    log.info("test split\n" + task.table(metrics))
+    write_evaluation(target, about, found, datasets)
+    log.info("test split\n" + task.table(found["test"]))
     if skipped:
-        log.warning(f"{skipped} of {len(dataset):,} test images could not be read and do not count")
-    log.info(f"results in {target}")
+        log.warning(f"{skipped} of {len(test_set):,} test images could not be read and do not count")
+    if task.report:
+        report = make_report(read_evaluation(target), Options(), target)
+        log.info(tables.headline(report))
+    log.info(f"results in {target}" + (": open report.html" if task.report else ""))
     return target
+
+
+def datasets_for_evaluation(config, log):
+    """{split: dataset} of what an evaluation predicts: test, and validate where the data has it."""
+    try:
+        test_set, val_set = build_datasets(config, "test", "validate")
+        return {"test": test_set} | ({"validate": val_set} if TASKS[test_set.task].report else {})
+    except EmptySplit as error:
+        (test_set,) = build_datasets(config, "test")  # if it is this split that is empty, it is an error again
+        log.warning(f"{error}: thresholds and calibration are left out")
+        return {"test": test_set}
 
 
 def measure_throughput(config, world, log):

@@ -26,6 +26,7 @@ class Task:
     test(model, loader, world, amp, label_names=) -> those and further metrics, `images` (how many), and the arrays
         `probabilities`, `targets` [N, L] and `rows` [N] (which of the dataset)
     table(metrics) -> text
+    report: whether an evaluation ends with one (intervals, thresholds, calibration of labels)
     """
 
     score: str
@@ -35,6 +36,7 @@ class Task:
     validate: Callable
     test: Callable
     table: Callable
+    report: bool
 
 
 # ----------------------------------------------------------------------------- labels, each 0 or 1
@@ -89,6 +91,7 @@ TASKS = {
         validate=_validate_labels,
         test=multilabel.evaluate_test_set,
         table=_label_table,
+        report=True,
     ),
     "single_label": Task(
         score="acc1",
@@ -98,5 +101,6 @@ TASKS = {
         validate=_test_classes,
         test=_test_classes,
         table=_class_table,
+        report=False,
     ),
 }

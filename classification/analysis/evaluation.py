@@ -47,19 +47,24 @@ def new_evaluation(parent):
         raise UserError(f"RESULTS {parent} cannot be written ({error.strerror}); choose another folder") from error
 
 
-def write_evaluation(folder, metrics, dataset):
-    """metrics.json, predictions.csv and roc.png.
+def write_evaluation(folder, about, found, datasets):
+    """metrics.json of the test split, and the predictions of every split.
 
-    metrics: of a task's `test`; its arrays go to predictions.csv.
+    about: what was evaluated, for metrics.json. found: split -> metrics of a task's `test`, whose arrays go to the
+    tables of predictions. datasets: split -> `dataset.build.Dataset`.
     """
-    from analysis.figures import plot_evaluation
-
-    figures = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
-    arrays = dataset.label_names, metrics["targets"], metrics["probabilities"]
-    read = {name: np.asarray(column)[metrics["rows"]] for name, column in dataset.ids().items()}
-    write_predictions(folder / "predictions.csv", read, *arrays)
-    plot_evaluation(folder, metrics, *arrays)
+    cohort = getattr(datasets["test"], "cohort", None)
+    recorded = about | ({"cohort": cohort()} if cohort else {})
+    recorded |= {k: v for k, v in found["test"].items() if not isinstance(v, np.ndarray)}
+    (folder / "metrics.json").write_text(json.dumps(recorded, indent=2) + "\n")
+    for split, name in (("test", TEST), ("validate", VALIDATE)):
+        if split in found:
+            metrics, dataset = found[split], datasets[split]
+            rows = metrics["rows"]
+            ids = {column: np.asarray(values)[rows] for column, values in dataset.ids().items()}
+            labels = getattr(dataset, "labels", None)
+            arrays = metrics["targets"], metrics["probabilities"], None if labels is None else labels[rows]
+            write_predictions(folder / name, ids, dataset.label_names, *arrays)
 
 
 def write_predictions(path, ids, label_names, targets, probabilities, labels=None):

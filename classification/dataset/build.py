@@ -20,6 +20,8 @@ class Dataset(Protocol):
 
     Items: (image uint8 tensor [1 or 3, S, S] with S = DATA.IMG_SIZE, target = targets[index]).
     It may have a `domain` as well, see `dataset.domain`: a model is then not tested on another one without a word.
+    For the report of an evaluation it may have `labels` [N, L], those of the file (1, 0, -1, NaN), by which other
+    policies are tried, and `cohort()`, see `dataset.tables.Table`.
     """
 
     task: str  # multilabel or single_label

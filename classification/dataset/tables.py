@@ -19,6 +19,10 @@ CHECKED_FILES = 500
 COLUMNS = ("path", "dicom_id", "study", "subject", "split", "labels", "targets")  # the arrays of a Table
 
 
+class EmptySplit(UserError):
+    """A table without an image of the split asked for."""
+
+
 @dataclasses.dataclass
 class Table:
     """One row an image. Arrays, not Python objects: forked workers then share their memory.
@@ -59,6 +63,26 @@ class Table:
                 self.labels[rows], self.label_names, uncertain=uncertain, missing=missing, soft=rows is train
             )
         return dataclasses.replace(self, targets=targets)
+
+    def cohort(self):
+        """Counts by split, and what was left out: {"splits": {split: {images, studies, patients, labels}}, "left_out"}.
+
+        labels: by label {known, positives, prevalence}; studies and patients are None where the table has none.
+        """
+        splits = {}
+        for k, split in enumerate(SPLITS):
+            here = self.select(self.split == k)
+            ids = {"studies": here.study, "patients": here.subject}
+            known, positives = (~np.isnan(here.targets)).sum(0), (here.targets == 1).sum(0)
+            splits[split] = {
+                "images": len(here),
+                **{name: len(np.unique(column)) if (column >= 0).all() else None for name, column in ids.items()},
+                "labels": {
+                    label: {"known": int(n), "positives": int(p), "prevalence": p / n if n else None}
+                    for label, n, p in zip(self.label_names, known, positives)
+                },
+            }
+        return {"splits": splits, "left_out": {reason: n for reason, n in self.left_out.items() if n}}
 
     def summary(self):
         """The table in a few lines: images, studies, patients and positives by split, and what was left out."""

@@ -6,7 +6,6 @@ from dataset import tables
 from dataset.domain import image_domain
 from dataset.images import decode
 from dataset.stores import FileStore, MemoryStore, ZipStore
-from errors import UserError
 
 
 class RadiographDataset:
@@ -47,14 +46,15 @@ class RadiographDataset:
             table = table.with_targets()
         self.table = table.select(table.split == tables.split_index(split))
         if not len(self.table):
-            raise UserError(f"{table.root}: the split {split!r} has no image")
+            raise tables.EmptySplit(f"{table.root}: the split {split!r} has no image")
         self.store = ZipStore(table.root) if in_zip else FileStore(table.root)
         if in_zip:
             self.store.check(table.path)
         if on_memory:
             self.store = MemoryStore(self.store, self.table.path)
         self.domain = image_domain(self.store, self.table.path, dicom_recipe)
-        self.label_names, self.targets = table.label_names, self.table.targets
+        self.label_names, self.targets, self.labels = table.label_names, self.table.targets, self.table.labels
+        self.cohort = table.cohort  # of all splits
         self.summary, self.warnings = table.summary(), self._unlearnable() if split == "train" else []
         self.transform, self.mode = transform, mode
         self.decoding = {"recipe": dicom_recipe, "window": dicom_window, "shrink_to": shrink_to}
