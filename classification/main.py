@@ -26,7 +26,7 @@ import distributed
 import faults
 import logger
 from analysis import training_log
-from analysis.evaluation import new_evaluation, write_evaluation
+from analysis.evaluation import TEST, VALIDATE, digest, new_evaluation, read_evaluation, write_evaluation
 from analysis.figures import plot_training
 from dataset.build import build_datasets, build_loader, fingerprint, worker_count
 from dataset.domain import domain_warning
@@ -391,11 +391,22 @@ def load_for_evaluation(model, config, folder, label_names, log):
     return path, state.get("domain", "")
 
 
+def build_evaluation_sets(config, log):
+    """(test split, validation split or None where there is none): thresholds are chosen on the second alone."""
+    (dataset,) = build_datasets(config, "test")
+    if dataset.task != "multilabel":
+        return dataset, None
+    try:
+        return build_datasets(config, "test", "validate")
+    except UserError as error:  # the test split alone was fine
+        log.warning(f"no thresholds and no scaling of probabilities, for want of a validation split: {error}")
+        return dataset, None
+
+
 def evaluate(config, world, folder, log):
     """Evaluate a checkpoint on the test split into RESULTS/evaluation_<timestamp>; returns its folder."""
-    (dataset,) = build_datasets(config, "test")
+    dataset, held_out = build_evaluation_sets(config, log)
     log_datasets(log, config, dataset)
-    loader = build_loader(config, dataset, train=False, world=world, log=log)
     task, model = TASKS[dataset.task], build_model(config)
     path, trained_on = load_for_evaluation(model, config, folder, dataset.label_names, log)
     domain = getattr(dataset, "domain", "")
@@ -403,24 +414,43 @@ def evaluate(config, world, folder, log):
     for text in warnings:
         log.warning(text)
     target = new_evaluation(config.RESULTS) if world.is_main else None
+    model, (amp, _) = model.to(world.device), autocast(config, world.device)
+
+    def test(split):
+        loader = build_loader(config, split, train=False, world=world, log=log)
+        return split, task.test(model, loader, world, amp, label_names=split.label_names)
+
     log.info(f"evaluating {path} on {len(dataset):,} test images")
-    amp, _ = autocast(config, world.device)
-    metrics = task.test(model.to(world.device), loader, world, amp, label_names=dataset.label_names)
+    predicted = {TEST: test(dataset)}
+    if held_out is not None:
+        log.info(f"thresholds and calibration: {len(held_out):,} validation images")
+        predicted[VALIDATE] = test(held_out)
     if not world.is_main:
         return None
+    metrics = {k: v for k, v in predicted[TEST][1].items() if k not in ("probabilities", "targets", "rows")}
     skipped = len(dataset) - metrics["images"]
     about = {
         "checkpoint": str(path),
+        "checkpoint_sha256": digest(path),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "domain": {"trained": trained_on, "tested": domain},
         "warnings": warnings,
         "config": config_module.to_dict(config),
         "skipped": skipped,
     }
-    write_evaluation(target, about | metrics, dataset)
+    if dataset.task == "multilabel":
+        about["label_policy"] = {"uncertain": config.DATA.UNCERTAIN, "missing": config.DATA.MISSING}
+        about["cohort"] = getattr(dataset, "cohort", {})
+    write_evaluation(target, about | metrics, predicted, Path(path).parent / "metrics.jsonl")
     log.info("test split\n" + task.table(metrics))
     if skipped:
         log.warning(f"{skipped} of {len(dataset):,} test images could not be read and do not count")
     log.info(f"results in {target}")
+    if dataset.task == "multilabel" and config.TEST.REPORT:
+        from analysis import results, writing
+
+        log.info(writing.write_report(read_evaluation(target), results.Options(), target)["headline"])
+        log.info(f"report in {target / 'report.html'}")
     return target
 
 

@@ -8,14 +8,11 @@ Writes report.html, report.json, per_label.csv, tables.tex, summary.md, model_ca
 predictions of the validation split) and figures/ beside the predictions, or into --output.
 """
 
-import csv
-import json
-from dataclasses import replace
 from pathlib import Path
 
 from analysis import results, tables
 from analysis.evaluation import ensemble, new_evaluation, read_evaluation
-from analysis.groups import read_table
+from analysis.writing import write_report
 from config import Parser
 from errors import UserError, run_command
 
@@ -51,61 +48,6 @@ def parse_args(argv=None):
     return args
 
 
-def write(report, fitted, folder, pictures, no_pictures):
-    """Everything the report consists of, into `folder`."""
-    from analysis import card, figures, page
-
-    texts = {
-        "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
-        "report.html": page.render(report, pictures, no_pictures),
-        "tables.tex": tables.latex([t for _, _, found, _ in tables.sections(report) for t in found]),
-        "summary.md": tables.summary(report),
-        "model_card.md": card.model_card(report),
-    }
-    if fitted is not None:
-        texts["calibration.json"] = json.dumps(fitted, indent=1) + "\n"
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        if fitted is None:
-            (folder / "calibration.json").unlink(missing_ok=True)  # of an earlier report with other predictions
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        with open(folder / "per_label.csv", "w", newline="") as file:
-            csv.writer(file).writerows([tables.CSV_COLUMNS, *tables.per_label(report)])
-        figures.write_figures(report, folder / "figures")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
-
-
-def make(evaluation, options, folder, against=(), seeds=(), with_images=True):
-    """Measure, and write to `folder`; returns the report's dictionary."""
-    from analysis import page
-
-    if not options.tables:
-        options = replace(options, tables=patients_table(evaluation))
-    report, fitted = results.collect(evaluation, options, against, seeds)
-    pictures, reason = {}, "--no-images"
-    if with_images:
-        pictures, reason = page.thumbnails(evaluation, report["errors"])
-    write(report, fitted, folder, pictures, reason)
-    return report
-
-
-def patients_table(evaluation):
-    """patients.csv.gz of MIMIC-IV beside the evaluation's images, if it is there and knows its patients."""
-    root = evaluation.config.get("DATA", {}).get("DATA_PATH")
-    folders = [Path(root).expanduser(), Path(root).expanduser().parent] if root else []
-    for path in (folder / name for folder in folders for name in ("patients.csv.gz", "patients.csv")):
-        if path.is_file():
-            try:
-                read_table(path, evaluation.test)
-            except UserError as error:
-                print(f"not used: {error}")
-                continue
-            return (path,)
-    return ()
-
-
 def main(argv=None):
     args = parse_args(argv)
     evaluation = read_evaluation(args.evaluation, args.validate)
@@ -122,7 +64,7 @@ def main(argv=None):
     )  # fmt: skip
     against, seeds = ([read_evaluation(path) for path in paths] for paths in (args.against, args.seeds_of))
     folder = folder or evaluation.folder
-    report = make(evaluation, options, folder, against, seeds, not args.no_images)
+    report = write_report(evaluation, options, folder, against, seeds, not args.no_images)
     print(tables.headline(report))
     print(f"report in {folder / 'report.html'}")
 

@@ -13,6 +13,7 @@ metrics.jsonl               the training run's epochs
 import contextlib
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -47,19 +48,22 @@ def new_evaluation(parent):
         raise UserError(f"RESULTS {parent} cannot be written ({error.strerror}); choose another folder") from error
 
 
-def write_evaluation(folder, metrics, dataset):
-    """metrics.json, predictions.csv and roc.png.
+def write_evaluation(folder, metrics, predicted, epochs=None):
+    """The files at the head of this module.
 
-    metrics: of a task's `test`; its arrays go to predictions.csv.
+    predicted: file name -> (dataset of the split, metrics of a task's `test` with `rows`, `targets`, `probabilities`).
+    epochs: metrics.jsonl of the training run, kept if it is there.
     """
-    from analysis.figures import plot_evaluation
-
-    figures = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
-    arrays = dataset.label_names, metrics["targets"], metrics["probabilities"]
-    read = {name: np.asarray(column)[metrics["rows"]] for name, column in dataset.ids().items()}
-    write_predictions(folder / "predictions.csv", read, *arrays)
-    plot_evaluation(folder, metrics, *arrays)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    for name, (dataset, found) in predicted.items():
+        rows = found["rows"]
+        columns = dataset.ids() | getattr(dataset, "descriptions", dict)()
+        ids = {column: np.asarray(values)[rows] for column, values in columns.items()}
+        labels = getattr(dataset, "labels", None)
+        labels = None if labels is None else labels[rows]
+        write_predictions(folder / name, ids, dataset.label_names, found["targets"], found["probabilities"], labels)
+    if epochs is not None and epochs.is_file():
+        shutil.copyfile(epochs, folder / "metrics.jsonl")
 
 
 def write_predictions(path, ids, label_names, targets, probabilities, labels=None):

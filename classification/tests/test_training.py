@@ -95,7 +95,9 @@ def test_a_run_leaves_what_is_promised(finished):
 
 def test_the_evaluation_agrees_with_its_own_predictions(finished, tree):
     (folder,) = (finished / "results").glob("evaluation_*")
-    assert {p.name for p in folder.iterdir()} == {"metrics.json", "predictions.csv", "roc.png"}
+    assert {p.name for p in folder.iterdir()} == {
+        "metrics.json", "predictions.csv", "predictions_validate.csv", "metrics.jsonl",
+    }  # fmt: skip
     metrics = json.loads((folder / "metrics.json").read_text())
     rows = pd.read_csv(folder / "predictions.csv")
     split = pd.read_csv(next(tree.glob("*-split.csv.gz")))
