@@ -21,7 +21,7 @@ class Dataset(Protocol):
     Items: (image uint8 tensor [1 or 3, S, S] with S = DATA.IMG_SIZE, target = targets[index]).
     It may have more. `domain`, see `dataset.domain`: a model is then not tested on another one without a word;
     `labels` [N, L] as in the label file (1, 0, -1 uncertain, NaN blank), by which a report tries other policies;
-    `descriptions()`, further columns of tables of predictions (view, path); `cohort`, see `dataset.tables.Table.cohort`,
+    `descriptions()`, further columns of a table of predictions (view, path); `cohort`, see `tables.Table.cohort`,
     what a report says of all splits.
     """
 
