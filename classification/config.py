@@ -187,6 +187,7 @@ KNOBS = {
     # --------------------------------------------------------------------------- testing, other
     "TEST.EMA": Knob(False, "--eval takes the averaged weights: ema_best_ckpt.pth of the run, or those in --resume",
                      acts={"EVAL_MODE": True}, flag="--ema"),
+    "TEST.REPORT": Knob(True, "(new) --eval ends with the report of report.py", acts=XRAYS),
     "TEST.CROP": Knob(True, "resize to 8/7 of the size and take the centre; False: the whole image"),
     "AMP_OPT_LEVEL": Knob("O1", "O0: float32, O1: mixed precision", one_of("O0", "O1"), flag="--amp-opt-level"),
     "AMP_DTYPE": Knob("auto", "(new) auto: what is fast on the device", one_of("auto", "bfloat16", "float16"),

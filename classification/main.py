@@ -25,11 +25,11 @@ import config as config_module
 import distributed
 import faults
 import logger
-from analysis import tables, training_log
-from analysis.evaluation import digest, new_evaluation, read_evaluation, write_evaluation
+from analysis import training_log
+from analysis.evaluation import TEST, VALIDATE, digest, new_evaluation, read_evaluation, write_evaluation
 from analysis.figures import plot_training
-from analysis.report import make_report
 from analysis.results import Options
+from analysis.writing import write_report
 from dataset.build import build_datasets, build_loader, fingerprint, worker_count
 from dataset.domain import domain_warning
 from dataset.tables import EmptySplit
@@ -394,61 +394,67 @@ def load_for_evaluation(model, config, folder, label_names, log):
     return path, state.get("domain", "")
 
 
+def build_evaluation_sets(config, log):
+    """(test split, validation split or None where there is none): thresholds are chosen on the second alone."""
+    try:
+        test_set, held_out = build_datasets(config, "test", "validate")
+    except EmptySplit as error:
+        (test_set,) = build_datasets(config, "test")  # if this is the empty split, that is an error
+        log.warning(f"no thresholds and no scaling of probabilities, for want of a validation split: {error}")
+        return test_set, None
+    return test_set, held_out if TASKS[test_set.task].report else None
+
+
 def evaluate(config, world, folder, log):
     """Evaluate a checkpoint into RESULTS/evaluation_<timestamp>, with its report; returns the folder.
 
-    The figures are those of the test split. The validation split is predicted too: thresholds and calibration are
-    chosen on it, never on the test split.
+    The figures are those of the test split, which is read here and nowhere else.
     """
-    datasets = datasets_for_evaluation(config, log)
-    test_set = datasets["test"]
-    log_datasets(log, config, *datasets.values())
-    task, model = TASKS[test_set.task], build_model(config)
-    path, trained_on = load_for_evaluation(model, config, folder, test_set.label_names, log)
-    domain = getattr(test_set, "domain", "")
+    dataset, held_out = build_evaluation_sets(config, log)
+    log_datasets(log, config, dataset)
+    task, model = TASKS[dataset.task], build_model(config)
+    path, trained_on = load_for_evaluation(model, config, folder, dataset.label_names, log)
+    domain = getattr(dataset, "domain", "")
     warnings = [text for text in [domain_warning(trained_on, domain)] if text]
     for text in warnings:
         log.warning(text)
     target = new_evaluation(config.RESULTS) if world.is_main else None
-    amp, _ = autocast(config, world.device)
-    model.to(world.device)
-    found = {}
-    for split, dataset in datasets.items():
-        log.info(f"evaluating {path} on {len(dataset):,} {split} images")
-        loader = build_loader(config, dataset, train=False, world=world, log=log)
-        found[split] = task.test(model, loader, world, amp, label_names=dataset.label_names)
+    model, (amp, _) = model.to(world.device), autocast(config, world.device)
+
+    def test(split):
+        loader = build_loader(config, split, train=False, world=world, log=log)
+        return split, task.test(model, loader, world, amp, label_names=split.label_names)
+
+    log.info(f"evaluating {path} on {len(dataset):,} test images")
+    predicted = {TEST: test(dataset)}
+    if held_out is not None:
+        log.info(f"thresholds and calibration: {len(held_out):,} validation images")
+        predicted[VALIDATE] = test(held_out)
     if not world.is_main:
         return None
-    skipped = len(test_set) - found["test"]["images"]
+    metrics = {k: v for k, v in predicted[TEST][1].items() if k not in ("probabilities", "targets", "rows")}
+    skipped = len(dataset) - metrics["images"]
     about = {
         "checkpoint": str(path),
         "checkpoint_sha256": digest(path),
-        "domain": domain,
-        "trained_domain": trained_on,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "domain": {"trained": trained_on, "tested": domain},
         "warnings": warnings,
         "config": config_module.to_dict(config),
         "skipped": skipped,
     }
-    write_evaluation(target, about, found, datasets)
-    log.info("test split\n" + task.table(found["test"]))
-    if skipped:
-        log.warning(f"{skipped} of {len(test_set):,} test images could not be read and do not count")
     if task.report:
-        report = make_report(read_evaluation(target), Options(), target)
-        log.info(tables.headline(report))
-    log.info(f"results in {target}" + (": open report.html" if task.report else ""))
+        about["label_policy"] = {"uncertain": config.DATA.UNCERTAIN, "missing": config.DATA.MISSING}
+        about["cohort"] = getattr(dataset, "cohort", {})
+    write_evaluation(target, about | metrics, predicted, Path(path).parent / "metrics.jsonl")
+    log.info("test split\n" + task.table(metrics))
+    if skipped:
+        log.warning(f"{skipped} of {len(dataset):,} test images could not be read and do not count")
+    log.info(f"results in {target}")
+    if task.report and config.TEST.REPORT:
+        log.info(write_report(read_evaluation(target), Options(), target)["headline"])
+        log.info(f"report in {target / 'report.html'}")
     return target
-
-
-def datasets_for_evaluation(config, log):
-    """{split: dataset} of what an evaluation predicts: test, and validate where the data has it."""
-    try:
-        test_set, val_set = build_datasets(config, "test", "validate")
-        return {"test": test_set} | ({"validate": val_set} if TASKS[test_set.task].report else {})
-    except EmptySplit as error:
-        (test_set,) = build_datasets(config, "test")  # if it is this split that is empty, it is an error again
-        log.warning(f"{error}: thresholds and calibration are left out")
-        return {"test": test_set}
 
 
 def measure_throughput(config, world, log):

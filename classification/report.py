@@ -12,8 +12,8 @@ from pathlib import Path
 
 from analysis import tables
 from analysis.evaluation import ensemble, new_evaluation, read_evaluation
-from analysis.report import make_report
 from analysis.results import Options
+from analysis.writing import write_report
 from config import Parser
 from errors import UserError, run_command
 
@@ -65,7 +65,7 @@ def main(argv=None):
     )  # fmt: skip
     against, seeds = ([read_evaluation(path) for path in paths] for paths in (args.against, args.seeds_of))
     folder = folder or evaluation.folder
-    report = make_report(evaluation, options, folder, against, seeds, not args.no_images)
+    report = write_report(evaluation, options, folder, against, seeds, not args.no_images)
     print(tables.headline(report))
     print(f"report in {folder / 'report.html'}")
 

@@ -13,6 +13,7 @@ metrics.jsonl               the training run's epochs
 import contextlib
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -47,24 +48,22 @@ def new_evaluation(parent):
         raise UserError(f"RESULTS {parent} cannot be written ({error.strerror}); choose another folder") from error
 
 
-def write_evaluation(folder, about, found, datasets):
-    """metrics.json of the test split, and the predictions of every split.
+def write_evaluation(folder, metrics, predicted, epochs=None):
+    """The files at the head of this module.
 
-    about: what was evaluated, for metrics.json. found: split -> metrics of a task's `test`, whose arrays go to the
-    tables of predictions. datasets: split -> `dataset.build.Dataset`.
+    predicted: file name -> (dataset of the split, metrics of a task's `test` with `rows`, `targets`, `probabilities`).
+    epochs: metrics.jsonl of the training run, kept if it is there.
     """
-    cohort = getattr(datasets["test"], "cohort", None)
-    recorded = about | ({"cohort": cohort()} if cohort else {})
-    recorded |= {k: v for k, v in found["test"].items() if not isinstance(v, np.ndarray)}
-    (folder / "metrics.json").write_text(json.dumps(recorded, indent=2) + "\n")
-    for split, name in (("test", TEST), ("validate", VALIDATE)):
-        if split in found:
-            metrics, dataset = found[split], datasets[split]
-            rows = metrics["rows"]
-            ids = {column: np.asarray(values)[rows] for column, values in dataset.ids().items()}
-            labels = getattr(dataset, "labels", None)
-            arrays = metrics["targets"], metrics["probabilities"], None if labels is None else labels[rows]
-            write_predictions(folder / name, ids, dataset.label_names, *arrays)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    for name, (dataset, found) in predicted.items():
+        rows = found["rows"]
+        columns = dataset.ids() | getattr(dataset, "descriptions", dict)()
+        ids = {column: np.asarray(values)[rows] for column, values in columns.items()}
+        labels = getattr(dataset, "labels", None)
+        labels = None if labels is None else labels[rows]
+        write_predictions(folder / name, ids, dataset.label_names, found["targets"], found["probabilities"], labels)
+    if epochs is not None and epochs.is_file():
+        shutil.copyfile(epochs, folder / "metrics.jsonl")
 
 
 def write_predictions(path, ids, label_names, targets, probabilities, labels=None):

@@ -10,8 +10,8 @@ from PIL import Image
 
 from analysis import tables
 from analysis.evaluation import Evaluation
-from dataset.images import ImageError, decode
-from dataset.tables import SUFFIXES, find_folders, image_stems
+from dataset.images import SUFFIXES, ImageError, decode
+from dataset.mimic_cxr import find_folders, image_stems
 from errors import UserError
 
 THUMBNAIL = 176  # pixels of the longer side

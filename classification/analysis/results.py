@@ -430,6 +430,12 @@ def cooccurrence(predictions):
     return {"labels": list(predictions.label_names), "counts": (positive.T @ positive).tolist()}
 
 
+def _domain(recorded):
+    """'pictures', or 'dicom window, trained on pictures'."""
+    trained, tested = recorded.get("trained"), recorded.get("tested")
+    return tested if not trained or trained == tested else f"{tested or 'not known'}, trained on {trained}"
+
+
 def about(evaluation):
     """What was evaluated."""
     m, config = evaluation.metrics, evaluation.config
@@ -445,7 +451,8 @@ def about(evaluation):
         "seed": config.get("SEED"),
         "checkpoint": m.get("checkpoint"),
         "checkpoint_sha256": m.get("checkpoint_sha256"),
-        "domain": m.get("domain"),
+        "domain": _domain(m.get("domain") or {}),
+        "warnings": m.get("warnings", []),
         "ensemble": m.get("ensemble"),
         "loss": m.get("loss"),
         **{key: m[key] for key in ("parameters", "gmacs", "images_per_s") if key in m},

@@ -37,9 +37,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patients", type=int, default=293)
     parser.add_argument("--images", type=int, default=5159)
-    parser.add_argument(
-        "--evenness", type=float, default=2.0, help="of the patients; below 1 a few have most positives"
-    )
+    parser.add_argument("--evenness", type=float, default=2.0, help="of patients; below 1 a few have most positives")
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--resamples", type=int, default=2000)
     args = parser.parse_args()

@@ -19,9 +19,10 @@ class Dataset(Protocol):
     """One split, as a module with `build(config, *splits) -> one dataset a split` makes it (DATA.DATASET names it).
 
     Items: (image uint8 tensor [1 or 3, S, S] with S = DATA.IMG_SIZE, target = targets[index]).
-    It may have a `domain` as well, see `dataset.domain`: a model is then not tested on another one without a word.
-    For the report of an evaluation it may have `labels` [N, L], those of the file (1, 0, -1, NaN), by which other
-    policies are tried, and `cohort()`, see `dataset.tables.Table`.
+    It may have more. `domain`, see `dataset.domain`: a model is then not tested on another one without a word;
+    `labels` [N, L] as in the label file (1, 0, -1 uncertain, NaN blank), by which a report tries other policies;
+    `descriptions()`, further columns of a table of predictions (view, path); `cohort`, see `tables.Table.cohort`,
+    what a report says of all splits.
     """
 
     task: str  # multilabel or single_label

@@ -183,9 +183,17 @@ def load_table(
         raise UserError(f"DATA.TEST_LABELER {test_labeler} belongs to the official tables, not to {own}")
     else:
         table = tables.own_table(base, own, label_names)
+    if own:
+        metadata, key = own if views != "all" or tables.has_column(own, "ViewPosition") else None, "path"
+    else:
+        metadata, key = (
+            _needed_csv(folders, "metadata") if views != "all" else find_csv(folders, "metadata"),
+            "dicom_id",
+        )
+    if metadata:
+        table = tables.with_views(table, metadata, key)
     if views != "all":
-        metadata, key = (own, "path") if own else (_needed_csv(folders, "metadata"), "dicom_id")
-        table = tables.select_views(table, views, metadata, key)
+        table = tables.select_views(table, views, metadata)
     return tables.check_table(table, allow_missing=allow_missing, in_zip=in_zip)
 
 

@@ -16,7 +16,7 @@ from errors import UserError
 SPLITS = ("train", "validate", "test")
 SPLIT_ALIASES = {"val": "validate", "valid": "validate", "validation": "validate"}
 CHECKED_FILES = 500
-COLUMNS = ("path", "dicom_id", "study", "subject", "split", "labels", "targets")  # the arrays of a Table
+COLUMNS = ("path", "dicom_id", "study", "subject", "split", "labels", "targets", "view")  # the arrays of a Table
 
 
 class EmptySplit(UserError):
@@ -28,7 +28,8 @@ class Table:
     """One row an image. Arrays, not Python objects: forked workers then share their memory.
 
     path: bytes, relative to `root`; split: index into SPLITS; labels: [N, L] float32 of 1, 0, -1 (uncertain),
-    NaN (not mentioned); subject and study: -1 where the file has none; targets: see :meth:`with_targets`.
+    NaN (not mentioned); subject and study: -1 where the file has none; targets: see :meth:`with_targets`;
+    view: text as of :func:`dataset.views.find_views`, None where no table tells it.
     """
 
     root: Path
@@ -41,6 +42,7 @@ class Table:
     split: np.ndarray
     labels: np.ndarray
     targets: np.ndarray | None = None
+    view: np.ndarray | None = None
     left_out: dict = dataclasses.field(default_factory=dict)  # reason -> number of images
 
     def __len__(self):
@@ -65,24 +67,33 @@ class Table:
         return dataclasses.replace(self, targets=targets)
 
     def cohort(self):
-        """Counts by split, and what was left out: {"splits": {split: {images, studies, patients, labels}}, "left_out"}.
+        """What a report says of the data: counts, views and positives of every split, and what was left out."""
 
-        labels: by label {known, positives, prevalence}; studies and patients are None where the table has none.
-        """
+        def count(ids):
+            return len(np.unique(ids)) if (ids >= 0).all() else None
+
         splits = {}
-        for k, split in enumerate(SPLITS):
-            here = self.select(self.split == k)
-            ids = {"studies": here.study, "patients": here.subject}
-            known, positives = (~np.isnan(here.targets)).sum(0), (here.targets == 1).sum(0)
-            splits[split] = {
-                "images": len(here),
-                **{name: len(np.unique(column)) if (column >= 0).all() else None for name, column in ids.items()},
-                "labels": {
-                    label: {"known": int(n), "positives": int(p), "prevalence": p / n if n else None}
-                    for label, n, p in zip(self.label_names, known, positives)
-                },
+        for k, name in enumerate(SPLITS):
+            rows = self.split == k
+            found = {
+                "images": int(rows.sum()),
+                "studies": count(self.study[rows]),
+                "patients": count(self.subject[rows]),
             }
-        return {"splits": splits, "left_out": {reason: n for reason, n in self.left_out.items() if n}}
+            found["labels"] = {}
+            for label, target in zip(self.label_names, self.targets[rows].T):
+                known, positives = int(np.isin(target, (0, 1)).sum()), int((target == 1).sum())
+                prevalence = positives / known if known else None
+                found["labels"][label] = {"known": known, "positives": positives, "prevalence": prevalence}
+            if self.view is not None and rows.any():
+                views, counts = np.unique(self.view[rows].astype(str), return_counts=True)
+                shares = counts / counts.sum()
+                found["groups"] = {
+                    "view": {v: {"images": int(n), "share": float(s)} for v, n, s in zip(views, counts, shares)}
+                }
+            if found["images"]:
+                splits[name] = found
+        return {"splits": splits, "left_out": {reason: int(n) for reason, n in self.left_out.items()}}
 
     def summary(self):
         """The table in a few lines: images, studies, patients and positives by split, and what was left out."""
@@ -137,6 +148,11 @@ def read_csv(path, required):
     if frame.empty:
         raise UserError(f"{path}: the file has no rows")
     return frame
+
+
+def has_column(path, name):
+    """Whether a CSV that was read before has the column."""
+    return name in [str(c).strip() for c in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
 
 
 def need_columns(frame, required, path):
@@ -250,16 +266,20 @@ def own_table(root, csv, label_names):
 
 
 # ---------------------------------------------------------------------------------------- checks of every table
-def select_views(table, views, csv, key):
-    """The images of the views asked for, by the column ViewPosition of `csv`.
+def with_views(table, csv, key):
+    """The table with the view of each image, by the column ViewPosition of `csv`.
 
-    views: a key of :data:`dataset.views.VIEWS`; key: the column of `csv`, path or dicom_id, that names the image.
+    key: the column of `csv`, path or dicom_id, that names the image.
     """
     frame = read_csv(csv, (key, "ViewPosition")).drop_duplicates(key)
     found = pd.Series(find_views(frame), index=to_bytes(frame[key].astype(str)))
-    here = found.reindex(getattr(table, key)).fillna("").to_numpy()
-    keep = np.isin(here, VIEWS[views])
-    table = table.select(keep)
+    return dataclasses.replace(table, view=found.reindex(getattr(table, key)).fillna("").to_numpy().astype(str))
+
+
+def select_views(table, views, csv):
+    """The images of the views asked for, a key of :data:`dataset.views.VIEWS`; csv: where the views are from."""
+    keep = np.isin(table.view, VIEWS[views])
+    table, here = table.select(keep), table.view
     table.left_out[f"image of another view (DATA.VIEWS {views})"] = int((~keep & (here != "")).sum())
     table.left_out["image of unknown view"] = int((here == "").sum())
     if len(table) == 0:

@@ -53,8 +53,8 @@ class RadiographDataset:
         if on_memory:
             self.store = MemoryStore(self.store, self.table.path)
         self.domain = image_domain(self.store, self.table.path, dicom_recipe)
-        self.label_names, self.targets, self.labels = table.label_names, self.table.targets, self.table.labels
-        self.cohort = table.cohort  # of all splits
+        self.label_names, self.targets = table.label_names, self.table.targets
+        self.labels, self.cohort = self.table.labels, table.cohort()
         self.summary, self.warnings = table.summary(), self._unlearnable() if split == "train" else []
         self.transform, self.mode = transform, mode
         self.decoding = {"recipe": dicom_recipe, "window": dicom_window, "shrink_to": shrink_to}
@@ -88,6 +88,11 @@ class RadiographDataset:
             "study_id": self.table.study,
             "subject_id": self.table.subject,
         }
+
+    def descriptions(self):
+        """What else a table of predictions tells of the images: column name -> values [N]."""
+        view = {} if self.table.view is None else {"view": self.table.view}
+        return {**view, "path": [path.decode() for path in self.table.path]}
 
 
 def build_radiographs(config, table, splits):

@@ -1,4 +1,4 @@
-"""An evaluation -> its report: tables, figures, one page, a model card."""
+"""Everything a report consists of, written beside its evaluation."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from analysis.groups import read_table
 from errors import UserError
 
 
-def _write(report, fitted, folder, pictures, no_pictures):
+def _write_files(report, fitted, folder, pictures, no_pictures):
     """Everything the report consists of, into `folder`."""
     texts = {
         "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
@@ -34,15 +34,16 @@ def _write(report, fitted, folder, pictures, no_pictures):
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
 
 
-def make_report(evaluation, options, folder, against=(), seeds=(), with_images=True):
+def write_report(evaluation, options, folder, against=(), seeds=(), with_images=True):
     """Measure, and write to `folder`; returns the report's dictionary."""
     if not options.tables:
         options = replace(options, tables=_patients_table(evaluation))
     report, fitted = results.collect(evaluation, options, against, seeds)
+    report = {"headline": tables.headline(report), **report}
     pictures, reason = {}, "--no-images"
     if with_images:
         pictures, reason = page.thumbnails(evaluation, report["errors"])
-    _write(report, fitted, folder, pictures, reason)
+    _write_files(report, fitted, folder, pictures, reason)
     return report
 
 
