@@ -411,3 +411,17 @@ def differences(old, new):
     """Lines 'KEY old -> new' for the keys of two plain config dictionaries that differ."""
     old, new = dict(_flatten(old)), dict(_flatten(new))
     return [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+
+
+def from_dict(content, source):
+    """The frozen config of a plain dictionary, as :func:`to_dict` wrote it; keys it lacks have their defaults.
+
+    source: what to call it in errors, a checkpoint say. Keys that are no longer known are passed over.
+    """
+    config = _C.clone()
+    for key, value in _flatten(content):
+        if key in _DEFAULTS:
+            _set(config, key, value, source)
+    _validate(config)
+    config.freeze()
+    return config

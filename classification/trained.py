@@ -1,0 +1,71 @@
+"""A checkpoint alone -> a model that can be asked: weights, labels, size and preprocessing come from it."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+import checkpoint
+import config as config_module
+from errors import UserError
+from models import build_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint holds for whoever asks it: path, its sha256, model (eval mode), labels and config."""
+
+    path: Path
+    digest: str
+    model: nn.Module
+    label_names: tuple[str, ...]
+    config: CfgNode
+    epoch: int
+
+
+def sha256(path):
+    """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load(path, *, ema=False, device="cpu"):
+    """The model of one of our checkpoints.
+
+    ema: the average that the checkpoint holds beside its weights (TRAIN.EMA.ENABLE).
+
+    Raises:
+        UserError: no such file, damaged, not of this project, without labels, or without an average.
+    """
+    path = Path(path)
+    state = checkpoint.read(path)
+    missing = [k for k in ("model", "label_names", "config") if not isinstance(state, dict) or not state.get(k)]
+    if missing:
+        raise UserError(
+            f"{path} is not a checkpoint of this project: it holds no {missing[0]}; give one that main.py wrote"
+        )
+    names = state["label_names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is not a checkpoint of this project: its label_names are no list of names")
+    if not isinstance(state["config"], dict):
+        raise UserError(f"{path} is not a checkpoint of this project: its config is no dictionary")
+    config = config_module.from_dict(state["config"], path)
+    if len(names) != config.MODEL.NUM_CLASSES:
+        raise UserError(f"{path}: {len(names)} labels for a model of MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}")
+    weights = state["model"]
+    if ema:
+        weights = state.get("model_ema")
+        if not weights:
+            raise UserError(f"--ema: {path} holds no average; it was trained with TRAIN.EMA.ENABLE False")
+    # Shapes are compared before any memory is taken: the config of a hostile file can ask for all of it.
+    with torch.device("meta"):
+        checkpoint.check_weights(build_model(config), weights, path)
+    model = build_model(config)
+    model.load_state_dict(weights)
+    return Trained(path, sha256(path), model.to(device).eval(), tuple(names), config, state.get("epoch"))
