@@ -420,7 +420,7 @@ def from_dict(content, source):
     """
     config = _C.clone()
     for key, value in _flatten(content):
-        if key in _DEFAULTS:
+        if key in _DEFAULTS and key != "BASE":
             _set(config, key, value, source)
     _validate(config)
     config.freeze()

@@ -4,12 +4,17 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torchvision_shim  # noqa: F401  (before torchvision)
+
 import torch
+from PIL import Image
 from torch import nn
 from yacs.config import CfgNode
 
 import checkpoint
 import config as config_module
+from dataset.images import decode
+from dataset.transforms import normalize, radiograph_transform, resized_side
 from errors import UserError
 from models import build_model
 
@@ -24,6 +29,27 @@ class Trained:
     label_names: tuple[str, ...]
     config: CfgNode
     epoch: int
+
+    def reader(self):
+        """Function (bytes, name of the file) -> uint8 [1, S, S], as evaluation reads it; picklable, without the model."""
+        return _Reader(self.config)
+
+    def normalize(self, images):
+        """uint8 [N, 1, S, S] -> float32 [N, 3, S, S] as the model takes it."""
+        return normalize(images, self.config.AUG.MEAN, self.config.AUG.STD)
+
+
+class _Reader:
+    def __init__(self, config):
+        self.decoding = {
+            "recipe": config.DATA.DICOM_RECIPE,
+            "window": config.DATA.DICOM_WINDOW,
+            "shrink_to": 2 * resized_side(config),
+        }
+        self.transform = radiograph_transform(config, train=False)
+
+    def __call__(self, data, name):
+        return self.transform(Image.fromarray(decode(data, name, **self.decoding)))
 
 
 def sha256(path):

@@ -102,7 +102,12 @@ def save_onnx(model, size, path, *, metadata, opset=20):
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -r requirements_export.txt") from error
     except torch.onnx.errors.OnnxExporterError as error:
-        raise UserError(f"ONNX of opset {opset} cannot hold this model: {str(error).splitlines()[0]}") from error
+        cause = error.__cause__ or error  # the exporter's own text is advice to those who mend it
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise UserError(f"ONNX of opset {opset} cannot hold this model: {reason}") from error
+    written = program.model.opset_imports[""]
+    if written != opset:
+        raise UserError(f"--opset {opset}: this torch and onnxscript write opset {written} instead; choose another")
     program.model.metadata_props.update(metadata)
     program.save(path)
 
