@@ -25,7 +25,7 @@ from dataset.listing import list_images
 from dataset.synthetic_drawing import draw
 from errors import UserError
 from main import run_command
-from models.exporting import Probabilities, save_onnx, save_torch
+from models.exporting import Probabilities, require, save_onnx, save_torch
 
 TOLERANCE = 1e-4  # of a probability, against PyTorch
 
@@ -65,11 +65,7 @@ def _latency(function, runs=5):
 
 def _open_onnx(path):
     """Function NumPy images -> probabilities by onnxruntime, and a line of what the graph is made of."""
-    try:
-        import onnx
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install -r requirements_export.txt") from error
+    onnx, onnxruntime = require("onnx", "onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:

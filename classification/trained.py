@@ -31,7 +31,7 @@ class Trained:
     epoch: int
 
     def reader(self):
-        """Function (bytes, name of the file) -> uint8 [1, S, S], as evaluation reads it; picklable, without the model."""
+        """Function (bytes, name of the file) -> uint8 [1, S, S] as evaluation reads it; it goes to other processes."""
         return _Reader(self.config)
 
     def normalize(self, images):

@@ -1,6 +1,7 @@
 """A model as a graph that runs without this project: ONNX of standard operators, or a program of torch.export."""
 
 import contextlib
+import importlib
 import json
 import warnings
 
@@ -76,6 +77,14 @@ def _quiet():
         yield
 
 
+def require(*packages):
+    """The optional packages, imported, or a UserError that names the one that is not there."""
+    try:
+        return [importlib.import_module(name) for name in packages]
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install -r requirements_export.txt") from error
+
+
 def _example(size):
     # Two images: a batch of one would be taken for a constant.
     return (torch.zeros(2, 3, size, size),), ({0: torch.export.Dim("batch", min=1, max=4096)},)
@@ -91,6 +100,7 @@ def save_onnx(model, size, path, *, metadata, opset=20):
     """
     if opset < FIRST_OPSET:
         raise UserError(f"--opset {opset} has no DeformConv, which DCNv3 becomes; choose {FIRST_OPSET} or later")
+    require("onnx", "onnxscript")
     images, batch = _example(size)
     try:
         with _quiet():
@@ -99,8 +109,6 @@ def save_onnx(model, size, path, *, metadata, opset=20):
                 input_names=["images"], output_names=["probabilities"],
                 custom_translation_table={torch.ops.dcnv3.forward.default: _deform_conv},
             )  # fmt: skip
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install -r requirements_export.txt") from error
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error  # the exporter's own text is advice to those who mend it
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__

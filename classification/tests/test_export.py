@@ -136,4 +136,3 @@ def test_errors_are_one_line_and_nothing_is_left(tmp_path, monkeypatch):
     fails("cannot run the graph.*division by zero")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     fails("onnxscript is not installed: pip install -r requirements_export.txt")
-
