@@ -7,13 +7,12 @@ classification code keep their names and meanings; others are marked (new).
 
 import argparse
 import ast
-import difflib
 from pathlib import Path
 
 import yaml
 from yacs.config import CfgNode as CN
 
-from errors import UserError
+from errors import UserError, did_you_mean
 
 _C = CN()
 _C.BASE = [""]  # YAML files to start from, relative to the file that names them
@@ -274,12 +273,6 @@ def lookup(config, key):
 
 
 _DEFAULTS = dict(_flatten(_C))
-
-
-def did_you_mean(name, known):
-    """' (did you mean X?)' where a known name is near."""
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _typed(key, value, source):

@@ -108,7 +108,7 @@ class PredictionFile:
         except OSError as error:
             raise UserError(f"--output {path} cannot be written ({error.strerror}); choose another file") from error
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, its workers or not
         except OSError as error:
             raise UserError(f"--output {path} is being written by another process; wait for it") from error
         self._write_run()

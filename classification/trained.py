@@ -18,21 +18,32 @@ from dataset.transforms import normalize, radiograph_transform, resized_side
 from errors import UserError
 from models import build_model
 
+# Image domains: pictures as they are stored, and DICOM by each recipe.
+PICTURES, WINDOWED = "pictures as stored", "DICOM by the recipe window"
+
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint holds for whoever asks it: path, its sha256, model (eval mode), labels and config."""
+    """What a checkpoint holds for whoever asks it: path, its sha256, model (eval mode), labels and config.
+
+    domain: of the images it was trained on, None where the checkpoint does not say.
+    """
 
     path: Path
     digest: str
     model: nn.Module
     label_names: tuple[str, ...]
     config: CfgNode
-    epoch: int
+    domain: str | None
 
     def reader(self):
         """Function (bytes, name of the file) -> uint8 [1, S, S] as evaluation reads it; it goes to other processes."""
         return _Reader(self.config)
+
+    def domain_of(self, suffix):
+        """Domain of an image of the format .dcm, .jpg or .png, read by this model's :meth:`reader`."""
+        # mimic_jpg makes of a DICOM what the JPG release holds.
+        return WINDOWED if suffix == ".dcm" and self.config.DATA.DICOM_RECIPE == "window" else PICTURES
 
     def normalize(self, images):
         """uint8 [N, 1, S, S] -> float32 [N, 3, S, S] as the model takes it."""
@@ -61,10 +72,11 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def load(path, *, ema=False, device="cpu"):
+def load(path, *, ema=False, device="cpu", dicom_recipe=None):
     """The model of one of our checkpoints.
 
     ema: the average that the checkpoint holds beside its weights (TRAIN.EMA.ENABLE).
+    dicom_recipe: instead of the one it was trained with.
 
     Raises:
         UserError: no such file, damaged, not of this project, without labels, or without an average.
@@ -82,6 +94,12 @@ def load(path, *, ema=False, device="cpu"):
     if not isinstance(state["config"], dict):
         raise UserError(f"{path} is not a checkpoint of this project: its config is no dictionary")
     config = config_module.from_dict(state["config"], path)
+    domain = {"dcm": config.DATA.DICOM_RECIPE, "jpg": PICTURES, "png": PICTURES}.get(config.DATA.IMAGE_FORMAT)
+    domain = {"window": WINDOWED, "mimic_jpg": PICTURES}.get(domain, domain)
+    if dicom_recipe:
+        config.defrost()
+        config.DATA.DICOM_RECIPE = dicom_recipe
+        config.freeze()
     if len(names) != config.MODEL.NUM_CLASSES:
         raise UserError(f"{path}: {len(names)} labels for a model of MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}")
     weights = state["model"]
@@ -94,4 +112,4 @@ def load(path, *, ema=False, device="cpu"):
         checkpoint.check_weights(build_model(config), weights, path)
     model = build_model(config)
     model.load_state_dict(weights)
-    return Trained(path, sha256(path), model.to(device).eval(), tuple(names), config, state.get("epoch"))
+    return Trained(path, sha256(path), model.to(device).eval(), tuple(names), config, domain)

@@ -87,6 +87,18 @@ def radiograph_transform(config, train):
     return v2.Compose(steps)
 
 
+def placement(config, height, width):
+    """What part of an X-ray of so many pixels the model sees, without augmentation: left, top, right, bottom.
+
+    In pixels of the X-ray; beyond its border where `DATA.RESIZE pad` puts black.
+    """
+    if not config.TEST.CROP and config.DATA.RESIZE == "squeeze":
+        return 0.0, 0.0, float(width), float(height)
+    size = config.DATA.IMG_SIZE
+    side = min(height, width) * size / int(size * 8 / 7) if config.TEST.CROP else max(height, width)
+    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+
+
 def photo_transform(config, train):
     """For photographs: timm's ImageNet recipe, as the published models were trained."""
     aug, data = config.AUG, config.DATA

@@ -124,7 +124,7 @@ def write_checkpoint(path, *, seed=3, intern_image=(), labels=None, ema_seed=Non
         if number is not None:
             model = build_model(config).eval()
             fill(model, number)
-            weights[name] = model.state_dict()
+            weights[name] = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(weights["model"])
     state = {"model_ema": None, **weights, "label_names": labels, "config": config_module.to_dict(config), "epoch": 2}
     torch.save(state, path)
