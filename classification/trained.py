@@ -55,7 +55,7 @@ class _Reader:
         self.decoding = {
             "recipe": config.DATA.DICOM_RECIPE,
             "window": config.DATA.DICOM_WINDOW,
-            "shrink_to": 2 * resized_side(config),
+            "shrink_to": 2 * resized_side(config.DATA.IMG_SIZE),
         }
         self.transform = radiograph_transform(config, train=False)
 

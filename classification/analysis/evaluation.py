@@ -37,7 +37,7 @@ def write_evaluation(folder, metrics, dataset):
     figures = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
     (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
     arrays = dataset.label_names, metrics["targets"], metrics["probabilities"]
-    read = {name: np.asarray(column)[metrics["rows"]] for name, column in dataset.rows().items()}
+    read = {name: np.asarray(column)[metrics["rows"]] for name, column in dataset.ids().items()}
     write_predictions(folder / "predictions.csv", read, *arrays)
     plot_evaluation(folder, metrics, *arrays)
 

@@ -36,13 +36,13 @@ class ImageNetDataset(ImageFolder):
         except FileNotFoundError as error:  # no class folders, or an empty one
             raise UserError(str(error)) from error
         self.label_names = tuple(self.classes)
-        self.summary = f"{split}: {len(self):,} images in {len(self.classes):,} classes"
+        self.summary, self.warnings = f"{split}: {len(self):,} images in {len(self.classes):,} classes", []
 
-    def rows(self):
-        """Identifiers of the images for tables of predictions: column name -> values [N]."""
+    def ids(self):
+        """What identifies the images in tables of predictions: column name -> values [N]."""
         return {"path": [str(Path(path).relative_to(self.root)) for path, _ in self.samples]}
 
 
-def build(config, split):
-    """The split of the dataset that `config` describes, with augmentation for train."""
-    return ImageNetDataset(config.DATA.DATA_PATH, split, photo_transform(config, train=split == "train"))
+def build(config, *splits):
+    """The datasets of `splits` that `config` describes, with augmentation for train."""
+    return [ImageNetDataset(config.DATA.DATA_PATH, s, photo_transform(config, train=s == "train")) for s in splits]

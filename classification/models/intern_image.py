@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dcnv3 import DCNv3
 from dcnv3.module import ToChannelsFirst, ToChannelsLast
+from errors import UserError
+from models.classifier import Classifier
 from models.clip_head import AttentionPool
 
 NORM_EPS = 1e-6
@@ -138,6 +140,11 @@ class InternImage(nn.Module):
         use_checkpoint: recompute blocks in the backward pass to save memory.
     """
 
+    classifier = "head"
+    heeds = frozenset(
+        ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TRAIN.USE_CHECKPOINT", "TRAIN.LR_LAYER_DECAY",
+         "TRAIN.OPTIMIZER.DCN_LR_MUL")
+    )  # fmt: skip
     CLS_SCALE = 1.5  # width of the head's convolution relative to the last level
     CLIP_DIM = 1024
 
@@ -207,7 +214,7 @@ class InternImage(nn.Module):
                 nn.Sequential(nn.BatchNorm2d(features)),
                 nn.GELU(),
             )
-        self.head = nn.Linear(features, num_classes)
+        self.head = Classifier(features, num_classes)
         self._init_weights()
 
     def _init_weights(self):
@@ -242,9 +249,7 @@ class InternImage(nn.Module):
             features = self.fc_norm(self.clip_projector(maps.flatten(2).transpose(1, 2)))
         else:
             features = maps.mean((2, 3))
-        # In full precision also under autocast: logits rounded to bfloat16 tie, and ties move the AUROC.
-        with torch.autocast(features.device.type, enabled=False):
-            return self.head(features.to(self.head.weight.dtype))
+        return self.head(features)
 
     def forward(self, x):
         return self.classify(self.feature_maps(x))
@@ -265,8 +270,20 @@ class InternImage(nn.Module):
 
 
 def build(config):
-    """The model that `config` describes (MODEL.TYPE intern_image)."""
+    """The model that `config` describes (MODEL.TYPE intern_image).
+
+    Raises:
+        UserError: channels that do not divide into groups, or an image size that the CLIP projector cannot pool.
+    """
     m = config.MODEL.INTERN_IMAGE
+    if m.USE_CLIP_PROJECTOR and config.DATA.IMG_SIZE % 32:
+        raise UserError(f"DATA.IMG_SIZE is {config.DATA.IMG_SIZE}; with the CLIP projector it must be a multiple of 32")
+    for level, groups in enumerate(m.GROUPS):
+        if groups < 1 or m.CHANNELS * 2**level % groups:
+            raise UserError(
+                f"MODEL.INTERN_IMAGE.GROUPS: level {level} has {m.CHANNELS * 2**level} channels, "
+                f"which do not divide into {groups} groups"
+            )
     return InternImage(
         num_classes=config.MODEL.NUM_CLASSES,
         channels=m.CHANNELS,

@@ -4,7 +4,6 @@ import gc
 import io
 import mmap
 import os
-import re
 import resource
 import shutil
 import signal
@@ -49,7 +48,7 @@ def test_items_follow_the_official_tables(tree):
         dataset = MIMICCXRDataset(tree, split)
         expected = splits[splits.split == split].merge(labels, on=["study_id", "subject_id"])
         assert len(dataset) == len(expected) > 0
-        rows = pd.DataFrame(dataset.rows()).assign(i=range(len(dataset)))
+        rows = pd.DataFrame(dataset.ids()).assign(i=range(len(dataset)))
         both = rows.merge(expected, on="dicom_id")
         assert len(both) == len(expected)
         zeros = both[list(LABELS)].fillna(0).replace(-1, 0).to_numpy(np.float32)
@@ -58,7 +57,7 @@ def test_items_follow_the_official_tables(tree):
     assert image.mode == "RGB" and target.dtype == torch.float32 and target.shape == (14,)
     red, green, blue = image.split()
     assert red.tobytes() == green.tobytes() == blue.tobytes()
-    row = {k: v[3] for k, v in dataset.rows().items()}
+    row = {k: v[3] for k, v in dataset.ids().items()}
     subject, study, name = row["subject_id"], row["study_id"], row["dicom_id"]
     path = tree / f"files/p{str(subject)[:2]}/p{subject}/s{study}/{name}.jpg"
     np.testing.assert_array_equal(np.asarray(red), np.asarray(Image.open(path)))
@@ -84,14 +83,17 @@ def test_policies():
     np.testing.assert_array_equal(apply_policy(raw, "abcd", **mixed), expected)
     expected[0, 2] = np.nan  # to measure by, a smooth target is unknown
     np.testing.assert_array_equal(apply_policy(raw, "abcd", **mixed, soft=False), expected)
-    with pytest.raises(UserError, match=r"DATA.UNCERTAIN names the label 'Edem', which is not there; Edema\?"):
+    with pytest.raises(
+        UserError, match=r"DATA.UNCERTAIN names the label 'Edem', which is not there \(did you mean Edema\?\)"
+    ):
         apply_policy(raw[:, :1], ["Edema"], uncertain={"Edem": "ones"})
 
 
 def test_a_policy_that_leaves_no_negatives_warns(tree):
-    assert "warning" not in MIMICCXRDataset(tree, "train").summary
-    summary = MIMICCXRDataset(tree, "train", missing={"No Finding": "ignore"}).summary
-    assert re.search(r"warning: No Finding cannot be learnt, the train split has 34 positives and 0 negatives", summary)
+    assert MIMICCXRDataset(tree, "train").warnings == []
+    (warning,) = MIMICCXRDataset(tree, "train", missing={"No Finding": "ignore"}).warnings
+    assert warning.startswith("No Finding cannot be learnt: the train split has 34 positives and 0 negatives")
+    assert MIMICCXRDataset(tree, "test", missing={"No Finding": "ignore"}).warnings == []
 
 
 @pytest.mark.parametrize("place", ["files", "above", "plain", "root_is_files"])
@@ -108,7 +110,6 @@ def test_csvs_are_found_beside_and_above_files(own_tree, place):
             path.unlink()
         else:
             root = own_tree / "files"
-    tables.load_table.cache_clear()
     assert len(MIMICCXRDataset(root, "train")) == expected
 
 
@@ -120,7 +121,6 @@ def test_column_order_and_byte_order_mark_do_not_matter(own_tree):
     labels[list(labels.columns)[::-1]].to_csv(
         path.with_suffix(""), index=False, encoding="utf-8-sig", lineterminator="\r\n"
     )
-    tables.load_table.cache_clear()
     np.testing.assert_array_equal(MIMICCXRDataset(own_tree, "train").targets, expected)
 
 
@@ -129,7 +129,6 @@ def test_summary_counts_what_is_there_and_what_is_left_out(own_tree):
     gone = labels.study_id.iloc[0]
     lost = (raw_csv(own_tree, "split").study_id == gone).sum()
     edit_csv(own_tree, "chexpert", lambda f: f[f.study_id != str(gone)])
-    tables.load_table.cache_clear()
     dataset = MIMICCXRDataset(own_tree, "train")
     splits = raw_csv(own_tree, "split")
     train = splits[(splits.split == "train") & (splits.study_id != gone)]
@@ -149,8 +148,7 @@ def test_views(own_tree, tree):
     by_view = {v: set(metadata.dicom_id[metadata.ViewPosition == v]) for v in ("AP", "PA", "LATERAL")}
 
     def read(views, root=own_tree):
-        tables.load_table.cache_clear()
-        return [d for s in tables.SPLITS for d in MIMICCXRDataset(root, s, views=views).rows()["dicom_id"]]
+        return [d for s in tables.SPLITS for d in MIMICCXRDataset(root, s, views=views).ids()["dicom_id"]]
 
     for views, expected in (
         ("AP", by_view["AP"]),
@@ -188,7 +186,7 @@ def test_views(own_tree, tree):
 def test_radiologists_labels_of_the_test_split(own_tree, tree):
     """Only the test split changes; studies that he has not labelled are left out; his name of a label is known."""
     before = {s: MIMICCXRDataset(tree, s) for s in tables.SPLITS}
-    studies = np.unique(before["test"].rows()["study_id"])
+    studies = np.unique(before["test"].ids()["study_id"])
     labels = pd.DataFrame(0, index=studies[1:], columns=list(LABELS)).rename_axis("study_id")
     labels.loc[studies[1], ["Lung Opacity", "Edema"]] = [1, -1]
     labels = labels.rename(columns={"Lung Opacity": "Airspace Opacity"})
@@ -196,9 +194,9 @@ def test_radiologists_labels_of_the_test_split(own_tree, tree):
     after = {s: MIMICCXRDataset(own_tree, s, test_labeler="radiologist") for s in tables.SPLITS}
     for split in ("train", "validate"):
         np.testing.assert_array_equal(after[split].targets, before[split].targets)
-    rows = pd.Series(before["test"].rows()["study_id"])
-    assert list(after["test"].rows()["study_id"]) == list(rows[rows != studies[0]])
-    first = after["test"].rows()["study_id"] == studies[1]
+    rows = pd.Series(before["test"].ids()["study_id"])
+    assert list(after["test"].ids()["study_id"]) == list(rows[rows != studies[0]])
+    first = after["test"].ids()["study_id"] == studies[1]
     opacity, edema = LABELS.index("Lung Opacity"), LABELS.index("Edema")
     assert (after["test"].targets[first, opacity] == 1).all() and after["test"].targets.sum() == first.sum()
     uncertain = MIMICCXRDataset(own_tree, "test", test_labeler="radiologist", uncertain="ignore")
@@ -228,7 +226,7 @@ def test_own_table(tree, tmp_path):
     root, frame = own_table(tree, tmp_path)
     dataset = MIMICCXRDataset(root, "validate")
     expected = frame[frame.split == "validate"]
-    assert dataset.rows()["dicom_id"] == list(expected.path)
+    assert dataset.ids()["dicom_id"] == list(expected.path)
     np.testing.assert_array_equal(dataset.targets, expected[list(LABELS)].fillna(0).replace(-1, 0))
     assert dataset[0][0].size == (64, 64)
     edema = MIMICCXRDataset(root, "val", csv="mine.csv", label_names=("Edema",))
@@ -240,7 +238,6 @@ def test_own_table_mistakes(tree, tmp_path):
 
     def broken(changed, **options):
         changed.to_csv(root / "mine.csv", index=False)
-        tables.load_table.cache_clear()
         with pytest.raises(UserError) as error:
             MIMICCXRDataset(root, "train", **options)
         return str(error.value)
@@ -585,7 +582,7 @@ def test_dicom_tree_gives_the_pictures_of_the_jpg_tree(tree, tmp_path):
     write_tree(tmp_path / "d", patients=12, size=64, image_format="dicom", progress=False)
     write_tree(tmp_path / "j", patients=12, size=64, image_format="jpg", progress=False)
     dicoms, jpgs = (MIMICCXRDataset(tmp_path / k, "train") for k in "dj")
-    assert dicoms.rows()["dicom_id"] == jpgs.rows()["dicom_id"]
+    assert dicoms.ids()["dicom_id"] == jpgs.ids()["dicom_id"]
     np.testing.assert_array_equal(dicoms.targets, jpgs.targets)
     for k in range(len(jpgs)):
         a, b = (np.asarray(d[k][0].getchannel(0), float).ravel() for d in (dicoms, jpgs))
@@ -708,24 +705,26 @@ def test_a_dataset_holds_arrays_not_an_object_a_row(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------- augmentation
-def transform(train, **options):
-    from types import SimpleNamespace as Node
+@pytest.fixture
+def transform(tiny):
+    """transform(train, "AUG.SHIFT", 0.2, ...) -> the transform of X-rays, with all augmentations off but those given"""
+    from argparse import Namespace
 
+    from config import get_config
     from dataset.transforms import radiograph_transform
 
-    aug = dict(MEAN=[0.5, 0.4, 0.3], STD=[0.2, 0.3, 0.1], COLOR_JITTER=0, GAMMA=0, ROTATION=0, SHIFT=0, HFLIP=0,
-               REPROB=0, REMODE="pixel", RECOUNT=1, CROP_SCALE=[1.0, 1.0])  # fmt: skip
-    data = dict(IMG_SIZE=64, INTERPOLATION="bilinear", RESIZE="squeeze")
-    for node in (aug, data):
-        node.update({k: v for k, v in options.items() if k in node})
-    return radiograph_transform(Node(AUG=Node(**aug), DATA=Node(**data), TEST=Node(CROP=False)), train)
+    plain = ["DATA.IMG_SIZE", 64, "DATA.INTERPOLATION", "bilinear", "AUG.COLOR_JITTER", 0, "AUG.REPROB", 0,
+             "AUG.CROP_SCALE", [1.0, 1.0], "AUG.MEAN", [0.5, 0.4, 0.3], "AUG.STD", [0.2, 0.3, 0.1]]  # fmt: skip
+    return lambda train, *opts: radiograph_transform(
+        get_config(Namespace(cfg=tiny, opts=list(map(str, [*plain, *opts])))), train
+    )
 
 
-def test_padding_keeps_the_aspect():
+def test_padding_keeps_the_aspect(transform):
     """A square of 32 in an image of 128 x 64 stays one, between black margins."""
     image = np.full((128, 64), 100, np.uint8)
     image[48:80, 16:48] = 200
-    out = transform(False, RESIZE="pad")(Image.fromarray(image))[0].numpy()
+    out = transform(False, "DATA.RESIZE", "pad")(Image.fromarray(image))[0].numpy()
     assert out.shape == (64, 64) and (out[:, :15] == 0).all() and (out[:, 49:] == 0).all()
     bright = np.argwhere(out > 150)
     assert abs(np.ptp(bright[:, 0]) - np.ptp(bright[:, 1])) <= 1 and np.ptp(bright[:, 0]) in (15, 16, 17)
@@ -733,7 +732,7 @@ def test_padding_keeps_the_aspect():
     assert squeezed.min() == 100 and np.ptp(np.argwhere(squeezed > 150)[:, 1]) >= 30
 
 
-def test_augmentations_do_what_they_say():
+def test_augmentations_do_what_they_say(transform):
     image = np.zeros((74, 74), np.uint8)
     image[30:44, 30:44] = 128
     image = Image.fromarray(image)
@@ -742,24 +741,24 @@ def test_augmentations_do_what_they_say():
         return np.argwhere(out > 30).mean(0)
 
     torch.manual_seed(0)
-    outs = [transform(True, SHIFT=0.2)(image)[0].numpy() for _ in range(20)]
+    outs = [transform(True, "AUG.SHIFT", 0.2)(image)[0].numpy() for _ in range(20)]
     moved = np.array([center(o) for o in outs]) - center(transform(True)(image)[0].numpy())
     assert 4 < np.abs(moved).max() <= 0.2 * 64 + 1
-    turned = [transform(True, ROTATION=20.0)(image)[0].numpy() for _ in range(10)]
+    turned = [transform(True, "AUG.ROTATION", 20.0)(image)[0].numpy() for _ in range(10)]
     assert all(np.abs(center(o) - 31.5).max() < 1 for o in turned) and any(
         not np.array_equal(o, outs[0]) for o in turned
     )
-    levels = np.array([transform(True, GAMMA=0.5)(image)[0].max().item() for _ in range(50)])
+    levels = np.array([transform(True, "AUG.GAMMA", 0.5)(image)[0].max().item() for _ in range(50)])
     lowest, highest = 255 * (128 / 255) ** 1.5, 255 * (128 / 255) ** (1 / 1.5)
     assert lowest - 2 <= levels.min() < 110 and 150 < levels.max() <= highest + 2
 
 
-def test_erased_patches_have_the_noise_of_the_mean_and_the_rest_is_unchanged():
+def test_erased_patches_have_the_noise_of_the_mean_and_the_rest_is_unchanged(transform):
     torch.manual_seed(0)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (73, 73), np.uint8))
     plain = transform(True)(image)
     for mode in ("pixel", "const"):
-        erased = transform(True, REPROB=1.0, REMODE=mode)(image)
+        erased = transform(True, "AUG.REPROB", 1.0, "AUG.REMODE", mode)(image)
         changed = erased != plain
         assert erased.dtype == torch.uint8 and 0.01 < changed.float().mean() < 0.5, mode
         rows, columns = changed[0].any(1).nonzero(), changed[0].any(0).nonzero()
@@ -786,8 +785,9 @@ def test_mirroring_is_warned_about(tree, tiny):
     from dataset.mimic_cxr import build
 
     opts = ["DATA.DATA_PATH", str(tree), "AUG.HFLIP", "0.5"]
-    assert "warning: AUG.HFLIP" in build(get_config(Namespace(cfg=tiny, opts=opts)), "train").summary
-    assert "warning" not in build(get_config(Namespace(cfg=tiny, opts=opts[:2])), "train").summary
+    train, test = build(get_config(Namespace(cfg=tiny, opts=opts)), "train", "test")
+    assert train.warnings == ["AUG.HFLIP mirrors X-rays; the heart then lies on either side"] and test.warnings == []
+    assert build(get_config(Namespace(cfg=tiny, opts=opts[:2])), "train")[0].warnings == []
 
 
 # ------------------------------------------------------------------------------------ real X-rays
