@@ -37,7 +37,7 @@ def save(state, folder, names):
     """Write `state` under every name. A reader sees the old file or the whole new one, never a part.
 
     Files are written in the order of `names`, each a copy of its own (a damaged disk block then
-    costs one of them). The LAST of before is kept as PREVIOUS.
+    costs one of them). The file that was LAST until now is kept as PREVIOUS.
     """
     folder = Path(folder)
     temporary, source = folder / "checkpoint.tmp", None
@@ -114,8 +114,8 @@ def _what_is_wrong(path, error):
 def find_last(folder, log):
     """(path, state) of the newest whole checkpoint of a run, or None.
 
-    The order is that of the progress in the names, not of file dates: copying changes those. A file
-    that cannot be read is said and passed over.
+    The order is that of the epochs in the names, not of file dates: copying changes those. A file that
+    cannot be read is named in a warning, and the next one is tried.
     """
     folder = Path(folder)
     numbered = [(int(m[1]), p) for p in folder.glob("ckpt_epoch_*.pth") if (m := re.search(r"_(\d+)\.pth$", p.name))]

@@ -77,7 +77,7 @@ KNOBS = {
     "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"), acts=OFFICIAL),
     "DATA.TEST_LABELER": Knob("same", "(new) labels of the test split: those, or mimic-cxr-*-test-set-labeled.csv",
                               one_of("same", "radiologist"), acts=OFFICIAL),
-    "DATA.VIEWS": Knob("all", "(new) which views; blank ones are told from the texts of the metadata",
+    "DATA.VIEWS": Knob("all", "(new) which views; for a blank one the texts of the metadata decide",
                        one_of("all", "frontal", "AP", "PA", "lateral"), acts=XRAYS),
     "DATA.LABELS": Knob([], "(new) label columns; empty: the 14 of CheXpert", acts=XRAYS),
     "DATA.UNCERTAIN": Knob("zeros", "(new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics), smooth; "

@@ -1,4 +1,4 @@
-"""Faults of the machine, told from the exceptions they end in: one line that says what to do."""
+"""Faults of the machine, known by the exceptions they raise: one line that says what to do."""
 
 import re
 
@@ -40,10 +40,6 @@ def _files(config, world):
     )
 
 
-def _peer(config, world):
-    return f"another of the {world.size} processes has ended; its own message, in its log_rank*.txt, says why"
-
-
 # What the exception's class and text match, in this order -> what it means. A worker's exception quotes its own.
 FAULTS = (
     (r"shared memory|/dev/shm|Bus error", _shared_memory),
@@ -51,7 +47,6 @@ FAULTS = (
     (r"DataLoader worker .*(exited unexpectedly|killed by signal)", _worker),
     (r"Expected more than 1 value per channel", _one_value),
     (r"Too many open files|received 0 items of ancdata", _files),
-    (r"Connection (closed|reset) by peer|^Dist(Backend|Network)Error|NCCL", _peer),
 )
 
 

@@ -30,6 +30,7 @@ from analysis import training_log
 from analysis.evaluation import new_evaluation, write_evaluation
 from analysis.figures import plot_training
 from dataset.build import build_datasets, build_loader, fingerprint, worker_count
+from dataset.domain import domain_warning
 from dataset.transforms import build_mixup
 from errors import UserError
 from inference import autocast, compute_threads, progress
@@ -114,7 +115,7 @@ class Run:
         self.mixup = build_mixup(config)
         self.label_names, self.task = train_set.label_names, TASKS[train_set.task]
         self.criterion = self.task.build_criterion(config, train_set.targets)
-        self.task_name = train_set.task
+        self.task_name, self.domain = train_set.task, getattr(train_set, "domain", "")
 
     def _find_checkpoint(self):
         """(path, content) of the checkpoint to go on from, or None."""
@@ -166,6 +167,8 @@ class Run:
             config=self.config, label_names=self.label_names, world=self.world, log=self.log,
         )  # fmt: skip
         self.epoch, self.first_update = state["epoch"], state["update"]
+        if warning := domain_warning(state.get("domain"), self.domain):
+            self.log.warning(warning)
         saved = state.get("data", self.data)
         if saved["validate"] == self.data["validate"]:
             self.best, self.ema_best = Best(state["max_accuracy"]), Best(state["max_ema_accuracy"])
@@ -275,6 +278,7 @@ class Run:
             "weights": weights,
             "label_names": list(self.label_names),
             "data": self.data,
+            "domain": self.domain,
             "config": config_module.to_dict(self.config),
         }
         state["model"] = state[weights]
@@ -369,7 +373,10 @@ def log_without_effect(log, config, task, model):
 
 # --------------------------------------------------------------------------------------- evaluate
 def load_for_evaluation(model, config, folder, label_names, log):
-    """Put the weights to evaluate into `model`; returns their file: --resume, the run's best, or --pretrained."""
+    """Put the weights to evaluate into `model`: those of --resume, the run's best, or --pretrained.
+
+    Returns (their file, the domain of the images they were trained on, "" where that is not known).
+    """
     # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
     path = Path(config.MODEL.RESUME or folder / (checkpoint.EMA_BEST if config.TEST.EMA else checkpoint.BEST))
     if not config.MODEL.RESUME and config.MODEL.PRETRAINED and not path.exists():
@@ -377,12 +384,12 @@ def load_for_evaluation(model, config, folder, label_names, log):
         keys = checkpoint.load_pretrained(model, path, log)
         if keys["replaced"] or keys["missing"]:
             raise UserError(f"--eval: {path} has no head for these {config.MODEL.NUM_CLASSES} classes; train first")
-        return path
+        return path, ""
     state = checkpoint.read(path)
     checkpoint.load_weights(model, state, path, label_names, averaged=config.TEST.EMA)
     of_evaluation = ("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
     checkpoint.log_differences(state, config, log, but=of_evaluation)
-    return path
+    return path, state.get("domain", "")
 
 
 def evaluate(config, world, folder, log):
@@ -391,7 +398,11 @@ def evaluate(config, world, folder, log):
     log_datasets(log, config, dataset)
     loader = build_loader(config, dataset, train=False, world=world, log=log)
     task, model = TASKS[dataset.task], build_model(config)
-    path = load_for_evaluation(model, config, folder, dataset.label_names, log)
+    path, trained_on = load_for_evaluation(model, config, folder, dataset.label_names, log)
+    domain = getattr(dataset, "domain", "")
+    warnings = [text for text in [domain_warning(trained_on, domain)] if text]
+    for text in warnings:
+        log.warning(text)
     target = new_evaluation(config.RESULTS) if world.is_main else None
     log.info(f"evaluating {path} on {len(dataset):,} test images")
     amp, _ = autocast(config, world.device)
@@ -399,8 +410,14 @@ def evaluate(config, world, folder, log):
     if not world.is_main:
         return None
     skipped = len(dataset) - metrics["images"]
-    metrics = {"checkpoint": str(path), "config": config_module.to_dict(config), "skipped": skipped} | metrics
-    write_evaluation(target, metrics, dataset)
+    about = {
+        "checkpoint": str(path),
+        "domain": {"trained": trained_on, "tested": domain},
+        "warnings": warnings,
+        "config": config_module.to_dict(config),
+        "skipped": skipped,
+    }
+    write_evaluation(target, about | metrics, dataset)
     log.info("test split\n" + task.table(metrics))
     if skipped:
         log.warning(f"{skipped} of {len(dataset):,} test images could not be read and do not count")
@@ -461,6 +478,9 @@ def main(argv=None):
             raise
         except Exception as error:
             logger.to_file(log, traceback.format_exc())
+            if distributed.is_loss_of_peer(error):  # `session` says it on the terminal
+                logger.to_file(log, f"error: {distributed.LOSS_OF_PEER}")
+                raise
             explanation = faults.explain(error, config, world)
             if explanation is None:
                 raise

@@ -6,6 +6,7 @@ Where training stops at the first fault, this counts them all.
 import hashlib
 import io
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pandas as pd
 from PIL import Image
 
 from dataset import mimic_cxr, tables
-from dataset.images import SUFFIXES_BY_CONTENT, ImageError, decode
+from dataset.images import ENDINGS, SUFFIXES, ImageError, decode, orientation, sniff, take_warnings, warning_kind
 from dataset.labels import LABELS
 from dataset.processes import in_processes
 from dataset.stores import FileStore
@@ -25,6 +26,8 @@ PROBLEMS = {
     "unreadable": "images that cannot be read",
     "wrong suffix": "images of another format than their name says",
     "colour": "colour images (training takes their luminance)",
+    "turned": "pictures that an EXIF orientation turns (training takes them upright)",
+    "odd header": "images that are read although something in them is odd",
     "several frames": "pictures of several frames (training takes the first)",
     "odd size": "images under 32 pixels, or with sides more than 4 : 1",
     "other size than metadata": "full-size images whose rows and columns differ from the metadata file",
@@ -51,14 +54,16 @@ def _look(task):
         data = FileStore(root).read(path)
         if checksum and hashlib.sha256(data).hexdigest() != checksum:
             found.append(("wrong checksum", f"expected {checksum}"))
-        # Training goes by the suffix, and so does this; the content only says whether they agree.
-        suffix = Path(path).suffix.lower()
-        content = next((s for mark, s in SUFFIXES_BY_CONTENT if data[128:132] == mark or data.startswith(mark)), None)
-        if content and content != suffix:
-            found.append(("wrong suffix", f"the content is {content}"))
+        suffix, content = Path(path).suffix.lower(), sniff(data)
+        if content and suffix and suffix not in ENDINGS[content]:  # read nevertheless: the content decides
+            found.append(("wrong suffix", f"the content is {ENDINGS[content][0]}"))
         grey = decode(data, str(root / path))
-        if suffix != ".dcm":
-            with Image.open(io.BytesIO(data)) as picture:
+        found += [("odd header", text) for _, text, _ in take_warnings()]
+        if content != "dcm":
+            with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as picture:
+                warnings.simplefilter("ignore")  # said above
+                if orientation(picture) > 1:
+                    found.append(("turned", f"EXIF orientation {orientation(picture)}"))
                 if picture.mode in ("RGB", "RGBA", "CMYK", "P", "YCbCr"):
                     found.append(("colour", picture.mode))
                 if getattr(picture, "n_frames", 1) > 1:
@@ -166,9 +171,9 @@ def audit(root, output, *, workers=None, log=print):
     for folder, _, names in os.walk(base / "files"):
         for name in names:
             path = Path(folder, name)
-            if path.suffix.lower() in mimic_cxr.SUFFIXES:
+            if path.suffix in SUFFIXES:
                 relative = path.relative_to(base).as_posix()
-                there.setdefault(relative.rpartition(".")[0], []).append(relative)
+                there.setdefault(relative.removesuffix(path.suffix), []).append(relative)
     known = dict(zip(images["stem"], images["dicom_id"]))
     for stem in known:
         if stem not in there:
@@ -206,10 +211,11 @@ def _write(problems, output, images, metadata, count, log):
         lines.append("views: " + ", ".join(f"{view} {n:,}" for view, n in views.items()))
     for problem, meaning in PROBLEMS.items():
         these = table[table["problem"] == problem]
-        if len(these):
-            example = these.iloc[0]
+        kinds = these["detail"].map(warning_kind) if problem == "odd header" else these["problem"]
+        for _, alike in these.groupby(kinds, sort=False):
+            example = alike.iloc[0]
             lines.append(
-                f"{len(these):>8,}  {problem}: {meaning}; first: {example['path']} {example['detail']}".rstrip()
+                f"{len(alike):>8,}  {problem}: {meaning}; first: {example['path']} {example['detail']}".rstrip()
             )
     lines.append("nothing is wrong" if table.empty else f"all of them in {output / 'audit.csv'}")
     output.mkdir(parents=True, exist_ok=True)

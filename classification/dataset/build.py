@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 import builders
-from dataset.images import ImageError
+from dataset.images import ImageError, take_warnings, warning_kind
 from dataset.transforms import normalize
 from errors import UserError
 
@@ -19,6 +19,7 @@ class Dataset(Protocol):
     """One split, as a module with `build(config, *splits) -> one dataset a split` makes it (DATA.DATASET names it).
 
     Items: (image uint8 tensor [1 or 3, S, S] with S = DATA.IMG_SIZE, target = targets[index]).
+    It may have a `domain` as well, see `dataset.domain`: a model is then not tested on another one without a word.
     """
 
     task: str  # multilabel or single_label
@@ -139,10 +140,10 @@ class SeededDataset(torch.utils.data.Dataset):
 
 
 def _collate(items):
-    """(batch of the good items or None, errors of the others)."""
+    """(batch of the good items or None, errors of the others, warnings of this loading process)."""
     errors = [item for item in items if isinstance(item, ImageError)]
     good = [item for item in items if not isinstance(item, ImageError)]
-    return default_collate(good) if good else None, errors
+    return default_collate(good) if good else None, errors, take_warnings()
 
 
 class TrainSampler(torch.utils.data.Sampler):
@@ -187,7 +188,7 @@ class Loader(DataLoader):
     """Batches on the device: images float32 [B, 3, S, S], normalised; targets; indices into the dataset [B].
 
     An unreadable image is an error. With DATA.ON_BAD_IMAGE skip it is named in the log and left out: no other image
-    takes its place, and the batch is smaller.
+    takes its place, and the batch is smaller. What is odd about images that are read is said once a kind.
     """
 
     def __init__(self, config, dataset, sampler, device, log):
@@ -204,12 +205,17 @@ class Loader(DataLoader):
             generator=torch.Generator(),
         )
         self.device, self.log = device, log
+        self.said = set()
         self.skip_bad = config.DATA.ON_BAD_IMAGE == "skip"
         # On the device once: as lists they would cross, and be waited for, with every batch.
         self.mean, self.std = (torch.tensor(v, device=device) for v in (config.AUG.MEAN, config.AUG.STD))
 
     def __iter__(self):
-        for batch, errors in super().__iter__():
+        for batch, errors, odd in super().__iter__():
+            for _, text, name in odd:
+                if (kind := warning_kind(text)) not in self.said:
+                    self.said.add(kind)
+                    self.log.warning(f"{name}: {text}; said once, `prepare_mimic.py audit` counts such images")
             if errors and not (self.skip_bad and batch):
                 raise errors[0]
             for error in errors:

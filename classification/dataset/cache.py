@@ -20,13 +20,14 @@ import PIL
 from PIL import Image
 
 from dataset import mimic_cxr
-from dataset.images import ImageError, decode
+from dataset.domain import COPY_RECIPE, image_domain
+from dataset.images import ImageError, decode, take_warnings
 from dataset.processes import in_processes
 from dataset.stores import FileStore
 from errors import UserError
 
 SHARD_IMAGES = 10_000  # about 600 MB at 512 pixels: 38 shards for the whole of MIMIC-CXR
-RECIPE, BAD = "recipe.json", "bad_images.csv"
+BAD = "bad_images.csv"
 
 
 def small_jpeg(data, name, *, size, quality, dicom_recipe):
@@ -75,14 +76,18 @@ def _jpg(path):
 
 def _same_recipe(out, recipe):
     """Records the recipe of a new copy; raises where the folder holds one of another recipe, or other files."""
-    path = out / RECIPE
+    path = out / COPY_RECIPE
     if path.exists():
         there = json.loads(path.read_text())
-        other = [f"{key} {there.get(key)!r}, now {recipe[key]!r}" for key in recipe if there.get(key) != recipe[key]]
+        other = [
+            f"{key} {there.get(key)!r}, now {recipe[key]!r}"
+            for key in recipe
+            if there.get(key, recipe[key]) != recipe[key]
+        ]
         if other:
             raise UserError(f"{path}: the copy there was made with {'; '.join(other)}; use another --output")
     elif any(out.iterdir()):
-        raise UserError(f"--output {out} is not empty and holds no {RECIPE}; choose a new folder")
+        raise UserError(f"--output {out} is not empty and holds no {COPY_RECIPE}; choose a new folder")
     else:
         _replace(path, lambda temporary: temporary.write_text(json.dumps(recipe, indent=2) + "\n"))
 
@@ -171,6 +176,7 @@ def make_copy(
     out.mkdir(parents=True, exist_ok=True)
     options = {"size": size, "quality": quality, "dicom_recipe": dicom_recipe}
     recipe = {"source": str(table.root), "zip": in_zip, "images": len(paths), "pillow": PIL.__version__}
+    recipe["domain"] = image_domain(FileStore(table.root), paths, dicom_recipe)
     _same_recipe(out, options | recipe)
     copy = functools.partial(_copy_to_shards, skip_bad=skip_bad) if in_zip else _copy_to_files
     started = time.time()
@@ -180,6 +186,8 @@ def make_copy(
     seconds = time.time() - started
     log(f"{len(done):,} images in {seconds:.1f} s ({len(done) / seconds:.1f} images/s), "
         f"{len(paths) - len(done):,} were there; {out}")  # fmt: skip
+    for count, text, name in take_warnings():
+        log(f"{count:,} images are odd: {text}; first: {name}")
     (out / BAD).unlink(missing_ok=True)
     if faults:
         pd.DataFrame(sorted(faults.items()), columns=["path", "fault"]).to_csv(out / BAD, index=False)

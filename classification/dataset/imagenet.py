@@ -7,6 +7,7 @@ import torchvision_shim  # noqa: F401
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
+from config import KNOBS
 from dataset.images import ImageError
 from dataset.transforms import photo_transform
 from errors import UserError
@@ -45,4 +46,9 @@ class ImageNetDataset(ImageFolder):
 
 def build(config, *splits):
     """The datasets of `splits` that `config` describes, with augmentation for train."""
-    return [ImageNetDataset(config.DATA.DATA_PATH, s, photo_transform(config, train=s == "train")) for s in splits]
+    datasets = [ImageNetDataset(config.DATA.DATA_PATH, s, photo_transform(config, train=s == "train")) for s in splits]
+    jitter = config.AUG.COLOR_JITTER
+    if "train" in splits and config.AUG.AUTO_AUGMENT and jitter not in (0, KNOBS["AUG.COLOR_JITTER"].default):
+        text = f"AUG.COLOR_JITTER {jitter} has no effect beside AUG.AUTO_AUGMENT {config.AUG.AUTO_AUGMENT!r}"
+        datasets[splits.index("train")].warnings.append(text)
+    return datasets

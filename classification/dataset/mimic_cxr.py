@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 
 from dataset import tables
+from dataset.images import SUFFIXES
 from dataset.labels import LABELS
 from dataset.tables import SPLITS, Table
 from dataset.xrays import RadiographDataset, build_radiographs
 from errors import UserError
 
-SUFFIXES = (".jpg", ".dcm", ".png")
 RADIOLOGIST = "test-set-labeled"  # mimic-cxr-2.1.0-test-set-labeled.csv: read from the reports by a radiologist
 
 
@@ -59,7 +59,8 @@ def _find_suffix(stems, base):
     hits = [s for s in SUFFIXES if any((base / (p + s)).is_file() for p in probes)]
     if not hits:
         raise UserError(
-            f"no image found: looked for {base / probes[0]} with {', '.join(SUFFIXES)} (and {len(probes) - 1} others); "
+            f"no image found: looked for {base / probes[0]} with {', '.join(SUFFIXES[:-1])} or without a suffix "
+            f"(and {len(probes) - 1} others); "
             "--data-path must be the folder that holds files/"
         )
     if len(hits) > 1:

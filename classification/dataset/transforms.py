@@ -93,11 +93,11 @@ def radiograph_transform(config, train):
     A tensor from the start: torch resizes uint8 twice as fast as Pillow, to within one grey level of it.
     """
     size, interpolation = config.DATA.IMG_SIZE, INTERPOLATION[config.DATA.INTERPOLATION]
+    # A square first, for training and test alike: crops of the original would have other proportions.
+    side = resized_side(size) if train or config.TEST.CROP else size
+    steps = [v2.PILToTensor(), *_whole(side, interpolation, config.DATA.RESIZE)]
     if not train:
-        steps = _middle(size, interpolation) if config.TEST.CROP else _whole(size, interpolation, config.DATA.RESIZE)
-        return v2.Compose([v2.PILToTensor(), *steps])
-    # A square first, as at test time: crops of the original would train on other proportions.
-    steps = [v2.PILToTensor(), *_whole(resized_side(size), interpolation, config.DATA.RESIZE)]
+        return v2.Compose([*steps, v2.CenterCrop(size)])
     return v2.Compose([*steps, *filter(None, (augmentation(config) for augmentation in RADIOGRAPH_AUGMENTATIONS))])
 
 

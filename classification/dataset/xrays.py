@@ -3,6 +3,7 @@
 from PIL import Image
 
 from dataset import tables
+from dataset.domain import image_domain
 from dataset.images import decode
 from dataset.stores import FileStore, MemoryStore, ZipStore
 from errors import UserError
@@ -52,6 +53,7 @@ class RadiographDataset:
             self.store.check(table.path)
         if on_memory:
             self.store = MemoryStore(self.store, self.table.path)
+        self.domain = image_domain(self.store, self.table.path, dicom_recipe)
         self.label_names, self.targets = table.label_names, self.table.targets
         self.summary, self.warnings = table.summary(), self._unlearnable() if split == "train" else []
         self.transform, self.mode = transform, mode

@@ -719,6 +719,32 @@ def test_a_loading_process_that_is_killed(run_main, monkeypatch):
     """The real exception: a worker that kills itself, as the kernel does for want of memory."""
     from dataset import build
 
-    monkeypatch.setattr(build.SeededDataset, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    item = build.SeededDataset.__getitem__
+
+    def killed(self, key):
+        if torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(self, key)
+
+    monkeypatch.setattr(build.SeededDataset, "__getitem__", killed)
     with pytest.raises(UserError, match=r"was killed, most likely for want of memory; .*\(now 1\)"):
         run_main(DATA__NUM_WORKERS=1)
+
+
+def test_another_image_domain_than_in_training_is_said(run_main, own_tree, finished):
+    """Trained on the tree's JPGs, tested on DICOMs by the default recipe: a line of the log, and in metrics.json."""
+    from dicom_writer import image
+
+    checkpoint_path = finished / "out" / "tiny" / "default" / "best_ckpt.pth"
+    assert checkpoint.read(checkpoint_path)["domain"] == "pictures"
+    for path in (own_tree / "files").rglob("*.jpg"):
+        grey = np.asarray(Image.open(path).convert("L")).astype(int)
+        path.with_suffix(".dcm").write_bytes(image(grey, ("WindowCenter", "DS", "100"), ("WindowWidth", "DS", "90")))
+        path.unlink()
+    for recipe, warned in (("window", True), ("mimic_jpg", False)):
+        run = run_main("--eval", "--resume", checkpoint_path, data=own_tree, out=recipe, DATA__DICOM_RECIPE=recipe)
+        metrics = json.loads(next(run.parents[1].glob("results/*/metrics.json")).read_text())
+        assert metrics["domain"] == {"trained": "pictures", "tested": f"dicom {recipe}"}
+        log = (run / "log_rank0.txt").read_text()
+        assert warned == any("DATA.DICOM_RECIPE mimic_jpg" in text for text in metrics["warnings"])
+        assert warned == ("WARNING the model was trained on pictures, these images are dicom window" in log)
