@@ -27,8 +27,9 @@ import explain
 import trained
 from analysis import applied
 from config import Parser
-from dataset.images import ImageError, decode
-from dataset.listing import IDS, format_of, identify, list_images
+from dataset.domain import domain_warning
+from dataset.images import ImageError, decode, sniff
+from dataset.listing import IDS, identify, list_images
 from dataset.transforms import placement
 from dataset.views import VIEWS
 from errors import UserError, did_you_mean
@@ -122,11 +123,11 @@ class _Images(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        listed, item = self.images[index], {"error": "", "format": None, **dict.fromkeys(IDS, "")}
+        listed, item = self.images[index], {"error": "", "dicom": False, **dict.fromkeys(IDS, "")}
         try:
             data = listed.read()
             item |= identify(listed, data)
-            item["format"] = format_of(data[:132])
+            item["dicom"] = sniff(data) == "dcm"
             item["images"] = [read(data, listed.path) for read in self.readers]
         except ImageError as error:
             item["error"] = " ".join(str(error).split())
@@ -149,20 +150,21 @@ class _Notes:
         self.model, self.counts = model, {}
 
     def look(self, item):
-        domain, views = self.model.domain_of(item["format"]), VIEWS.get(self.model.config.DATA.VIEWS)
-        if self.model.domain and domain and domain != self.model.domain:
-            self._add(
-                f"are {domain}, the model was trained on {self.model.domain}: another domain, its probabilities may be "
-                "off" + ("; --dicom-recipe mimic_jpg is nearest to it" if domain == trained.WINDOWED else "")
-            )
+        config = self.model.config
+        domain = f"dicom {config.DATA.DICOM_RECIPE}" if item["dicom"] else "pictures"
+        if text := domain_warning(self.model.domain, domain):
+            self._add(text.replace("DATA.DICOM_RECIPE", "--dicom-recipe"))
+        views = VIEWS.get(config.DATA.VIEWS)
         if views and item["view"] and item["view"] not in views:
-            self._add(f"are of the view {item['view']}, the model was trained on DATA.VIEWS {'/'.join(views)} only")
+            self._add(
+                f"the model was trained on DATA.VIEWS {config.DATA.VIEWS}, these images are of the view {item['view']}"
+            )
 
     def _add(self, text):
         self.counts[text] = self.counts.get(text, 0) + 1
 
     def lines(self):
-        return [f"note: {count} of the images {text}" for text, count in self.counts.items()]
+        return [f"note, {count} image(s): {text}" for text, count in self.counts.items()]
 
 
 # ------------------------------------------------------------------------------------ probability

@@ -18,15 +18,12 @@ from dataset.transforms import normalize, radiograph_transform, resized_side
 from errors import UserError
 from models import build_model
 
-# Image domains: pictures as they are stored, and DICOM by each recipe.
-PICTURES, WINDOWED = "pictures as stored", "DICOM by the recipe window"
-
 
 @dataclass(frozen=True)
 class Trained:
     """What a checkpoint holds for whoever asks it: path, its sha256, model (eval mode), labels and config.
 
-    domain: of the images it was trained on, None where the checkpoint does not say.
+    domain: of the images it was trained on, see `dataset.domain`; empty where the checkpoint does not say.
     """
 
     path: Path
@@ -34,16 +31,11 @@ class Trained:
     model: nn.Module
     label_names: tuple[str, ...]
     config: CfgNode
-    domain: str | None
+    domain: str
 
     def reader(self):
         """Function (bytes, name of the file) -> uint8 [1, S, S] as evaluation reads it; it goes to other processes."""
         return _Reader(self.config)
-
-    def domain_of(self, suffix):
-        """Domain of an image of the format .dcm, .jpg or .png, read by this model's :meth:`reader`."""
-        # mimic_jpg makes of a DICOM what the JPG release holds.
-        return WINDOWED if suffix == ".dcm" and self.config.DATA.DICOM_RECIPE == "window" else PICTURES
 
     def normalize(self, images):
         """uint8 [N, 1, S, S] -> float32 [N, 3, S, S] as the model takes it."""
@@ -94,8 +86,6 @@ def load(path, *, ema=False, device="cpu", dicom_recipe=None):
     if not isinstance(state["config"], dict):
         raise UserError(f"{path} is not a checkpoint of this project: its config is no dictionary")
     config = config_module.from_dict(state["config"], path)
-    domain = {"dcm": config.DATA.DICOM_RECIPE, "jpg": PICTURES, "png": PICTURES}.get(config.DATA.IMAGE_FORMAT)
-    domain = {"window": WINDOWED, "mimic_jpg": PICTURES}.get(domain, domain)
     if dicom_recipe:
         config.defrost()
         config.DATA.DICOM_RECIPE = dicom_recipe
@@ -112,4 +102,4 @@ def load(path, *, ema=False, device="cpu", dicom_recipe=None):
         checkpoint.check_weights(build_model(config), weights, path)
     model = build_model(config)
     model.load_state_dict(weights)
-    return Trained(path, sha256(path), model.to(device).eval(), tuple(names), config, domain)
+    return Trained(path, sha256(path), model.to(device).eval(), tuple(names), config, state.get("domain") or "")

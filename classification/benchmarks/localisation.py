@@ -39,9 +39,8 @@ def drawings(label, count, seed=987):
 
 def touches(mask, cell, grid):
     """Whether the sign lies in a cell (row, column) of a grid (rows, columns) over the picture."""
-    (row, column), (rows, columns), (height, width) = cell, grid, mask.shape
-    part = mask[row * height // rows : (row + 1) * height // rows, column * width // columns : (column + 1) * width // columns]
-    return part.mean() > 0.02
+    edges = [[k * size // n for k in (c, c + 1)] for c, n, size in zip(cell, grid, mask.shape)]
+    return mask[slice(*edges[0]), slice(*edges[1])].mean() > 0.02
 
 
 def largest(cam):
@@ -72,7 +71,7 @@ def main(argv=None):
     model = trained.load(args.checkpoint)
     read, untrained = model.reader(), build_model(model.config).eval()
     rows, kept = [], {}
-    for name in SIGNS:
+    for name in (name for name in SIGNS if name in model.label_names):
         label = model.label_names.index(name)
         pictures, masks = zip(*drawings(name, args.images))
         batch = model.normalize(torch.stack([read.transform(Image.fromarray(p)) for p in pictures]))

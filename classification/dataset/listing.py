@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pydicom
 
-from dataset.images import SUFFIXES_BY_CONTENT, ImageError
+from dataset.images import ImageError, sniff
 from dataset.tables import read_csv
 from dataset.views import TEXT_COLUMNS, find_views
 from errors import UserError
@@ -38,18 +38,13 @@ class Listed:
             raise ImageError(f"{self.file}: {error.strerror or error}") from error
 
 
-def format_of(start):
-    """Suffix of the format that the first 132 bytes of a file tell; None where they tell none."""
-    return next((s for mark, s in SUFFIXES_BY_CONTENT if start[128:132] == mark or start.startswith(mark)), None)
-
-
 def _looks_like_an_image(path):
     # A broken image is known by its name only, one without a suffix by its content only.
     if path.suffix.lower() in SUFFIXES:
         return True
     try:
         with open(path, "rb") as file:
-            return format_of(file.read(132)) is not None
+            return sniff(file.read(4096)) != ""
     except OSError:
         return False
 
@@ -118,7 +113,7 @@ def identify(listed, data):
     Its row of a table comes first, then the folders of the official layout, then the header of a DICOM.
     """
     ids = dict.fromkeys(IDS, "")
-    if format_of(data[:132]) == ".dcm":
+    if sniff(data) == "dcm":
         try:
             header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
         except Exception:  # whatever pydicom raises: reading the image says it better

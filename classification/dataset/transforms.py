@@ -106,11 +106,13 @@ def placement(config, height, width):
 
     In pixels of the X-ray; beyond its border where `DATA.RESIZE pad` puts black.
     """
-    if not config.TEST.CROP and config.DATA.RESIZE == "squeeze":
-        return 0.0, 0.0, float(width), float(height)
     size = config.DATA.IMG_SIZE
-    side = min(height, width) * size / resized_side(size) if config.TEST.CROP else max(height, width)
-    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+    part = size / resized_side(size) if config.TEST.CROP else 1
+    if config.DATA.RESIZE == "squeeze":
+        across, down = part * width, part * height
+    else:
+        across = down = part * max(height, width)
+    return (width - across) / 2, (height - down) / 2, (width + across) / 2, (height + down) / 2
 
 
 def photo_transform(config, train):

@@ -95,7 +95,7 @@ def epochs(folder):
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines]
 
 
-def write_checkpoint(path, *, seed=3, intern_image=(), labels=None, ema_seed=None, **opts):
+def write_checkpoint(path, *, seed=3, intern_image=(), labels=None, ema_seed=None, domain="", **opts):
     """A checkpoint of the tiny model with drawn weights, as main.py would write it: (path, model in eval mode).
 
     intern_image: keys below MODEL.INTERN_IMAGE; opts: further keys with __ for the dot; ema_seed: of an average in it.
@@ -126,6 +126,7 @@ def write_checkpoint(path, *, seed=3, intern_image=(), labels=None, ema_seed=Non
             fill(model, number)
             weights[name] = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(weights["model"])
-    state = {"model_ema": None, **weights, "label_names": labels, "config": config_module.to_dict(config), "epoch": 2}
+    state = {"model_ema": None, **weights, "label_names": labels, "config": config_module.to_dict(config)}
+    state |= {"epoch": 2, "domain": domain}
     torch.save(state, path)
     return path, model

@@ -203,14 +203,15 @@ def test_json_holds_the_same(model, pictures, tmp_path):
 
 def test_another_domain_and_view_are_said(tmp_path, capsys):
     write_tree(tmp_path / "dicom", patients=10, size=64, image_format="dicom", progress=False)
-    path, _ = write_checkpoint(tmp_path / "a.pth", DATA__IMAGE_FORMAT="jpg", DATA__VIEWS="frontal")
+    path, _ = write_checkpoint(tmp_path / "a.pth", domain="pictures", DATA__VIEWS="frontal")
     rows = run(path, tmp_path / "dicom", output=tmp_path / "a.csv")
     lateral = sum(row["view"] == "lateral" for row in rows)
     said = capsys.readouterr().out
-    assert f"note: {len(rows)} of the images are DICOM by the recipe window, the model was trained on pictures" in said
-    assert "--dicom-recipe mimic_jpg" in said and f"note: {lateral} of the images are of the view lateral" in said
+    assert f"note, {len(rows)} image(s): the model was trained on pictures, these images are dicom window" in said
+    assert "use --dicom-recipe mimic_jpg" in said
+    assert lateral and f"note, {lateral} image(s): the model was trained on DATA.VIEWS frontal" in said
     run(path, tmp_path / "dicom", "--dicom-recipe", "mimic_jpg", output=tmp_path / "b.csv")
-    assert "another domain" not in capsys.readouterr().out
+    assert "--dicom-recipe" not in capsys.readouterr().out
     assert (tmp_path / "a.csv").read_bytes() != (tmp_path / "b.csv").read_bytes()
 
 
