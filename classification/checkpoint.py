@@ -142,7 +142,10 @@ def refuse_to_overwrite(folder):
 
 
 # ---------------------------------------------------------------------------------------- resume
-def _load_strictly(module, weights, path):
+def check_weights(module, weights, path):
+    """Raise a UserError unless `weights` are tensors of the names and shapes of the module (which may be on meta)."""
+    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise UserError(f"{path} is not a checkpoint of this project: its weights are no dictionary of tensors")
     ours = module.state_dict()
     problems = [f"{k} is missing" for k in ours if k not in weights]
     problems += [f"{k} is not in this model" for k in weights if k not in ours]
@@ -156,6 +159,10 @@ def _load_strictly(module, weights, path):
             f"{path} is a checkpoint of another model: {problems[0]} ({len(problems)} such keys); "
             "use the configuration it was trained with, or another --tag to begin a new run"
         )
+
+
+def _load_strictly(module, weights, path):
+    check_weights(module, weights, path)
     module.load_state_dict(weights)
 
 

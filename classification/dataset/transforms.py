@@ -101,6 +101,20 @@ def radiograph_transform(config, train):
     return v2.Compose([*steps, *filter(None, (augmentation(config) for augmentation in RADIOGRAPH_AUGMENTATIONS))])
 
 
+def placement(config, height, width):
+    """What part of an X-ray of so many pixels the model sees, without augmentation: left, top, right, bottom.
+
+    In pixels of the X-ray; beyond its border where `DATA.RESIZE pad` puts black.
+    """
+    size = config.DATA.IMG_SIZE
+    part = size / resized_side(size) if config.TEST.CROP else 1
+    if config.DATA.RESIZE == "squeeze":
+        across, down = part * width, part * height
+    else:
+        across = down = part * max(height, width)
+    return (width - across) / 2, (height - down) / 2, (width + across) / 2, (height + down) / 2
+
+
 def photo_transform(config, train):
     """For photographs: timm's ImageNet recipe, as the published models were trained."""
     aug, data = config.AUG, config.DATA

@@ -6,7 +6,8 @@ What it returns, an nn.Module from images [N, 3, S, S] to logits [N, MODEL.NUM_C
     heeds         the config keys it acts on, of MODEL.DROP_RATE, MODEL.DROP_PATH_RATE, TRAIN.USE_CHECKPOINT,
                   TRAIN.LR_LAYER_DECAY and TRAIN.OPTIMIZER.DCN_LR_MUL; a warning says that the others do nothing
     lr_scales(decay)    where it heeds TRAIN.LR_LAYER_DECAY: prefix of parameter names -> factor on their rate
-    feature_maps(images)    where it has them: the last features with places, [N, C, H, W]
+    feature_maps(images), classify(maps)    where it has them: the last features with places, [N, C, H, W], and the
+                  logits that follow from them (what predict.py --explain needs)
 """
 
 import torch

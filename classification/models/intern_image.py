@@ -228,8 +228,11 @@ class InternImage(nn.Module):
             if isinstance(module, DCNv3):
                 module.reset_parameters()
 
-    def forward_features(self, x):
-        """Pooled features before the classifier: [N, 3, H, W] -> [N, F]."""
+    def feature_maps(self, x):
+        """The last features with places, before pooling: [N, 3, H, W] -> [N, F, h, w].
+
+        T to XL: h = H/32, behind `conv_head`; H and G: h = H/16, what the CLIP projector attends to.
+        """
         x = self.pos_drop(self.patch_embed(x))
         outputs = []
         for level in self.levels:
@@ -237,12 +240,19 @@ class InternImage(nn.Module):
             outputs.append(output)
         third, fourth = (t.permute(0, 3, 1, 2) for t in outputs[-2:])
         if self.use_clip_projector:
-            tokens = self.dcnv3_head_x4(fourth) + self.dcnv3_head_x3(third)
-            return self.fc_norm(self.clip_projector(tokens.flatten(2).transpose(1, 2)))
-        return self.conv_head(fourth).mean((2, 3))
+            return self.dcnv3_head_x4(fourth) + self.dcnv3_head_x3(third)
+        return self.conv_head(fourth)
+
+    def classify(self, maps):
+        """Logits of :meth:`feature_maps`: [N, F, h, w] -> [N, num_classes]."""
+        if self.use_clip_projector:
+            features = self.fc_norm(self.clip_projector(maps.flatten(2).transpose(1, 2)))
+        else:
+            features = maps.mean((2, 3))
+        return self.head(features)
 
     def forward(self, x):
-        return self.head(self.forward_features(x))
+        return self.classify(self.feature_maps(x))
 
     def lr_scales(self, decay):
         """Layer-wise learning rate decay: prefix of parameter names -> factor.
