@@ -32,6 +32,7 @@ def test_items_follow_the_official_tables(tree):
         expected = splits[splits.split == split].merge(labels, on=["study_id", "subject_id"])
         assert len(dataset) == len(expected) > 0
         rows = pd.DataFrame(dataset.ids()).assign(i=range(len(dataset)))
+        assert all(rows[c].map(type).eq(str).all() for c in rows.columns[:3])
         both = rows.merge(expected, on="dicom_id")
         assert len(both) == len(expected)
         zeros = both[list(LABELS)].fillna(0).replace(-1, 0).to_numpy(np.float32)
