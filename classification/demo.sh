@@ -14,7 +14,9 @@ else
   data=$DEMO/synthetic tag=synthetic
   "$MIMIC_PYTHON" -m dataset.synthetic --out "$data" --patients 400
 fi
-arguments=(--cfg "$CONFIG" --data-path "$data" --output "$DEMO/output" --tag "$tag" --opts RESULTS "$DEMO/results/$tag")
+labels=$("$MIMIC_PYTHON" prepare_mimic.py labels --data-path "$data" | wc -l)
+arguments=(--cfg "$CONFIG" --data-path "$data" --output "$DEMO/output" --tag "$tag"
+  --opts RESULTS "$DEMO/results/$tag" MODEL.NUM_CLASSES "$labels")
 "$MIMIC_PYTHON" main.py "${arguments[@]}"
 "$MIMIC_PYTHON" main.py "${arguments[@]}" --eval
 

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from pydicom.pixels import apply_voi_lut
 
-from dataset import cache, synthetic, tables, xrays
+from dataset import cache, stores, synthetic, xrays
 from dataset.labels import LABELS
 from dataset.mimic_cxr import MIMICCXRDataset, load_table
 from dataset.transforms import normalize, radiograph_transform
@@ -135,7 +135,7 @@ def measure_table(folder):
     for name in LABELS:
         labels[name] = rng.choice([1, 0, -1, np.nan], studies, p=[0.1, 0.1, 0.02, 0.78])
     labels.to_csv(folder / "mimic-cxr-2.0.0-chexpert.csv.gz", index=False)
-    step = np.unique(np.concatenate([np.linspace(0, count - 1, n).astype(int) for n in (20, tables.CHECKED_FILES)]))
+    step = np.unique(np.concatenate([np.linspace(0, count - 1, n).astype(int) for n in (20, stores.CHECKED_FILES)]))
     for subject, study_id, name, _ in frame.iloc[step].itertuples(index=False):
         path = folder / f"files/p{str(subject)[:2]}/p{subject}/s{study_id}/{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

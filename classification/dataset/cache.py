@@ -19,9 +19,9 @@ import pandas as pd
 import PIL
 from PIL import Image
 
-from dataset import mimic_cxr
+from dataset import mimic_cxr, tables
 from dataset.domain import COPY_RECIPE, image_domain
-from dataset.images import ImageError, decode, take_warnings
+from dataset.images import SUFFIXES, ImageError, decode, take_warnings
 from dataset.processes import in_processes
 from dataset.stores import FileStore
 from errors import UserError
@@ -71,7 +71,9 @@ def _encode_to_file(path, root, target, options):
 
 
 def _jpg(path):
-    return Path(path).with_suffix(".jpg").as_posix()
+    """Path of the JPEG of an image: its own, with .jpg instead of the suffix of an image if it has one."""
+    path = Path(path)
+    return (path.with_suffix(".jpg") if path.suffix in SUFFIXES[:-1] else Path(f"{path}.jpg")).as_posix()
 
 
 def _same_recipe(out, recipe):
@@ -92,18 +94,17 @@ def _same_recipe(out, recipe):
         _replace(path, lambda temporary: temporary.write_text(json.dumps(recipe, indent=2) + "\n"))
 
 
-def _copy_tables(root, table, out):
+def _copy_tables(root, own, out):
     """The CSV files beside the images; a table of the user's own with its paths as they are in the copy."""
-    _, folders = mimic_cxr.find_folders(root)
-    if table.sources[0].startswith("mimic-cxr-"):
-        for folder in folders:
+    if own is None:
+        for folder in mimic_cxr.find_folders(root)[1]:
             for source in sorted(folder.glob("mimic-cxr-*.csv*")):
                 if not (out / source.name).exists():
                     _replace(out / source.name, functools.partial(shutil.copyfile, source))
-        return
-    frame = pd.read_csv(table.root / table.sources[0], dtype=object, encoding="utf-8-sig")
-    frame["path"] = frame["path"].map(_jpg)
-    _replace(out / "images.csv", lambda temporary: frame.to_csv(temporary, index=False))
+    else:
+        frame = tables.read_csv(own, ("path",))
+        frame["path"] = frame["path"].str.strip().map(_jpg)
+        _replace(out / "images.csv", lambda temporary: frame.to_csv(temporary, index=False))
 
 
 def _write_shard(path, images, skip_bad):
@@ -126,13 +127,17 @@ def _write_shard(path, images, skip_bad):
 
 
 def _check_places(table, out):
-    """Paths of the images, sorted; a UserError where the copy would lie in the data, or images outside of them."""
+    """Paths of the images, sorted; a UserError where one would be overwritten, or is not below the data folder."""
     if out == table.root or table.root in out.parents or out in table.root.parents:
         raise UserError(f"--output {out} and the data in {table.root} lie in each other; choose a folder apart")
-    paths = sorted(p.decode() for p in table.path)
-    absolute = [p for p in paths if Path(p).is_absolute()]
-    if absolute:
-        raise UserError(f"{table.sources[0]}: {absolute[0]} is no path within {table.root}; only such can be copied")
+    paths, sources = sorted(p.decode() for p in table.path), {}
+    for path in paths:
+        if Path(path).is_absolute():
+            raise UserError(f"{table.sources[0]}: {path} is no path within {table.root}; only such can be copied")
+        if (first := sources.setdefault(_jpg(path), path)) != path:
+            raise UserError(
+                f"{table.sources[0]}: {first} and {path} would both become {_jpg(path)}; give one of them another name"
+            )
     return paths
 
 
@@ -156,36 +161,55 @@ def _copy_to_shards(paths, root, out, options, workers, skip_bad):
 
 
 def make_copy(
-    root, out, *, size=512, quality=95, in_zip=False, dicom_recipe="window", skip_bad=False, workers=None, log=print
+    root,
+    out,
+    *,
+    csv="",
+    size=512,
+    quality=95,
+    in_zip=False,
+    dicom_recipe="window",
+    allow_missing=False,
+    skip_bad=False,
+    workers=None,
+    log=print,
 ):
     """Makes or completes the copy of the tree `root` in `out`; returns {path: fault} of its bad images.
 
     Args:
+        csv: the table of the images, see :func:`dataset.mimic_cxr.load_table`; its labels do not matter here.
         size: short side in pixels; smaller images keep theirs.
         quality: of the JPEGs, 1 to 100.
         in_zip: a few uncompressed zip files instead of a file an image, for `main.py --zip`.
         dicom_recipe: see :data:`dataset.dicom.RECIPES`.
+        allow_missing: copy what is there of a partial tree.
         skip_bad: finish shards without the images that cannot be read.
 
     Raises:
         UserError: bad tables, or `out` holds something else.
     """
-    out = Path(out).absolute()
-    table = mimic_cxr.load_table(root)
+    out = Path(out).expanduser().absolute()
+    own = mimic_cxr.find_own_csv(root, csv)
+    table = mimic_cxr.load_table(root, csv=csv, labeler="", allow_missing=allow_missing)
     paths = _check_places(table, out)
     out.mkdir(parents=True, exist_ok=True)
     options = {"size": size, "quality": quality, "dicom_recipe": dicom_recipe}
-    recipe = {"source": str(table.root), "zip": in_zip, "images": len(paths), "pillow": PIL.__version__}
+    recipe = {"source": str(table.root), "zip": in_zip, "pillow": PIL.__version__}
+    if in_zip:  # a shard holds a part of them all; single files can become more
+        recipe["images"] = len(paths)
     recipe["domain"] = image_domain(FileStore(table.root), paths, dicom_recipe)
     _same_recipe(out, options | recipe)
     copy = functools.partial(_copy_to_shards, skip_bad=skip_bad) if in_zip else _copy_to_files
     started = time.time()
     done = list(copy(paths, table.root, out, options, workers))
     faults = {path: fault for path, fault in done if fault}
-    _copy_tables(root, table, out)
+    _copy_tables(root, own, out)
     seconds = time.time() - started
     log(f"{len(done):,} images in {seconds:.1f} s ({len(done) / seconds:.1f} images/s), "
         f"{len(paths) - len(done):,} were there; {out}")  # fmt: skip
+    for reason, count in table.left_out.items():
+        if count:
+            log(f"left out: {count:,} {reason}")
     for count, text, name in take_warnings():
         log(f"{count:,} images are odd: {text}; first: {name}")
     (out / BAD).unlink(missing_ok=True)

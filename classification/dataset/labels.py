@@ -22,6 +22,8 @@ LABELS = (
     "Support Devices",
 )
 
+BLANK = ("", "nan", "na", "n/a", "null", "none")  # how a value that is not there may be written
+
 # What a policy makes of a label that is not a plain 0 or 1: (-1, not mentioned) -> target. NaN: unknown,
 # masked in loss and metrics. smooth: means of the ranges .55 to .85 and 0 to .3 of Pham et al. 2021
 # ("Interpreting chest X-rays via CNNs ..."): cross-entropy is linear in its target, so the mean of the range does.

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from dataset import tables
-from dataset.images import SUFFIXES
+from dataset.images import ENDINGS, SUFFIXES
 from dataset.labels import LABELS
+from dataset.stores import ZipStore
 from dataset.tables import SPLITS, Table
 from dataset.xrays import RadiographDataset, build_radiographs
 from errors import UserError
@@ -37,7 +38,8 @@ def find_csv(folders, kind):
     return None
 
 
-def _needed_csv(folders, kind):
+def needed_csv(folders, kind):
+    """Path of the official table of a kind; a UserError where it is not there."""
     path = find_csv(folders, kind)
     if path is None:
         raise UserError(
@@ -53,20 +55,27 @@ def image_stems(images):
     return "files/p" + subject.str[:2] + "/p" + subject + "/s" + study + "/" + images["dicom_id"]
 
 
-def _find_suffix(stems, base):
-    """The suffix of the tree's images: the release holds either JPG or DICOM."""
+def _find_suffix(stems, base, suffixes, allow_missing):
+    """That of `suffixes` which the tree's images have: the release holds either JPG or DICOM.
+
+    An even sample is looked for; where images may be missing and none of these is there, all are.
+    """
     probes = stems[np.linspace(0, len(stems) - 1, min(len(stems), 20)).astype(int)]
-    hits = [s for s in SUFFIXES if any((base / (p + s)).is_file() for p in probes)]
+
+    def there(stems):
+        return [s for s in suffixes if any((base / (stem + s)).is_file() for stem in stems)]
+
+    hits = there(probes) or (there(stems) if allow_missing else [])
     if not hits:
         raise UserError(
-            f"no image found: looked for {base / probes[0]} with {', '.join(SUFFIXES[:-1])} or without a suffix "
-            f"(and {len(probes) - 1} others); "
-            "--data-path must be the folder that holds files/"
+            f"no image found: looked for {base / probes[0]} with {', '.join(s or 'no suffix' for s in suffixes)} "
+            f"(and {len(stems if allow_missing else probes) - 1} others); --data-path must be the folder that holds "
+            "files/" + ("" if allow_missing else ", and a part of the images needs DATA.ALLOW_MISSING True")
         )
     if len(hits) > 1:
         raise UserError(
             f"{base / 'files'} holds both {' and '.join(hits)} images; "
-            f"say which to read: DATA.IMAGE_FORMAT {' or '.join(s[1:] for s in hits)}"
+            f"say which to read: DATA.IMAGE_FORMAT {' or '.join(s[1:].lower() for s in hits)}"
         )
     return hits[0]
 
@@ -75,66 +84,88 @@ def _read_images(path):
     """The split file: dicom_id, study_id, subject_id (integers), split (index)."""
     images = tables.read_csv(path, ("dicom_id", "study_id", "subject_id", "split"))
     for column in ("subject_id", "study_id"):
-        images[column] = tables.integers(images, column, path)
-    tables.names(images, "dicom_id", path)
+        images[column] = tables.integer_ids(images, column, path)
+    images["dicom_id"] = tables.names(images, "dicom_id", path)
+    tables.no_duplicates(images["dicom_id"], "image", path)
     return images.assign(split=tables.split_indices(images, path))
 
 
-def _read_labels(path, label_names, studies):
+def _read_labels(path, label_names, studies, no_finding_clears):
     """(labels [N, L], whether there is a row) of the N `studies`, from a file with one row a study."""
     frame = tables.read_csv(path, ("study_id",))
     if "Lung Opacity" not in frame:  # the radiologist's file has an older name for it
         frame = frame.rename(columns={"Airspace Opacity": "Lung Opacity"})
-    values = tables.label_values(frame, label_names, path)
-    ids = tables.integers(frame, "study_id", path)
+    values = tables.label_values(frame, label_names, path, no_finding_clears)
+    ids = tables.integer_ids(frame, "study_id", path)
     tables.no_duplicates(ids, "study", path)
     row = pd.Index(ids).get_indexer(studies)
     return values[row], row >= 0
 
 
-def official_table(base, folders, *, labeler, test_labeler, label_names, image_format):
+def official_table(
+    base, folders, *, labeler, test_labeler, label_names, no_finding_clears, image_format, allow_missing, in_zip
+):
     """The table of the official files; arguments as :func:`load_table`'s."""
-    files = {kind: _needed_csv(folders, kind) for kind in ("split", labeler)}
+    files = {"split": needed_csv(folders, "split")}
     images = _read_images(files["split"])
-    labels, labelled = _read_labels(files[labeler], label_names, images["study_id"])
-    reasons = np.where(labelled, "", "study without a label row")
+    labels, reasons = np.empty((len(images), 0), np.float32), np.full(len(images), "", object)
+    if labeler:
+        files["labels"] = needed_csv(folders, labeler)
+        labels, read = _read_labels(files["labels"], label_names, images["study_id"], no_finding_clears)
+        reasons[~read] = "study without a label row"
     if test_labeler == "radiologist":
-        files["test"] = _needed_csv(folders, RADIOLOGIST)
+        files["test"] = needed_csv(folders, RADIOLOGIST)
         test = images["split"].to_numpy() == SPLITS.index("test")
-        labels[test], read = _read_labels(files["test"], label_names, images["study_id"][test])
-        reasons = reasons.astype(object)
+        studies = images["study_id"][test]
+        labels[test], read = _read_labels(files["test"], label_names, studies, no_finding_clears)
         reasons[test] = np.where(read, "", "test study that the radiologist has not labelled")
-    labelled = reasons == ""
-    if not labelled.any():
-        raise UserError(f"{files[labeler]}: none of the studies of {files['split']} has a row here")
-    images = images[labelled]
+    kept = reasons == ""
+    if not kept.any():
+        raise UserError(f"{files['labels']}: none of the studies of {files['split']} has a row here")
+    images = images[kept]
     stems = image_stems(images).to_numpy(dtype=object)
-    suffix = _find_suffix(stems, base) if image_format == "auto" else "." + image_format
+    if in_zip:  # the shards hold the small JPG copy
+        suffix = ".jpg" if image_format == "auto" else "." + image_format
+    elif image_format == "auto":
+        suffix = _find_suffix(stems, base, SUFFIXES, allow_missing)
+    else:
+        endings = ENDINGS[image_format]
+        suffix = _find_suffix(stems, base, [s for s in SUFFIXES if s.lower() in endings], allow_missing)
     return Table(
         root=base,
-        sources=tuple(path.name for path in files.values()),
+        sources=tuple(files.values()),
         label_names=tuple(label_names),
         path=tables.to_bytes(stem + suffix for stem in stems),
         dicom_id=tables.to_bytes(images["dicom_id"]),
-        study=images["study_id"].to_numpy(),
-        subject=images["subject_id"].to_numpy(),
+        study=tables.to_bytes(images["study_id"].astype(str)),
+        subject=tables.to_bytes(images["subject_id"].astype(str)),
         split=images["split"].to_numpy(),
-        labels=labels[labelled],
-        left_out=dict(pd.Series(reasons[~labelled]).value_counts()),
+        labels=labels[kept],
+        store=ZipStore(base) if in_zip else None,
+        left_out=dict(pd.Series(reasons[~kept]).value_counts()),
     )
 
 
-def _find_own_csv(csv, base, folders):
+def find_own_csv(root, csv=""):
     """Path of the user's own table: the one named, or in a folder without official files the only one; else None."""
+    base, folders = find_folders(root)
     if csv:
         path = base / Path(csv).expanduser()
         if not path.is_file():
             raise UserError(f"DATA.CSV: {path} does not exist")
         return path
-    found = tables.find_own_tables(folders[0]) if find_csv(folders, "split") is None else []
+    if find_csv(folders, "split") is not None:
+        return None
+    headers, found = tables.find_own_tables(folders[0])
     if len(found) > 1:
         several = ", ".join(path.name for path in found)
         raise UserError(f"{folders[0]} holds several tables with a path column ({several}); choose one with DATA.CSV")
+    if not found and headers:
+        there = "; ".join(f"{path.name} has {', '.join(columns)}" for path, columns in headers.items())
+        raise UserError(
+            f"no mimic-cxr-*-split.csv or .csv.gz in {', '.join(map(str, folders))}, and no other table there has a "
+            f"column path ({there})"
+        )
     return found[0] if found else None
 
 
@@ -145,7 +176,8 @@ def load_table(
     labeler="chexpert",
     test_labeler="same",
     views="all",
-    label_names=LABELS,
+    label_names=None,
+    no_finding_clears=False,
     image_format="auto",
     allow_missing=False,
     in_zip=False,
@@ -155,10 +187,11 @@ def load_table(
     Args:
         root: the release folder, or its `files/`. The CSVs lie there, beside or above `files/`.
         csv: instead of the official files, one of the user's own, see :func:`dataset.tables.own_table`.
-        labeler: chexpert or negbio.
+        labeler: chexpert or negbio; empty: no labels.
         test_labeler: same, or radiologist: the labels of the test split from `mimic-cxr-*-test-set-labeled.csv`.
         views: all, or a key of :data:`dataset.views.VIEWS`.
-        label_names: columns to read.
+        label_names: columns to read; None: the 14 of CheXpert, or what a table of the user's own has instead.
+        no_finding_clears: where No Finding is 1, a blank label is 0, but for Support Devices.
         image_format: auto, jpg, dcm or png (official layout only).
         allow_missing: leave out images that are not there instead of an error.
         in_zip: images lie in zip files (see `dataset.stores.ZipStore`), not in `files/`.
@@ -167,34 +200,35 @@ def load_table(
         UserError: names the file, column or value.
     """
     base, folders = find_folders(root)
-    own = _find_own_csv(csv, base, folders)
+    own = find_own_csv(root, csv)
     if own is None:
-        if in_zip and image_format == "auto":
-            image_format = "jpg"  # the zip shards hold the small JPG copy
         table = official_table(
             base,
             folders,
             labeler=labeler,
             test_labeler=test_labeler,
-            label_names=label_names,
+            label_names=LABELS if label_names is None else label_names,
+            no_finding_clears=no_finding_clears,
             image_format=image_format,
+            allow_missing=allow_missing,
+            in_zip=in_zip,
         )
     elif test_labeler != "same":
         raise UserError(f"DATA.TEST_LABELER {test_labeler} belongs to the official tables, not to {own}")
     else:
-        table = tables.own_table(base, own, label_names)
+        table = tables.own_table(base, own, label_names if labeler else (), no_finding_clears)
+        table.store = ZipStore(base) if in_zip else table.store
     if own:
-        metadata, key = own if views != "all" or tables.has_column(own, "ViewPosition") else None, "path"
+        known = views != "all" or "ViewPosition" in tables.read_csv(own, (), rows=False)
+        metadata, key = own if known else None, "path"
     else:
-        metadata, key = (
-            _needed_csv(folders, "metadata") if views != "all" else find_csv(folders, "metadata"),
-            "dicom_id",
-        )
+        metadata = needed_csv(folders, "metadata") if views != "all" else find_csv(folders, "metadata")
+        key = "dicom_id"
     if metadata:
         table = tables.with_views(table, metadata, key)
     if views != "all":
         table = tables.select_views(table, views, metadata)
-    return tables.check_table(table, allow_missing=allow_missing, in_zip=in_zip)
+    return tables.check_table(table, allow_missing)
 
 
 class MIMICCXRDataset(RadiographDataset):
@@ -204,13 +238,12 @@ class MIMICCXRDataset(RadiographDataset):
         root: the release folder or its `files/`.
         split, transform: see :class:`dataset.xrays.RadiographDataset`, also for further keywords.
         uncertain, missing: policy for -1 and for blank labels, see :func:`dataset.labels.apply_policy`.
-        table: keywords of :func:`load_table`.
+        keywords: also those of :func:`load_table`.
     """
 
-    def __init__(self, root, split, transform=None, *, uncertain="zeros", missing="zeros", in_zip=False, **keywords):
+    def __init__(self, root, split, transform=None, *, uncertain="zeros", missing="zeros", **keywords):
         reading = {name: keywords.pop(name) for name in load_table.__kwdefaults__ if name in keywords}
-        table = load_table(root, in_zip=in_zip, **reading).with_targets(uncertain, missing)
-        super().__init__(table, split, transform, in_zip=in_zip, **keywords)
+        super().__init__(load_table(root, **reading).with_targets(uncertain, missing), split, transform, **keywords)
 
 
 def build(config, *splits):
@@ -222,7 +255,8 @@ def build(config, *splits):
         labeler=d.LABELER,
         test_labeler=d.TEST_LABELER,
         views=d.VIEWS,
-        label_names=tuple(d.LABELS) or LABELS,
+        label_names=tuple(d.LABELS) or None,
+        no_finding_clears=d.NO_FINDING_CLEARS,
         image_format=d.IMAGE_FORMAT,
         allow_missing=d.ALLOW_MISSING,
         in_zip=d.ZIP_MODE,

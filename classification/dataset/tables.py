@@ -3,20 +3,24 @@
 Runs without torch. A release has a module of its own that reads it into a :class:`Table` (`mimic_cxr.py`).
 """
 
+import csv
 import dataclasses
+import gzip
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from dataset.labels import apply_policy
+from dataset.labels import BLANK, LABELS, apply_policy
+from dataset.stores import FileStore
 from dataset.views import VIEWS, find_views
 from errors import UserError
 
 SPLITS = ("train", "validate", "test")
 SPLIT_ALIASES = {"val": "validate", "valid": "validate", "validation": "validate"}
-CHECKED_FILES = 500
-COLUMNS = ("path", "dicom_id", "study", "subject", "split", "labels", "targets", "view")  # the arrays of a Table
+# The arrays of a Table, one value an image.
+ARRAYS = ("path", "dicom_id", "study", "subject", "split", "labels", "targets", "view")
 
 
 class EmptySplit(UserError):
@@ -27,13 +31,13 @@ class EmptySplit(UserError):
 class Table:
     """One row an image. Arrays, not Python objects: forked workers then share their memory.
 
-    path: bytes, relative to `root`; split: index into SPLITS; labels: [N, L] float32 of 1, 0, -1 (uncertain),
-    NaN (not mentioned); subject and study: -1 where the file has none; targets: see :meth:`with_targets`;
-    view: text as of :func:`dataset.views.find_views`, None where no table tells it.
+    path: bytes, relative to `root`; dicom_id, study, subject: bytes, names as they are written, empty where there is
+    none; split: index into SPLITS; labels: [N, L] float32 of 1, 0, -1 (uncertain), NaN (not mentioned);
+    targets: see :meth:`with_targets`; view: text as of :func:`dataset.views.find_views`, None where no table tells it.
     """
 
     root: Path
-    sources: tuple  # names of the CSV files
+    sources: tuple  # paths of the CSV files
     label_names: tuple
     path: np.ndarray
     dicom_id: np.ndarray
@@ -43,14 +47,19 @@ class Table:
     labels: np.ndarray
     targets: np.ndarray | None = None
     view: np.ndarray | None = None
+    store: object = None  # of dataset.stores, where the images are read; None: files below root
     left_out: dict = dataclasses.field(default_factory=dict)  # reason -> number of images
+    notes: tuple = ()  # texts that the summary ends with
+
+    def __post_init__(self):
+        self.store = self.store or FileStore(self.root)
 
     def __len__(self):
         return len(self.path)
 
     def select(self, keep):
         """The rows where `keep` is true."""
-        kept = {name: None if (column := getattr(self, name)) is None else column[keep] for name in COLUMNS}
+        kept = {name: None if (column := getattr(self, name)) is None else column[keep] for name in ARRAYS}
         return dataclasses.replace(self, **kept, left_out=dict(self.left_out))
 
     def with_targets(self, uncertain="zeros", missing="zeros"):
@@ -70,7 +79,7 @@ class Table:
         """What a report says of the data: counts, views and positives of every split, and what was left out."""
 
         def count(ids):
-            return len(np.unique(ids)) if (ids >= 0).all() else None
+            return len(np.unique(ids)) if (ids != b"").all() else None
 
         splits = {}
         for k, name in enumerate(SPLITS):
@@ -99,7 +108,7 @@ class Table:
         """The table in a few lines: images, studies, patients and positives by split, and what was left out."""
 
         def count(ids):
-            return f"{len(np.unique(ids)):,}" if (ids >= 0).all() else "unknown"
+            return f"{len(np.unique(ids)):,}" if (ids != b"").all() else "unknown"
 
         def share(targets):
             positive, negative = (targets == 1).sum(), (targets == 0).sum()
@@ -112,18 +121,17 @@ class Table:
             ("studies", *(count(self.study[s]) for s in splits)),
             ("patients", *(count(self.subject[s]) for s in splits)),
             ("positive labels", "", "", ""),
-            *(
-                (f"  {name}", *(share(self.targets[s, k]) for s in splits))
-                for k, name in enumerate(self.label_names)
-            ),
-        ]  # fmt: skip
+        ]
+        for k, name in enumerate(self.label_names):
+            lines.append((f"  {name}", *(share(self.targets[s, k]) for s in splits)))
         widths = [max(len(line[k]) for line in lines) for k in range(4)]
         texts = [
             (line[0].ljust(widths[0]) + "".join(f"   {cell:>{w}}" for cell, w in zip(line[1:], widths[1:]))).rstrip()
             for line in lines
         ]
+        texts += ["from " + ", ".join(path.name for path in self.sources), *self.notes]
         left_out = "; ".join(f"{n:,} {reason}" for reason, n in self.left_out.items() if n)
-        return "\n".join([*texts, "from " + ", ".join(self.sources), f"left out: {left_out or 'nothing'}"])
+        return "\n".join([*texts, f"left out: {left_out or 'nothing'}"])
 
 
 def split_index(split):
@@ -134,31 +142,75 @@ def split_index(split):
     return SPLITS.index(name)
 
 
-# ------------------------------------------------------------------------------------- columns of a CSV file
-def read_csv(path, required):
-    """The file as a table with at least the columns `required` and one row."""
+# ------------------------------------------------------------------------------------------ reading a CSV file
+def _open(path):
+    """The file as text: UTF-8, or UTF-16 by its first bytes; unpacked where it is gzip."""
+    with open(path, "rb") as file:
+        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    with opener(path, "rb") as file:
+        start = file.read(4)
+    encoding = "utf-8-sig"
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
+    elif b"\0" in start[:2]:  # the first character is a letter
+        encoding = "utf-16-le" if start[1] == 0 else "utf-16-be"
+    return opener(path, "rt", encoding=encoding, newline="")
+
+
+def _read_header(file):
+    """(names of the columns, separator) from the first line."""
+    line = file.readline()
+    separator = max(",;\t", key=line.count)
+    return [name.strip() for name in next(csv.reader([line], delimiter=separator), [])], separator
+
+
+def read_csv(path, required, *, rows=True):
+    """A CSV file as a table of texts, with at least the columns `required`: the one reader of tables.
+
+    Separated by commas, semicolons or tabs. A value that is not there is an empty text.
+
+    rows: False reads the header alone.
+
+    Raises:
+        UserError: not a CSV file, no such column, or no rows.
+    """
     try:
-        # As text: an image may be called 007.
-        text = {"dicom_id": str, "path": str, "split": str}
-        frame = pd.read_csv(path, encoding="utf-8-sig", low_memory=False, dtype=text)
-    except (OSError, ValueError, EOFError) as error:  # pandas' parser errors are ValueErrors
-        raise UserError(f"{path}: cannot be read as CSV ({error})") from error
-    frame.columns = [str(c).strip() for c in frame.columns]
+        with _open(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # it would cut off what is too much
+            columns, separator = _read_header(file)
+            if not rows:
+                return pd.DataFrame(columns=columns)
+            # One column more than there are names: rows may end in a separator.
+            frame = pd.read_csv(file, sep=separator, header=None, names=range(len(columns) + 1), index_col=False,
+                                dtype=str, keep_default_na=False, skipinitialspace=True, low_memory=False)  # fmt: skip
+    except pd.errors.EmptyDataError:
+        frame = pd.DataFrame(columns=range(len(columns) + 1))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as CSV (it is not UTF-8 text; save it as such)") from error
+    except (OSError, ValueError, EOFError, pd.errors.ParserWarning, csv.Error) as error:
+        more = "; are there separators within values that are not in quotes?" if "fields" in str(error) else ""
+        raise UserError(f"{path}: cannot be read as CSV ({str(error).strip()}){more}") from error
+    frame = frame.fillna("")
+    beyond = frame.pop(len(columns)).str.strip() != ""
+    if beyond.any():
+        row = first_row(beyond)
+        raise UserError(
+            f"{path}: data row {row + 1} has more values than there are columns ({len(columns)}): a value that holds "
+            f"{separator!r} must be in quotes, and each column must have a name"
+        )
+    frame.columns = columns
     need_columns(frame, required, path)
     if frame.empty:
         raise UserError(f"{path}: the file has no rows")
     return frame
 
 
-def has_column(path, name):
-    """Whether a CSV that was read before has the column."""
-    return name in [str(c).strip() for c in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
-
-
 def need_columns(frame, required, path):
-    missing = [c for c in required if c not in frame.columns]
-    if missing:
-        raise UserError(f"{path}: column {missing[0]!r} is missing (the file has: {', '.join(frame.columns)})")
+    for name in required:
+        count = list(frame.columns).count(name)
+        if count != 1:
+            fault = "is missing" if not count else "is there more than once"
+            raise UserError(f"{path}: column {name!r} {fault} (the file has: {', '.join(frame.columns)})")
 
 
 def first_row(bad):
@@ -166,12 +218,12 @@ def first_row(bad):
     return int(np.flatnonzero(bad)[0])
 
 
-def names(frame, column, path):
-    """A column of names as they are written, none of them empty or given twice."""
-    values = frame[column]
-    if values.isna().any():
-        raise UserError(f"{path}: {column} is empty in data row {first_row(values.isna()) + 1}")
-    no_duplicates(values, "image", path)
+def names(frame, column, path, remedy=""):
+    """A column of names as they are written, none of them empty. The same text is the same image, study or patient."""
+    values = frame[column].str.strip()
+    empty = values == ""
+    if empty.any():
+        raise UserError(f"{path}: {column} is empty in data row {first_row(empty) + 1}{remedy}")
     return values
 
 
@@ -181,38 +233,73 @@ def no_duplicates(values, what, path):
         raise UserError(f"{path}: {what} {repeated.iloc[0]} has more than one row ({len(repeated)} rows too many)")
 
 
-def integers(frame, column, path):
-    """A column of integer ids."""
+def integers(frame, column):
+    """(the column as integers, where it holds none)."""
     values = pd.to_numeric(frame[column], errors="coerce")
-    bad = values.isna() | (values % 1 != 0)
+    bad = ~((values % 1 == 0) & (values.abs() < 2**53))  # larger ones are not exact
+    return values.where(~bad, -1).astype(np.int64), bad
+
+
+def integer_ids(frame, column, path):
+    """A column of integers."""
+    values, bad = integers(frame, column)
     if bad.any():
         row = first_row(bad)
         raise UserError(
             f"{path}: {column} is {frame[column].iloc[row]!r} in data row {row + 1}; expected an integer id"
         )
-    return values.astype(np.int64)
+    return values
 
 
-def label_values(frame, label_names, path):
-    """[N, L] float32 of 1, 0, -1, NaN; anything else is an error that names the place."""
+def read_label(text):
+    """1, 0, -1 or NaN (blank) for the text of a label; None for any other."""
+    text = text.strip().lower().replace(",", ".")  # 1,0 beside semicolons
+    if text in BLANK:
+        return np.nan
+    try:
+        return float(text) if float(text) in (1, 0, -1) else None
+    except ValueError:
+        return None
+
+
+def label_values(frame, label_names, path, no_finding_clears=False):
+    """[N, L] float32 of 1, 0, -1, NaN; anything else is an error that names the place.
+
+    no_finding_clears: where No Finding is 1, a blank label is 0, but for Support Devices.
+    """
     need_columns(frame, label_names, path)
     values = np.empty((len(frame), len(label_names)), np.float32)
     for k, name in enumerate(label_names):
-        column = pd.to_numeric(frame[name], errors="coerce")
-        bad = ~(column.isin([1, 0, -1]) | frame[name].isna())
-        if bad.any():
-            row = first_row(bad)
+        codes, texts = pd.factorize(frame[name])  # of few different ones
+        read = [read_label(text) for text in texts]
+        if None in read:
+            row = first_row(codes == read.index(None))
             raise UserError(
-                f"{path}: label {name!r} is {str(frame[name].iloc[row])!r} in data row {row + 1}; "
+                f"{path}: label {name!r} is {texts[codes[row]]!r} in data row {row + 1}; "
                 "expected 1, 0, -1 (uncertain) or nothing"
             )
-        values[:, k] = column
+        values[:, k] = np.array(read, np.float32)[codes]
+    if no_finding_clears:
+        healthy = label_values(frame, ("No Finding",), path)[:, 0] == 1
+        findings = [k for k, name in enumerate(label_names) if name not in ("No Finding", "Support Devices")]
+        cleared = values[np.ix_(healthy, findings)]
+        values[np.ix_(healthy, findings)] = np.where(np.isnan(cleared), 0, cleared)
     return values
+
+
+def find_labels(frame):
+    """The columns of a table that hold labels: 1, 0, -1 or nothing, and not nothing alone."""
+    found = []
+    for name in frame.columns.drop(OWN_COLUMNS, errors="ignore"):
+        read = [read_label(text) for text in frame[name].unique()]
+        if None not in read and not np.isnan(read).all():
+            found.append(name)
+    return tuple(found)
 
 
 def split_names(frame):
     """The column `split` with its aliases replaced; other names stay as they are."""
-    return frame["split"].astype(str).str.strip().replace(SPLIT_ALIASES)
+    return frame["split"].str.strip().replace(SPLIT_ALIASES)
 
 
 def split_indices(frame, path):
@@ -225,43 +312,54 @@ def split_indices(frame, path):
     return found.map(SPLITS.index).to_numpy(np.int8)
 
 
-def to_bytes(strings):
-    return np.array([s.encode() for s in strings], dtype=np.bytes_)
+def to_bytes(texts):
+    return np.array([text.encode() for text in texts], dtype=np.bytes_)
 
 
 # ------------------------------------------------------------------------------------------ the user's own CSV
+OWN_COLUMNS = ("path", "split", "dicom_id", "study_id", "subject_id", "ViewPosition")
+
+
 def find_own_tables(folder):
-    """The CSV files with a `path` column in a folder."""
-    found = []
-    for path in sorted([*folder.glob("*.csv"), *folder.glob("*.csv.gz")]):
-        if path.name.startswith("cxr-record-list"):  # of the DICOM release: paths without splits and labels
-            continue
-        try:
-            columns = pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns
-        except (OSError, ValueError, EOFError):
-            continue  # not a CSV after all: the caller says what was looked for
-        if "path" in [str(c).strip() for c in columns]:
-            found.append(path)
-    return found
+    """({path: its columns}, those of them with a column `path`) of the CSV files in a folder."""
+    headers = {}
+    for path in sorted(path for kind in ("csv", "tsv") for path in folder.glob(f"*.{kind}*")):
+        # cxr-record-list: of the DICOM release, paths without splits and labels
+        if path.suffix in (".csv", ".tsv", ".gz") and not path.name.startswith("cxr-record-list"):
+            try:
+                headers[path] = list(read_csv(path, (), rows=False).columns)
+            except UserError:
+                continue  # not a CSV after all: the caller says what was looked for
+    return headers, [path for path, columns in headers.items() if "path" in columns]
 
 
-def own_table(root, csv, label_names):
+def own_table(root, csv, label_names=None, no_finding_clears=False):
     """A CSV of the user's own: `path` (relative to root, or absolute), `split`, the labels, and if possible
-    `subject_id`, `study_id` and `dicom_id`."""
-    frame = read_csv(csv, ("path", "split"))
-    labels = label_values(frame, label_names, csv)
-    path = names(frame, "path", csv)
-    unknown = np.full(len(frame), -1, np.int64)
+    `subject_id`, `study_id` and `dicom_id`.
+
+    label_names: the columns of the labels; None: those of CheXpert, or where they are not all there
+    :func:`find_labels`.
+    """
+    frame, notes = read_csv(csv, ("path", "split")), ()
+    if label_names is None:
+        label_names = LABELS if set(LABELS) <= set(frame.columns) else find_labels(frame) or LABELS
+        if label_names != LABELS:
+            notes = (f"labels: the columns of {csv.name} that hold 1, 0 or -1, since DATA.LABELS names none",)
+    labels = label_values(frame, label_names, csv, no_finding_clears)
+    path, unknown = names(frame, "path", csv), np.full(len(frame), b"")
+    no_duplicates(path, "image", csv)
+    remedy = "; give every row one, or leave the column out"
     return Table(
         root=root,
-        sources=(csv.name,),
+        sources=(csv,),
         label_names=tuple(label_names),
         path=to_bytes(path),
-        dicom_id=to_bytes((frame["dicom_id"] if "dicom_id" in frame else path).astype(str)),
-        study=integers(frame, "study_id", csv).to_numpy() if "study_id" in frame else unknown,
-        subject=integers(frame, "subject_id", csv).to_numpy() if "subject_id" in frame else unknown,
+        dicom_id=to_bytes(frame["dicom_id"].str.strip() if "dicom_id" in frame else path),
+        study=to_bytes(names(frame, "study_id", csv, remedy)) if "study_id" in frame else unknown,
+        subject=to_bytes(names(frame, "subject_id", csv, remedy)) if "subject_id" in frame else unknown,
         split=split_indices(frame, csv),
         labels=labels,
+        notes=notes,
     )
 
 
@@ -271,8 +369,10 @@ def with_views(table, csv, key):
 
     key: the column of `csv`, path or dicom_id, that names the image.
     """
-    frame = read_csv(csv, (key, "ViewPosition")).drop_duplicates(key)
-    found = pd.Series(find_views(frame), index=to_bytes(frame[key].astype(str)))
+    frame = read_csv(csv, (key, "ViewPosition"))
+    frame[key] = frame[key].str.strip()
+    frame = frame.drop_duplicates(key)
+    found = pd.Series(find_views(frame), index=to_bytes(frame[key]))
     return dataclasses.replace(table, view=found.reindex(getattr(table, key)).fillna("").to_numpy().astype(str))
 
 
@@ -297,44 +397,38 @@ def check_paths(table):
 
 def check_patients(table):
     """No patient in two splits: the score on the test split would measure memory."""
-    known = table.subject >= 0
-    pairs = np.unique(np.stack([table.subject[known], table.split[known]], 1), axis=0)
-    patients, counts = np.unique(pairs[:, 0], return_counts=True)
-    shared = patients[counts > 1]
+    known = table.subject != b""
+    subjects, patient = np.unique(table.subject[known], return_inverse=True)
+    pairs = np.unique(np.stack([patient, table.split[known]], 1), axis=0)
+    shared = np.flatnonzero(np.bincount(pairs[:, 0]) > 1)
     if len(shared):
         where = ", ".join(SPLITS[s] for s in pairs[pairs[:, 0] == shared[0], 1])
         raise UserError(
-            f"{len(shared)} patient(s) are in more than one split, such as subject_id {shared[0]} in {where}; "
-            "put all images of a patient into one split"
+            f"{len(shared)} patient(s) are in more than one split, such as subject_id {subjects[shared[0]].decode()} "
+            f"in {where}; put all images of a patient into one split"
         )
 
 
 def check_files(table, allow_missing=False):
-    """The table of the images that are there. With allow_missing each is looked for, and those missing are left out.
-
-    Otherwise an even sample is, and one missing is an error: to touch all 377,110 files takes minutes on a
-    parallel file system.
-    """
-    rows = np.arange(len(table))
-    if not allow_missing:
-        rows = np.unique(np.linspace(0, len(table) - 1, min(len(table), CHECKED_FILES)).astype(int))
-    missing = np.array([not (table.root / table.path[r].decode()).is_file() for r in rows])
+    """The table of the images that are there; one that is missing is an error, or with allow_missing left out."""
+    rows = table.store.rows_to_check(len(table)) if not allow_missing else np.arange(len(table))
+    missing = table.store.missing(table.path[rows])
     if allow_missing:
         table = table.select(~missing)
         table.left_out["image file missing (DATA.ALLOW_MISSING)"] = int(missing.sum())
         if len(table) == 0:
             raise UserError(f"{table.root}: none of the images of the table is there")
     elif missing.any():
-        first = table.root / table.path[rows[missing][0]].decode()
         raise UserError(
-            f"image missing: {first} ({int(missing.sum())} of {len(rows)} checked files). Complete the download, "
-            "or set DATA.ALLOW_MISSING True to leave out the images that are not there"
+            f"image missing: {table.root / table.path[rows][missing][0].decode()} ({missing.sum()} of {len(rows)} "
+            f"looked for {table.store.place}). Complete the data, or leave out the images that are not there: "
+            "DATA.ALLOW_MISSING True, with prepare_mimic.py --allow-missing"
         )
     return table
 
 
-def check_table(table, *, allow_missing=False, in_zip=False):
-    """The table once every check above has passed; files in zip shards are the store's to look for."""
+def check_table(table, allow_missing=False):
+    """The table of the images that are there, once every check has passed."""
     check_paths(table)
     check_patients(table)
-    return table if in_zip else check_files(table, allow_missing)
+    return check_files(table, allow_missing)

@@ -5,7 +5,7 @@ from PIL import Image
 from dataset import tables
 from dataset.domain import image_domain
 from dataset.images import decode
-from dataset.stores import FileStore, MemoryStore, ZipStore
+from dataset.stores import MemoryStore
 
 
 class RadiographDataset:
@@ -16,7 +16,6 @@ class RadiographDataset:
         split: train, validate (or val) or test.
         transform: PIL image -> anything; None returns the PIL image.
         mode: of that image, RGB (the grey values three times) or L (grey, a third of the work).
-        in_zip: read the images from `table.root/*.zip`.
         on_memory: read all of them now, see :class:`dataset.stores.MemoryStore`.
         dicom_recipe, dicom_window, shrink_to: how a file becomes grey, see :func:`dataset.images.decode`.
 
@@ -36,7 +35,6 @@ class RadiographDataset:
         transform=None,
         *,
         mode="RGB",
-        in_zip=False,
         on_memory=False,
         dicom_recipe="window",
         dicom_window=0,
@@ -47,11 +45,7 @@ class RadiographDataset:
         self.table = table.select(table.split == tables.split_index(split))
         if not len(self.table):
             raise tables.EmptySplit(f"{table.root}: the split {split!r} has no image")
-        self.store = ZipStore(table.root) if in_zip else FileStore(table.root)
-        if in_zip:
-            self.store.check(table.path)
-        if on_memory:
-            self.store = MemoryStore(self.store, self.table.path)
+        self.store = MemoryStore(table.store, self.table.path) if on_memory else table.store
         self.domain = image_domain(self.store, self.table.path, dicom_recipe)
         self.label_names, self.targets = table.label_names, self.table.targets
         self.labels, self.cohort = self.table.labels, table.cohort()
@@ -83,11 +77,8 @@ class RadiographDataset:
 
     def ids(self):
         """What identifies the images in tables of predictions: column name -> values [N]."""
-        return {
-            "dicom_id": [d.decode() for d in self.table.dicom_id],
-            "study_id": self.table.study,
-            "subject_id": self.table.subject,
-        }
+        columns = {"dicom_id": self.table.dicom_id, "study_id": self.table.study, "subject_id": self.table.subject}
+        return {name: [text.decode() for text in column.tolist()] for name, column in columns.items()}
 
     def descriptions(self):
         """What else a table of predictions tells of the images: column name -> values [N]."""
@@ -107,7 +98,6 @@ def build_radiographs(config, table, splits):
             split,
             radiograph_transform(config, train=split == "train"),
             mode="L",
-            in_zip=d.ZIP_MODE,
             on_memory=d.IMG_ON_MEMORY,
             dicom_recipe=d.DICOM_RECIPE,
             dicom_window=d.DICOM_WINDOW,

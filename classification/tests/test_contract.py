@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,12 +154,12 @@ def test_any_table_becomes_a_dataset(tree):
     paths = sorted(p.relative_to(tree) for p in tree.rglob("*.jpg"))[:3]
     table = Table(
         root=tree,
-        sources=("none",),
+        sources=(Path("none.csv"),),
         label_names=("a", "b"),
         path=np.array([str(p).encode() for p in paths]),
         dicom_id=np.array([b"x", b"y", b"z"]),
-        study=np.array([1, 2, 3]),
-        subject=np.array([1, 1, 2]),
+        study=np.array([b"1", b"2", b"3"]),
+        subject=np.array([b"1", b"1", b"2"]),
         split=np.array([0, 0, 2], np.int8),
         labels=np.array([[1, np.nan], [-1, 0], [0, 1]], np.float32),
     )
