@@ -25,5 +25,5 @@ data         $data
 the run      $DEMO/output/internimage_tiny/$tag
              checkpoints, log_rank0.txt, metrics.jsonl, training.png
 the results  $results
-             metrics.json, predictions.csv, roc.png
+             report.html, and what it is made of: metrics.json, predictions.csv, report.json, figures/
 TEXT

@@ -30,9 +30,9 @@ import torch
 from PIL import Image
 from pydicom.pixels import apply_voi_lut
 
-from dataset import cache, mimic_cxr, synthetic, tables
+from dataset import cache, synthetic, tables, xrays
 from dataset.labels import LABELS
-from dataset.mimic_cxr import MIMICCXRDataset
+from dataset.mimic_cxr import MIMICCXRDataset, load_table
 from dataset.transforms import normalize, radiograph_transform
 
 SIDE, MEAN, STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -141,12 +141,13 @@ def measure_table(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     started = time.perf_counter()
-    train, validate = MIMICCXRDataset(folder, "train"), MIMICCXRDataset(folder, "validate")
+    table = load_table(folder).with_targets()
+    train, validate = (xrays.RadiographDataset(table, split) for split in ("train", "validate"))
     print(
         f"{len(train):,} and {len(validate):,} images: tables read and checked in {time.perf_counter() - started:.1f} s"
     )
     train.store.read = lambda path: b""
-    mimic_cxr.decode = lambda data, name, **options: np.zeros((1, 1), np.uint8)
+    xrays.decode = lambda data, name, **options: np.zeros((1, 1), np.uint8)
     train.transform = lambda image: None
     growth = multiprocessing.get_context("fork").SimpleQueue()
     worker = multiprocessing.get_context("fork").Process(target=read_epochs, args=(train, growth))

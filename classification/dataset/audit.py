@@ -5,18 +5,18 @@ Where training stops at the first fault, this counts them all.
 
 import hashlib
 import io
-import multiprocessing
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm import tqdm
 
-from dataset import tables
-from dataset.images import SUFFIXES_BY_CONTENT, ImageError, decode
+from dataset import mimic_cxr, tables
+from dataset.images import ENDINGS, SUFFIXES, ImageError, decode, orientation, sniff, take_warnings, warning_kind
 from dataset.labels import LABELS
+from dataset.processes import in_processes
 from dataset.stores import FileStore
 
 # Everything that can be found, in the order of the summary. A row of the table: problem, path, detail.
@@ -26,6 +26,8 @@ PROBLEMS = {
     "unreadable": "images that cannot be read",
     "wrong suffix": "images of another format than their name says",
     "colour": "colour images (training takes their luminance)",
+    "turned": "pictures that an EXIF orientation turns (training takes them upright)",
+    "odd header": "images that are read although something in them is odd",
     "several frames": "pictures of several frames (training takes the first)",
     "odd size": "images under 32 pixels, or with sides more than 4 : 1",
     "other size than metadata": "full-size images whose rows and columns differ from the metadata file",
@@ -52,14 +54,16 @@ def _look(task):
         data = FileStore(root).read(path)
         if checksum and hashlib.sha256(data).hexdigest() != checksum:
             found.append(("wrong checksum", f"expected {checksum}"))
-        # Training goes by the suffix, and so does this; the content only says whether they agree.
-        suffix = Path(path).suffix.lower()
-        content = next((s for mark, s in SUFFIXES_BY_CONTENT if data[128:132] == mark or data.startswith(mark)), None)
-        if content and content != suffix:
-            found.append(("wrong suffix", f"the content is {content}"))
+        suffix, content = Path(path).suffix.lower(), sniff(data)
+        if content and suffix and suffix not in ENDINGS[content]:  # read nevertheless: the content decides
+            found.append(("wrong suffix", f"the content is {ENDINGS[content][0]}"))
         grey = decode(data, str(root / path))
-        if suffix != ".dcm":
-            with Image.open(io.BytesIO(data)) as picture:
+        found += [("odd header", text) for _, text, _ in take_warnings()]
+        if content != "dcm":
+            with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as picture:
+                warnings.simplefilter("ignore")  # said above
+                if orientation(picture) > 1:
+                    found.append(("turned", f"EXIF orientation {orientation(picture)}"))
                 if picture.mode in ("RGB", "RGBA", "CMYK", "P", "YCbCr"):
                     found.append(("colour", picture.mode))
                 if getattr(picture, "n_frames", 1) > 1:
@@ -95,10 +99,10 @@ def _checksums(base):
 
 def _tables(base, folders, add):
     """(images: dicom_id, study_id, subject_id, split, stem; metadata or None), once what is wrong is added."""
-    path = tables.find_csv(folders, "split")
+    path = mimic_cxr.find_csv(folders, "split")
     if path is None:
-        tables.load_table(base)  # says what was looked for
-    labels_path = tables.find_csv(folders, "chexpert") or tables.find_csv(folders, "negbio")
+        mimic_cxr.load_table(base)  # says what was looked for
+    labels_path = mimic_cxr.find_csv(folders, "chexpert") or mimic_cxr.find_csv(folders, "negbio")
     images, bad = _ids(
         tables.read_csv(path, ("dicom_id", "study_id", "subject_id", "split")), ["study_id", "subject_id"]
     )
@@ -138,11 +142,11 @@ def _tables(base, folders, add):
         for study in np.setdiff1d(studies["study_id"], images["study_id"]):
             add("no image", labels_path.name, f"study_id {study}")
 
-    images["stem"] = tables.image_stems(images)
+    images["stem"] = mimic_cxr.image_stems(images)
     inside = ~images["dicom_id"].str.contains(r"[/\\]|^\.\.?$")
     for name in images["dicom_id"][~inside]:
         add("outside", path.name, f"dicom_id {name}")
-    metadata = tables.find_csv(folders, "metadata")
+    metadata = mimic_cxr.find_csv(folders, "metadata")
     frame = None if metadata is None else tables.read_csv(metadata, ("dicom_id",)).drop_duplicates("dicom_id")
     return images[inside], None if frame is None else frame.set_index("dicom_id")
 
@@ -156,20 +160,20 @@ def audit(root, output, *, workers=None, log=print):
     Raises:
         UserError: no split file, or one without its columns.
     """
-    base, folders = tables.find_folders(Path(root).expanduser().absolute())
-    rows = []
+    base, folders = mimic_cxr.find_folders(root)
+    problems = []
 
     def add(problem, path, detail=""):
-        rows.append((problem, path, detail))
+        problems.append((problem, path, detail))
 
     images, metadata = _tables(base, folders, add)
     there = {}  # stem -> paths
     for folder, _, names in os.walk(base / "files"):
         for name in names:
             path = Path(folder, name)
-            if path.suffix.lower() in tables.SUFFIXES:
+            if path.suffix in SUFFIXES:
                 relative = path.relative_to(base).as_posix()
-                there.setdefault(relative.rpartition(".")[0], []).append(relative)
+                there.setdefault(relative.removesuffix(path.suffix), []).append(relative)
     known = dict(zip(images["stem"], images["dicom_id"]))
     for stem in known:
         if stem not in there:
@@ -182,27 +186,24 @@ def audit(root, output, *, workers=None, log=print):
         paths += found
 
     sums, first, sizes = _checksums(base), {}, {}
-    tasks = ((base, path, sums.get(path)) for path in paths)
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        for path, (found, pixels, size) in zip(
-            paths, tqdm(pool.imap(_look, tasks, chunksize=8), total=len(paths), unit="image")
-        ):
-            for problem, detail in found:
-                add(problem, path, detail)
-            if pixels is not None and first.setdefault(pixels, path) != path:
-                add("duplicate pixels", path, first[pixels])
-            sizes[path] = size
+    tasks = [(base, path, sums.get(path)) for path in paths]
+    for path, (found, pixels, size) in zip(paths, in_processes(_look, tasks, workers)):
+        for problem, detail in found:
+            add(problem, path, detail)
+        if pixels is not None and first.setdefault(pixels, path) != path:
+            add("duplicate pixels", path, first[pixels])
+        sizes[path] = size
     if metadata is not None and {"Rows", "Columns"} <= set(metadata.columns):
         expected = metadata[["Rows", "Columns"]].apply(pd.to_numeric, errors="coerce")
         for path, size in sizes.items():
             name = Path(path).stem
             if size and name in expected.index and tuple(expected.loc[name]) != size:
                 add("other size than metadata", path, f"{size[0]} x {size[1]}, metadata {tuple(expected.loc[name])}")
-    return _write(rows, Path(output), images, metadata, len(paths), log)
+    return _write(problems, Path(output), images, metadata, len(paths), log)
 
 
-def _write(rows, output, images, metadata, count, log):
-    table = pd.DataFrame(rows, columns=["problem", "path", "detail"])
+def _write(problems, output, images, metadata, count, log):
+    table = pd.DataFrame(problems, columns=["problem", "path", "detail"])
     lines = [f"{len(images):,} rows, {count:,} image files"]
     lines += [f"{name:>10}  {n:,} images" for name, n in images["split"].value_counts().items()]
     if metadata is not None and "ViewPosition" in metadata:
@@ -210,10 +211,11 @@ def _write(rows, output, images, metadata, count, log):
         lines.append("views: " + ", ".join(f"{view} {n:,}" for view, n in views.items()))
     for problem, meaning in PROBLEMS.items():
         these = table[table["problem"] == problem]
-        if len(these):
-            example = these.iloc[0]
+        kinds = these["detail"].map(warning_kind) if problem == "odd header" else these["problem"]
+        for _, alike in these.groupby(kinds, sort=False):
+            example = alike.iloc[0]
             lines.append(
-                f"{len(these):>8,}  {problem}: {meaning}; first: {example['path']} {example['detail']}".rstrip()
+                f"{len(alike):>8,}  {problem}: {meaning}; first: {example['path']} {example['detail']}".rstrip()
             )
     lines.append("nothing is wrong" if table.empty else f"all of them in {output / 'audit.csv'}")
     output.mkdir(parents=True, exist_ok=True)

@@ -1,34 +1,35 @@
-"""MIMIC-CXR's CSV files, or one of the user's own, as one table of images. Runs without torch.
+"""One table of images, whatever it is read from: its form, the checks of every table, and the user's own CSV.
 
-The formats are those of MIMIC-CXR-JPG 2.1.0 (physionet.org): `-split` has one row an image,
-`-chexpert` one row a study with 1.0, 0.0, -1.0 or nothing per label. Columns are read by name:
-their order differs between releases.
+Runs without torch. A release has a module of its own that reads it into a :class:`Table` (`mimic_cxr.py`).
 """
 
-import functools
-from dataclasses import dataclass, field
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from dataset.labels import LABELS
+from dataset.labels import apply_policy
 from dataset.views import VIEWS, find_views
 from errors import UserError
 
 SPLITS = ("train", "validate", "test")
 SPLIT_ALIASES = {"val": "validate", "valid": "validate", "validation": "validate"}
-SUFFIXES = (".jpg", ".dcm", ".png")
 CHECKED_FILES = 500
-RADIOLOGIST = "test-set-labeled"  # mimic-cxr-2.1.0-test-set-labeled.csv: read from the reports by a radiologist
+COLUMNS = ("path", "dicom_id", "study", "subject", "split", "labels", "targets", "view")  # the arrays of a Table
 
 
-@dataclass
+class EmptySplit(UserError):
+    """A table without an image of the split asked for."""
+
+
+@dataclasses.dataclass
 class Table:
     """One row an image. Arrays, not Python objects: forked workers then share their memory.
 
-    path: bytes, relative to `root`; split: index into SPLITS; labels: [N, L] float32 of
-    1, 0, -1 (uncertain), NaN (not mentioned); subject and study: -1 where the file has none.
+    path: bytes, relative to `root`; split: index into SPLITS; labels: [N, L] float32 of 1, 0, -1 (uncertain),
+    NaN (not mentioned); subject and study: -1 where the file has none; targets: see :meth:`with_targets`;
+    view: text as of :func:`dataset.views.find_views`, None where no table tells it.
     """
 
     root: Path
@@ -40,14 +41,89 @@ class Table:
     subject: np.ndarray
     split: np.ndarray
     labels: np.ndarray
-    left_out: dict = field(default_factory=dict)
+    targets: np.ndarray | None = None
+    view: np.ndarray | None = None
+    left_out: dict = dataclasses.field(default_factory=dict)  # reason -> number of images
 
     def __len__(self):
         return len(self.path)
 
     def select(self, keep):
-        rows = {name: getattr(self, name)[keep] for name in ("path", "dicom_id", "study", "subject", "split", "labels")}
-        return Table(self.root, self.sources, self.label_names, left_out=dict(self.left_out), **rows)
+        """The rows where `keep` is true."""
+        kept = {name: None if (column := getattr(self, name)) is None else column[keep] for name in COLUMNS}
+        return dataclasses.replace(self, **kept, left_out=dict(self.left_out))
+
+    def with_targets(self, uncertain="zeros", missing="zeros"):
+        """The table with its targets: [N, L] float32 of 0, 1, NaN = unknown and, in train, values between.
+
+        uncertain, missing: the policy for -1 and for blank labels, see :func:`dataset.labels.apply_policy`.
+        """
+        train = self.split == SPLITS.index("train")
+        targets = np.empty_like(self.labels)
+        for rows in (train, ~train):
+            targets[rows] = apply_policy(
+                self.labels[rows], self.label_names, uncertain=uncertain, missing=missing, soft=rows is train
+            )
+        return dataclasses.replace(self, targets=targets)
+
+    def cohort(self):
+        """What a report says of the data: counts, views and positives of every split, and what was left out."""
+
+        def count(ids):
+            return len(np.unique(ids)) if (ids >= 0).all() else None
+
+        splits = {}
+        for k, name in enumerate(SPLITS):
+            rows = self.split == k
+            found = {
+                "images": int(rows.sum()),
+                "studies": count(self.study[rows]),
+                "patients": count(self.subject[rows]),
+            }
+            found["labels"] = {}
+            for label, target in zip(self.label_names, self.targets[rows].T):
+                known, positives = int(np.isin(target, (0, 1)).sum()), int((target == 1).sum())
+                prevalence = positives / known if known else None
+                found["labels"][label] = {"known": known, "positives": positives, "prevalence": prevalence}
+            if self.view is not None and rows.any():
+                views, counts = np.unique(self.view[rows].astype(str), return_counts=True)
+                shares = counts / counts.sum()
+                found["groups"] = {
+                    "view": {v: {"images": int(n), "share": float(s)} for v, n, s in zip(views, counts, shares)}
+                }
+            if found["images"]:
+                splits[name] = found
+        return {"splits": splits, "left_out": {reason: int(n) for reason, n in self.left_out.items()}}
+
+    def summary(self):
+        """The table in a few lines: images, studies, patients and positives by split, and what was left out."""
+
+        def count(ids):
+            return f"{len(np.unique(ids)):,}" if (ids >= 0).all() else "unknown"
+
+        def share(targets):
+            positive, negative = (targets == 1).sum(), (targets == 0).sum()
+            return f"{positive:,} ({positive / (positive + negative):.1%})" if positive + negative else "-"
+
+        splits = [self.split == k for k in range(len(SPLITS))]
+        lines = [
+            ("", *SPLITS),
+            ("images", *(f"{s.sum():,}" for s in splits)),
+            ("studies", *(count(self.study[s]) for s in splits)),
+            ("patients", *(count(self.subject[s]) for s in splits)),
+            ("positive labels", "", "", ""),
+            *(
+                (f"  {name}", *(share(self.targets[s, k]) for s in splits))
+                for k, name in enumerate(self.label_names)
+            ),
+        ]  # fmt: skip
+        widths = [max(len(line[k]) for line in lines) for k in range(4)]
+        texts = [
+            (line[0].ljust(widths[0]) + "".join(f"   {cell:>{w}}" for cell, w in zip(line[1:], widths[1:]))).rstrip()
+            for line in lines
+        ]
+        left_out = "; ".join(f"{n:,} {reason}" for reason, n in self.left_out.items() if n)
+        return "\n".join([*texts, "from " + ", ".join(self.sources), f"left out: {left_out or 'nothing'}"])
 
 
 def split_index(split):
@@ -58,56 +134,74 @@ def split_index(split):
     return SPLITS.index(name)
 
 
+# ------------------------------------------------------------------------------------- columns of a CSV file
 def read_csv(path, required):
+    """The file as a table with at least the columns `required` and one row."""
     try:
-        # Names stay text: an id of digits alone is none to calculate with, and keeps its zeros.
+        # As text: an image may be called 007.
         text = {"dicom_id": str, "path": str, "split": str}
         frame = pd.read_csv(path, encoding="utf-8-sig", low_memory=False, dtype=text)
     except (OSError, ValueError, EOFError) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{path}: cannot be read as CSV ({error})") from error
     frame.columns = [str(c).strip() for c in frame.columns]
-    _need_columns(frame, required, path)
+    need_columns(frame, required, path)
     if frame.empty:
         raise UserError(f"{path}: the file has no rows")
     return frame
 
 
-def _need_columns(frame, required, path):
+def has_column(path, name):
+    """Whether a CSV that was read before has the column."""
+    return name in [str(c).strip() for c in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
+
+
+def need_columns(frame, required, path):
     missing = [c for c in required if c not in frame.columns]
     if missing:
         raise UserError(f"{path}: column {missing[0]!r} is missing (the file has: {', '.join(frame.columns)})")
 
 
-def _no_blanks(frame, column, path):
-    blank = frame[column].isna()
-    if blank.any():
-        raise UserError(f"{path}: {column} is empty in data row {_first(blank) + 1}")
-
-
-def _first(bad):
+def first_row(bad):
     """Position of the first bad row."""
     return int(np.flatnonzero(bad)[0])
 
 
-def _integers(frame, column, path):
+def names(frame, column, path):
+    """A column of names as they are written, none of them empty or given twice."""
+    values = frame[column]
+    if values.isna().any():
+        raise UserError(f"{path}: {column} is empty in data row {first_row(values.isna()) + 1}")
+    no_duplicates(values, "image", path)
+    return values
+
+
+def no_duplicates(values, what, path):
+    repeated = values[values.duplicated()]
+    if len(repeated):
+        raise UserError(f"{path}: {what} {repeated.iloc[0]} has more than one row ({len(repeated)} rows too many)")
+
+
+def integers(frame, column, path):
+    """A column of integer ids."""
     values = pd.to_numeric(frame[column], errors="coerce")
     bad = values.isna() | (values % 1 != 0)
     if bad.any():
-        row = _first(bad)
+        row = first_row(bad)
         raise UserError(
             f"{path}: {column} is {frame[column].iloc[row]!r} in data row {row + 1}; expected an integer id"
         )
     return values.astype(np.int64)
 
 
-def _label_values(frame, label_names, path):
+def label_values(frame, label_names, path):
     """[N, L] float32 of 1, 0, -1, NaN; anything else is an error that names the place."""
+    need_columns(frame, label_names, path)
     values = np.empty((len(frame), len(label_names)), np.float32)
     for k, name in enumerate(label_names):
         column = pd.to_numeric(frame[name], errors="coerce")
         bad = ~(column.isin([1, 0, -1]) | frame[name].isna())
         if bad.any():
-            row = _first(bad)
+            row = first_row(bad)
             raise UserError(
                 f"{path}: label {name!r} is {str(frame[name].iloc[row])!r} in data row {row + 1}; "
                 "expected 1, 0, -1 (uncertain) or nothing"
@@ -121,51 +215,25 @@ def split_names(frame):
     return frame["split"].astype(str).str.strip().replace(SPLIT_ALIASES)
 
 
-def image_stems(images):
-    """Paths of the official layout without their suffixes, from the columns of the split file."""
-    subject, study = images["subject_id"].astype(str), images["study_id"].astype(str)
-    return "files/p" + subject.str[:2] + "/p" + subject + "/s" + study + "/" + images["dicom_id"]
-
-
-def _splits(frame, path):
-    names = split_names(frame)
-    bad = ~names.isin(SPLITS)
+def split_indices(frame, path):
+    """The column `split` as indices into SPLITS."""
+    found = split_names(frame)
+    bad = ~found.isin(SPLITS)
     if bad.any():
-        row = _first(bad)
+        row = first_row(bad)
         raise UserError(f"{path}: split is {frame['split'].iloc[row]!r} in data row {row + 1}; use {', '.join(SPLITS)}")
-    return names.map(SPLITS.index).to_numpy(np.int8)
+    return found.map(SPLITS.index).to_numpy(np.int8)
 
 
-def _duplicates(values, what, path):
-    repeated = values[values.duplicated()]
-    if len(repeated):
-        raise UserError(f"{path}: {what} {repeated.iloc[0]} has more than one row ({len(repeated)} rows too many)")
-
-
-def _bytes(strings):
+def to_bytes(strings):
     return np.array([s.encode() for s in strings], dtype=np.bytes_)
 
 
-def find_folders(root):
-    """(folder holding `files/`, folders in which the CSVs may lie); root is a release or its `files/`."""
-    if not root.is_dir():
-        raise UserError(f"data path {root} is not a folder; give the release folder with --data-path")
-    base = root.parent if root.name == "files" else root
-    return base, list(dict.fromkeys((root, base, base / "files", base.parent)))
-
-
-def find_csv(folders, kind):
-    for folder in folders:
-        for pattern in (f"mimic-cxr-*-{kind}.csv", f"mimic-cxr-*-{kind}.csv.gz"):
-            for path in sorted(folder.glob(pattern)):
-                return path
-    return None
-
-
-def _own_csv(folders):
-    """The CSV files with a `path` column in the data folder: a tree of the user's own."""
+# ------------------------------------------------------------------------------------------ the user's own CSV
+def find_own_tables(folder):
+    """The CSV files with a `path` column in a folder."""
     found = []
-    for path in sorted([*folders[0].glob("*.csv"), *folders[0].glob("*.csv.gz")]):
+    for path in sorted([*folder.glob("*.csv"), *folder.glob("*.csv.gz")]):
         if path.name.startswith("cxr-record-list"):  # of the DICOM release: paths without splits and labels
             continue
         try:
@@ -177,126 +245,57 @@ def _own_csv(folders):
     return found
 
 
-def _find_suffix(paths, base):
-    """The suffix of the tree's images: the release holds either JPG or DICOM."""
-    probes = paths[np.linspace(0, len(paths) - 1, min(len(paths), 20)).astype(int)]
-    hits = [s for s in SUFFIXES if any((base / (p + s)).is_file() for p in probes)]
-    if not hits:
-        raise UserError(
-            f"no image found: looked for {base / probes[0]} with {', '.join(SUFFIXES)} (and {len(probes) - 1} others); "
-            "--data-path must be the folder that holds files/"
-        )
-    if len(hits) > 1:
-        raise UserError(
-            f"{base / 'files'} holds both {' and '.join(hits)} images; "
-            f"say which to read: DATA.IMAGE_FORMAT {' or '.join(s[1:] for s in hits)}"
-        )
-    return hits[0]
-
-
-def _needed_csv(folders, kind):
-    path = find_csv(folders, kind)
-    if path is None:
-        raise UserError(
-            f"no mimic-cxr-*-{kind}.csv or .csv.gz in {', '.join(map(str, folders))}; download it from PhysioNet "
-            "into the data folder, or name a CSV of your own with DATA.CSV"
-        )
-    return path
-
-
-def _read_labels(path, label_names):
-    """(study ids, [N, L] values as in the file), one row a study."""
-    studies = read_csv(path, ("study_id",))
-    if "Lung Opacity" not in studies:  # the radiologist's file has an older name for it
-        studies = studies.rename(columns={"Airspace Opacity": "Lung Opacity"})
-    _need_columns(studies, label_names, path)
-    ids = _integers(studies, "study_id", path)
-    _duplicates(ids, "study", path)
-    return pd.Index(ids), _label_values(studies, label_names, path)
-
-
-def _official_table(base, folders, labeler, test_labeler, label_names, image_format):
-    files = {kind: _needed_csv(folders, kind) for kind in ("split", labeler)}
-    images = read_csv(files["split"], ("dicom_id", "study_id", "subject_id", "split"))
-    images["subject_id"] = _integers(images, "subject_id", files["split"])
-    images["study_id"] = _integers(images, "study_id", files["split"])
-    _no_blanks(images, "dicom_id", files["split"])
-    _duplicates(images["dicom_id"], "image", files["split"])
-    split = _splits(images, files["split"])
-
-    studies, values = _read_labels(files[labeler], label_names)
-    row = studies.get_indexer(images["study_id"])
-    labelled, labels = row >= 0, values[row]
-    left_out = {"study without a label row": int((~labelled).sum())}
-    if test_labeler == "radiologist":
-        files["test"] = _needed_csv(folders, RADIOLOGIST)
-        studies, values = _read_labels(files["test"], label_names)
-        test = split == SPLITS.index("test")
-        row = studies.get_indexer(images["study_id"])
-        labels[test] = values[row[test]]
-        labelled[test] = row[test] >= 0
-        left_out = {
-            "study without a label row": int((~labelled & ~test).sum()),
-            "test study that the radiologist has not labelled": int((~labelled & test).sum()),
-        }
-    images, split, labels = images[labelled], split[labelled], labels[labelled]
-    if images.empty:
-        raise UserError(f"{files[labeler]}: none of the studies of {files['split']} has a row here")
-    stem = image_stems(images).to_numpy(dtype=object)
-    suffix = _find_suffix(stem, base) if image_format == "auto" else "." + image_format
-    return Table(
-        root=base,
-        sources=tuple(path.name for path in files.values()),
-        label_names=tuple(label_names),
-        path=_bytes(s + suffix for s in stem),
-        dicom_id=_bytes(images["dicom_id"]),
-        study=images["study_id"].to_numpy(),
-        subject=images["subject_id"].to_numpy(),
-        split=split,
-        labels=labels,
-        left_out=left_out,
-    )
-
-
-def _own_table(base, csv, label_names):
-    frame = read_csv(csv, ("path", "split", *label_names))
-    _no_blanks(frame, "path", csv)
-    _duplicates(frame["path"], "image", csv)
-    outside = frame["path"].str.contains(r"(?:^|/)\.\.(?:/|$)")
-    if outside.any():
-        raise UserError(f"{csv}: the path {frame['path'][outside].iloc[0]!r} leads out of the data folder by ..")
+def own_table(root, csv, label_names):
+    """A CSV of the user's own: `path` (relative to root, or absolute), `split`, the labels, and if possible
+    `subject_id`, `study_id` and `dicom_id`."""
+    frame = read_csv(csv, ("path", "split"))
+    labels = label_values(frame, label_names, csv)
+    path = names(frame, "path", csv)
     unknown = np.full(len(frame), -1, np.int64)
-    name = frame["dicom_id"] if "dicom_id" in frame else frame["path"]
     return Table(
-        root=base,
+        root=root,
         sources=(csv.name,),
         label_names=tuple(label_names),
-        path=_bytes(frame["path"]),
-        dicom_id=_bytes(name.astype(str)),
-        study=_integers(frame, "study_id", csv).to_numpy() if "study_id" in frame else unknown,
-        subject=_integers(frame, "subject_id", csv).to_numpy() if "subject_id" in frame else unknown,
-        split=_splits(frame, csv),
-        labels=_label_values(frame, label_names, csv),
+        path=to_bytes(path),
+        dicom_id=to_bytes((frame["dicom_id"] if "dicom_id" in frame else path).astype(str)),
+        study=integers(frame, "study_id", csv).to_numpy() if "study_id" in frame else unknown,
+        subject=integers(frame, "subject_id", csv).to_numpy() if "subject_id" in frame else unknown,
+        split=split_indices(frame, csv),
+        labels=labels,
     )
 
 
-def _select_views(table, folders, csv, views):
-    """The images of the views asked for, by the metadata file or the columns of the user's own table."""
-    path = csv or _needed_csv(folders, "metadata")
-    key = "path" if csv else "dicom_id"
-    frame = read_csv(path, (key, "ViewPosition")).drop_duplicates(key)
-    found = pd.Series(find_views(frame), index=_bytes(frame[key].astype(str)))
-    here = found.reindex(table.path if csv else table.dicom_id).fillna("").to_numpy()
-    keep = np.isin(here, VIEWS[views])
-    table = table.select(keep)
+# ---------------------------------------------------------------------------------------- checks of every table
+def with_views(table, csv, key):
+    """The table with the view of each image, by the column ViewPosition of `csv`.
+
+    key: the column of `csv`, path or dicom_id, that names the image.
+    """
+    frame = read_csv(csv, (key, "ViewPosition")).drop_duplicates(key)
+    found = pd.Series(find_views(frame), index=to_bytes(frame[key].astype(str)))
+    return dataclasses.replace(table, view=found.reindex(getattr(table, key)).fillna("").to_numpy().astype(str))
+
+
+def select_views(table, views, csv):
+    """The images of the views asked for, a key of :data:`dataset.views.VIEWS`; csv: where the views are from."""
+    keep = np.isin(table.view, VIEWS[views])
+    table, here = table.select(keep), table.view
     table.left_out[f"image of another view (DATA.VIEWS {views})"] = int((~keep & (here != "")).sum())
     table.left_out["image of unknown view"] = int((here == "").sum())
     if len(table) == 0:
-        raise UserError(f"DATA.VIEWS {views}: {path} names no image of it")
+        raise UserError(f"DATA.VIEWS {views}: {csv} names no image of it")
     return table
 
 
-def _check_patients(table):
+def check_paths(table):
+    """No path leads out of the data folder by `..`; absolute ones are the user's own choice."""
+    suspects = table.path[np.char.find(table.path, b"..") >= 0]
+    outside = [path for path in suspects if b".." in path.split(b"/")]
+    if outside:
+        raise UserError(f"{table.sources[0]}: the path {outside[0].decode()!r} leads out of the data folder by ..")
+
+
+def check_patients(table):
     """No patient in two splits: the score on the test split would measure memory."""
     known = table.subject >= 0
     pairs = np.unique(np.stack([table.subject[known], table.split[known]], 1), axis=0)
@@ -310,10 +309,11 @@ def _check_patients(table):
         )
 
 
-def _check_files(table, allow_missing):
-    """Missing images are found before training: all with allow_missing, else an even sample.
+def check_files(table, allow_missing=False):
+    """The table of the images that are there. With allow_missing each is looked for, and those missing are left out.
 
-    Touching all 377,110 files takes minutes on a parallel file system, hence the sample.
+    Otherwise an even sample is, and one missing is an error: to touch all 377,110 files takes minutes on a
+    parallel file system.
     """
     rows = np.arange(len(table))
     if not allow_missing:
@@ -333,94 +333,8 @@ def _check_files(table, allow_missing):
     return table
 
 
-@functools.lru_cache(maxsize=2)  # the splits of one run share one table
-def load_table(
-    root,
-    *,
-    csv="",
-    labeler="chexpert",
-    test_labeler="same",
-    views="all",
-    label_names=LABELS,
-    image_format="auto",
-    allow_missing=False,
-    in_zip=False,
-):
-    """The table of all images under `root`.
-
-    Args:
-        root: the release folder, or its `files/`. The CSVs lie there, beside or above `files/`.
-        csv: instead of the official files, one of the user's own with the columns `path`
-            (relative to root, or absolute), `split`, the labels, and if possible `subject_id`.
-        labeler: chexpert or negbio.
-        test_labeler: same, or radiologist: the labels of the test split from `mimic-cxr-*-test-set-labeled.csv`.
-        views: all, or a key of :data:`dataset.views.VIEWS`.
-        label_names: columns to read.
-        image_format: auto, jpg, dcm or png (official layout only).
-        allow_missing: leave out images that are not there instead of an error.
-        in_zip: images lie in zip files (see `dataset.stores.ZipStore`), not in `files/`.
-
-    Raises:
-        UserError: names the file, column or value.
-    """
-    root = Path(root).expanduser().absolute()
-    base, folders = find_folders(root)
-    own = [Path(csv) if Path(csv).is_absolute() else base / csv] if csv else []
-    if own and not own[0].is_file():
-        raise UserError(f"DATA.CSV: {own[0]} does not exist")
-    if not own and find_csv(folders, "split") is None:
-        own = _own_csv(folders)
-        if len(own) > 1:
-            names = ", ".join(p.name for p in own)
-            raise UserError(f"{root} holds several tables with a path column ({names}); choose one with DATA.CSV")
-    if own:
-        if test_labeler != "same":
-            raise UserError(f"DATA.TEST_LABELER {test_labeler} belongs to the official tables, not to {own[0]}")
-        table = _own_table(base, own[0], label_names)
-    else:
-        if in_zip and image_format == "auto":
-            image_format = "jpg"  # the zip shards hold the small JPG copy
-        table = _official_table(base, folders, labeler, test_labeler, label_names, image_format)
-    if views != "all":
-        table = _select_views(table, folders, own[0] if own else None, views)
-    _check_patients(table)
-    return table if in_zip else _check_files(table, allow_missing)
-
-
-def summary(table, targets):
-    """The table in a few lines: images, studies, patients and positives by split, and what was left out.
-
-    targets: [N, L] of 1, 0 and NaN, after the label policy.
-    """
-
-    def count(ids):
-        return f"{len(np.unique(ids)):,}" if (ids >= 0).all() else "unknown"
-
-    rows = [("", *SPLITS)]
-    splits = [table.split == k for k in range(len(SPLITS))]
-    rows.append(("images", *(f"{int(s.sum()):,}" for s in splits)))
-    rows.append(("studies", *(count(table.study[s]) for s in splits)))
-    rows.append(("patients", *(count(table.subject[s]) for s in splits)))
-    for k, name in enumerate(table.label_names):
-        cells = []
-        for s in splits:
-            positive, known = int((targets[s, k] == 1).sum()), int((~np.isnan(targets[s, k])).sum())
-            cells.append(f"{positive:,} ({positive / known:.1%})" if known else "-")
-        rows.append((f"  {name}", *cells))
-    widths = [max(len(row[k]) for row in rows) for k in range(4)]
-    lines = [
-        row[0].ljust(widths[0]) + "".join(cell.rjust(w + 3) for cell, w in zip(row[1:], widths[1:])) for row in rows
-    ]
-    lines.insert(4, "positive labels")
-    left_out = [f"{n:,} {reason}" for reason, n in table.left_out.items() if n]
-    train = targets[splits[0]]
-    for name, target in zip(table.label_names, train.T if len(train) else ()):
-        positive, negative = int((target == 1).sum()), int((target == 0).sum())
-        if not (positive and negative):
-            lines.append(
-                f"warning: {name} cannot be learnt, the train split has {positive:,} positives and {negative:,} "
-                "negatives of it; see DATA.UNCERTAIN and DATA.MISSING"
-            )
-    lines.append("from " + ", ".join(table.sources))
-    lines.append("left out: " + ("; ".join(left_out) if left_out else "nothing"))
-    return "\n".join(lines)
+def check_table(table, *, allow_missing=False, in_zip=False):
+    """The table once every check above has passed; files in zip shards are the store's to look for."""
+    check_paths(table)
+    check_patients(table)
+    return table if in_zip else check_files(table, allow_missing)

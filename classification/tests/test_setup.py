@@ -1,5 +1,7 @@
 """The set-up script's options and mistakes; what it installs is shown by these tests running at all."""
 
+import atexit
+import functools
 import hashlib
 import http.server
 import os
@@ -7,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -15,8 +18,16 @@ import pytest
 from conftest import ROOT
 
 
+@functools.cache
+def script():
+    """A copy of the script in a folder of its own, without the answers that this checkout's set-up has remembered."""
+    folder = tempfile.mkdtemp(prefix="setup-")
+    atexit.register(shutil.rmtree, folder)
+    return shutil.copy(ROOT / "setup_mimic_env.sh", folder)
+
+
 def setup(*options, **environment):
-    command = ["bash", str(ROOT / "setup_mimic_env.sh"), *map(str, options)]
+    command = ["bash", str(script()), *map(str, options)]
     environment = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
 

@@ -15,6 +15,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <array>
+#include <cstdlib>
 #include <mutex>
 #endif
 
@@ -163,6 +164,18 @@ const char* obstacle_on(c10::DeviceIndex device) {
   return answers[device];
 }
 
+// The one that suits the shape, or the one that DCNV3_BACKWARD names.
+dcnv3::BackwardKernel backward_kernel(const dcnv3::Problem& p) {
+  const char* const asked = getenv("DCNV3_BACKWARD");
+  dcnv3::BackwardKernel kernel;
+  const char* const why =
+      dcnv3::cuda_backward_kernel(p, asked, at::globalContext().deterministicAlgorithms(), &kernel);
+  TORCH_CHECK_VALUE(why == nullptr, "dcnv3: DCNV3_BACKWARD=", asked, " does not fit an input of ", p.height, "x",
+                    p.width, " pixels with ", p.channels, " channels a group: ", why,
+                    "; take atomic, ordered or owning, or leave it unset");
+  return kernel;
+}
+
 // The definition in PyTorch, for a GPU that cannot run the kernels: _ops.py declares both operators.
 template <typename Result, typename... Arguments>
 Result without_kernels(const char* name, const Arguments&... arguments) {
@@ -196,13 +209,17 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, cons
   Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
   const Tensor dense = call.set_grad_output(grad_output);
   auto [grad_offset, grad_mask] = call.new_small_gradients();
-  // The sums are float32 (float64 for float64), and become the gradient where that is its type.
-  const auto sums = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  Tensor grad_input = at::zeros(input.sizes(), input.options().dtype(sums));
+  const auto chosen = backward_kernel(call.problem);
+  Tensor grad_input;
+  if (chosen == dcnv3::BackwardKernel::owning && dense.numel() > 0) {
+    grad_input = at::empty(input.sizes(), input.options(), at::MemoryFormat::Contiguous);
+  } else {  // sums, which become the gradient where its type is another
+    const auto sums = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    grad_input = at::zeros(input.sizes(), input.options().dtype(sums));
+  }
   call.problem.grad_input = grad_input.mutable_data_ptr();
   if (dense.numel() > 0)
-    check_cuda(dcnv3::cuda_backward(call.problem, at::globalContext().deterministicAlgorithms(),
-                                    c10::cuda::getCurrentCUDAStream().stream()));
+    check_cuda(dcnv3::cuda_backward(call.problem, chosen, c10::cuda::getCurrentCUDAStream().stream()));
   return {grad_input.to(input.scalar_type()), grad_offset, grad_mask};
 }
 #endif

@@ -24,11 +24,12 @@ namespace dcnv3 {
 namespace {
 
 constexpr int kThreads = 128;
-// Blocks of a multiprocessor at once: leaves 64 registers a thread, 128 where a number takes two.
+// Blocks of a multiprocessor at once: leaves 64 registers a thread, 168 where a number takes two.
 template <typename T>
-constexpr int kBlocks = sizeof(T) == 8 ? 4 : 8;
+constexpr int kBlocks = sizeof(T) == 8 ? 3 : 8;
 constexpr int kPairs = 64;  // of a block; in InternImage two threads or more work on a pair
 constexpr int kSharedBytes = 48 * 1024;  // what a block may use without asking
+constexpr int kPadding = 8;              // of which, to bring an array to its border
 constexpr int kVectorBytes = 16;
 // Elements of a tensor that the 32-bit version reaches: their offsets in bytes fit 32 bits as float32.
 #ifdef DCNV3_TEST_REACH
@@ -62,14 +63,18 @@ struct Cut {
   DCNV3_INLINE int lanes() const { return 1 << lane_shift; }
 };
 
+// Groups of a block, at most. Few groups and many pixels: neighbouring pixels read the same input. But a
+// group of 16 bfloat16 channels is a quarter of a line of memory: four groups use all of it. Where four do
+// not divide them, up to eight: 7 of 7, where one at a time would leave three quarters of every line.
+inline int most_groups_of(const Problem& p) { return p.group % 4 == 0 ? 4 : 8; }
+
 // `point_bytes`: shared memory for one point. A cut with blocks = 0 means that a pair does not fit.
-inline Cut cut_of(const Problem& p, int vector, int point_bytes, int most_groups = 4) {
+inline Cut cut_of(const Problem& p, int vector, int point_bytes, int most_groups, int64_t shared_bytes = kSharedBytes) {
   Cut cut;
   cut.points = point_count(p.kernel_h, p.kernel_w, p.remove_center);
-  const int64_t room = kSharedBytes / (int64_t(cut.points) * point_bytes);
+  const int64_t room = larger_of(shared_bytes - kPadding, int64_t(0)) / (int64_t(cut.points) * point_bytes);
   const int most = int(smaller_of(room, int64_t(kPairs)));
-  // Few groups and many pixels: neighbouring pixels read the same input. A divisor leaves no thread idle.
-  int groups = smaller_of(most, most_groups);
+  int groups = smaller_of(most, most_groups);  // a divisor: no thread is idle
   while (groups > 1 && p.group % groups) --groups;
   cut.pixels_per_block = groups ? most / groups : 0;
   cut.pairs = cut.pixels_per_block * groups;
@@ -176,20 +181,32 @@ __device__ inline T* hidden(T* pointer) {
 #endif
 }
 
-// Where pair `i` of block `block` lies; beyond the end, `valid` is false. Index: a type that holds an
-// element's number in any of the tensors.
+// What a block works on between two barriers: output pixels of the batch from `first` to before `end`, of
+// groups from `group` on. Index: a type that holds an element's number in any of the tensors.
+template <typename Index>
+struct Span {
+  Index first, end, group;
+};
+template <typename Index>
+__device__ inline Span<Index> span_of(const Cut& cut, uint32_t block) {
+  const uint32_t tile = cut.chunks.quotient(block);
+  return {Index(tile) * Index(cut.pixels_per_block), Index(cut.pixels),
+          Index((block - tile * cut.chunks.value) * cut.groups.value)};
+}
+
+// Where pair `i` of a span lies; beyond its end, `valid` is false.
 template <typename Index>
 struct Pair {
   bool valid;
   Index pixel, group;
 };
 template <typename Index>
-__device__ inline Pair<Index> pair_of(const Cut& cut, uint32_t block, uint32_t i) {
-  const uint32_t tile = cut.chunks.quotient(block), row = cut.groups.quotient(i);
+__device__ inline Pair<Index> pair_of(const Cut& cut, const Span<Index>& span, uint32_t i) {
+  const uint32_t row = cut.groups.quotient(i);
   Pair<Index> pair;
-  pair.pixel = Index(tile) * Index(cut.pixels_per_block) + Index(row);
-  pair.group = Index((block - tile * cut.chunks.value) * cut.groups.value + (i - row * cut.groups.value));
-  pair.valid = pair.pixel < Index(cut.pixels);
+  pair.pixel = span.first + Index(row);
+  pair.group = span.group + Index(i - row * cut.groups.value);
+  pair.valid = pair.pixel < span.end;
   return pair;
 }
 
@@ -275,43 +292,49 @@ struct Masks {
   }
 };
 
-// Shared memory of a block, each array [points][pairs], so that neighbouring threads meet in no bank.
-// `place` is the element of the input where the pair's channels of the low corner begin.
+// Shared memory of a block: arrays [points][stride], of which `pairs` are used. Neighbouring threads meet in
+// no bank, whether they take neighbouring pairs of a point or, with the odd stride of the version for 3x3
+// points, neighbouring points of a pair: eight threads read 16 bytes each at once.
 template <typename A>
 struct alignas(16) Corners {
   A weight[4];  // times the mask: (low y, low x), (low, high), (high, low), (high, high)
 };
-template <typename A, int kPoints, typename Index>
+// kMasks: only the backward pass keeps them.
+template <typename A, int kPoints, typename Index, bool kMasks>
 struct Shared {
   const int points, stride;
   Corners<A>* const corners;
-  Index* const places;
-  A* const masks;  // only the backward pass has them
-  static constexpr int bytes(bool with_masks) {
-    return int(sizeof(Corners<A>) + sizeof(Index) + (with_masks ? sizeof(A) : 0));
+  A* const masks;
+  Index* const places;  // the input's pixel of the batch at the low corner
+  static constexpr int kPointBytes = int(sizeof(Corners<A>) + sizeof(Index) + (kMasks ? sizeof(A) : 0));
+  static constexpr int kStride = kPairs + 1;  // of the version for 3x3 points
+  // An even number of masks: places of 8 bytes begin at a border of theirs.
+  static constexpr DCNV3_INLINE int64_t masks_of(int64_t count) { return kMasks ? (count + 1) / 2 * 2 : 0; }
+  static constexpr int64_t bytes(int64_t count) {
+    return count * int64_t(sizeof(Corners<A>) + sizeof(Index)) + masks_of(count) * int64_t(sizeof(A));
   }
+  static int64_t bytes(const Cut& cut) { return bytes(kPoints ? kPoints * kStride : cut.points * cut.pairs); }
   __device__ Shared(void* memory, const Cut& cut)
-      : points(kPoints ? kPoints : cut.points), stride(kPoints ? kPairs : cut.pairs),
-        corners(static_cast<Corners<A>*>(memory)), places(reinterpret_cast<Index*>(corners + points * stride)),
-        masks(reinterpret_cast<A*>(places + points * stride)) {}
+      : points(kPoints ? kPoints : cut.points), stride(kPoints ? kStride : cut.pairs),
+        corners(static_cast<Corners<A>*>(memory)), masks(reinterpret_cast<A*>(corners + points * stride)),
+        places(reinterpret_cast<Index*>(masks + masks_of(points * stride))) {}
   __device__ int at(int k, int i) const { return k * stride + i; }  // point k of pair i
 };
 
-// The first step: the points of a block's pairs.
-template <typename T, int kPoints, typename Index>
-__device__ inline void locate(const Problem& p, const Cut& cut, uint32_t block, bool with_masks,
-                              const Shared<Accumulator<T>, kPoints, Index>& shared) {
+// The first step: the points of a span's pairs.
+template <typename T, int kPoints, typename Index, bool kMasks>
+__device__ inline void locate(const Problem& p, const Cut& cut, const Span<Index>& span,
+                              const Shared<Accumulator<T>, kPoints, Index, kMasks>& shared) {
   using A = Accumulator<T>;
-  const Index all = Index(p.group * p.channels);
   for (int i = threadIdx.x; i < cut.pairs; i += kThreads) {
-    const Pair<Index> pair = pair_of<Index>(cut, block, i);
+    const Pair<Index> pair = pair_of(cut, span, i);
     if (!pair.valid) {
       for (int k = 0; k < shared.points; ++k) shared.places[shared.at(k, i)] = 0;  // somewhere that may be read
       continue;
     }
     const Points<T, kPoints, Index> at(p, cut, pair);
     const Masks<T, kPoints, Index> masks(p, cut, pair);
-    const Index first_row = at.image * Index(p.height), channel = pair.group * Index(p.channels);
+    const Index first_row = at.image * Index(p.height);
 #pragma unroll
     for (int k = 0; k < shared.points; ++k) {
       Axis<A> h, v;
@@ -319,13 +342,13 @@ __device__ inline void locate(const Problem& p, const Cut& cut, uint32_t block, 
       const A mask = masks.at(k), low = v.low_weight * mask, high = v.high_weight * mask;
       const int to = shared.at(k, i);
       shared.corners[to] = {{low * h.low_weight, low * h.high_weight, high * h.low_weight, high * h.high_weight}};
-      shared.places[to] = ((first_row + Index(v.low)) * Index(p.width) + Index(h.low)) * all + channel;
-      if (with_masks) shared.masks[to] = mask;
+      shared.places[to] = (first_row + Index(v.low)) * Index(p.width) + Index(h.low);
+      if (kMasks) shared.masks[to] = mask;
     }
   }
 }
 
-// How far the corners lie from the low one: in an input of one row or column, nowhere.
+// How far the corners lie from the low one, in elements: in an input of one row or column, nowhere.
 template <typename Index>
 struct Distances {
   Index corner[4];
@@ -351,8 +374,12 @@ template <typename Arguments>
 const char* launch(void (*kernel)(Arguments), Arguments arguments, int64_t blocks, int64_t shared, void* stream) {
   if (blocks >= int64_t(1) << 31) return "an image has too many output pixels for one launch";
   void* list[] = {&arguments};
-  const cudaError_t error = cudaLaunchKernel(DCNV3_ENTRY(kernel), dim3(unsigned(blocks)), dim3(kThreads), list,
-                                             size_t(shared), static_cast<cudaStream_t>(stream));
+  cudaError_t error = cudaSuccess;
+  if (shared > kSharedBytes)
+    error = cudaFuncSetAttribute(DCNV3_ENTRY(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(DCNV3_ENTRY(kernel), dim3(unsigned(blocks)), dim3(kThreads), list, size_t(shared),
+                             static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // reported here: not once more by whoever asks next
   return cudaGetErrorString(error);

@@ -24,21 +24,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward a
   const Problem& p = a.problem;
   const Cut& cut = a.cut;
   DCNV3_SHARED(memory);
-  const Shared<A, kPoints, Index> shared(memory, cut);
-  locate<T, kPoints, Index>(p, cut, blockIdx.x, false, shared);
+  const Shared<A, kPoints, Index, false> shared(memory, cut);
+  const Span<Index> span = span_of<Index>(cut, blockIdx.x);
+  locate<T>(p, cut, span, shared);
   __syncthreads();
 
+  const Index all = Index(p.group * p.channels);
   const CornerPointers<const T> input(static_cast<const T*>(p.input), Distances<Index>(p));
   for (int item = threadIdx.x; item < cut.pairs * cut.lanes(); item += kThreads) {
     const int i = item >> cut.lane_shift, lane = item & (cut.lanes() - 1);
-    const Pair<Index> pair = pair_of<Index>(cut, blockIdx.x, i);
+    const Pair<Index> pair = pair_of(cut, span, i);
     if (!pair.valid) continue;
     for (int c = lane * size; c < int(p.channels); c += cut.lanes() * size) {
+      const Index channel = pair.group * Index(p.channels) + Index(c);
       A sum[size] = {};
 #pragma unroll
       for (int k = 0; k < shared.points; ++k) {
         const Corners<A> corners = shared.corners[shared.at(k, i)];
-        const Index place = shared.places[shared.at(k, i)] + Index(c);
+        const Index place = shared.places[shared.at(k, i)] * all + channel;
 #pragma unroll
         for (int q = 0; q < 4; ++q) add_corner<size>(input.to[q] + place, corners.weight[q], sum);
       }
@@ -59,14 +62,14 @@ const char* forward(const Problem& whole, void* stream) {
   return in_parts(whole, sizeof(T), sizeof(A), [&](const Problem& p, bool reached) {
     const void* tensors[] = {p.input, p.output};
     if (reached && fits_vectors(p, vector, sizeof(T), tensors, 2)) {
-      const Forward a{p, cut_of(p, vector, Shared<A, 9, uint32_t>::bytes(false))};
-      const int64_t bytes = 9 * kPairs * Shared<A, 9, uint32_t>::bytes(false);
-      return launch(forward_kernel<T, 9, vector, uint32_t>, a, a.cut.blocks, bytes, stream);
+      using InShared = Shared<A, 9, uint32_t, false>;
+      const Forward a{p, cut_of(p, vector, InShared::kPointBytes, most_groups_of(p))};
+      return launch(forward_kernel<T, 9, vector, uint32_t>, a, a.cut.blocks, InShared::bytes(a.cut), stream);
     }
-    const Forward a{p, cut_of(p, 1, Shared<A, 0, int64_t>::bytes(false))};
+    using InShared = Shared<A, 0, int64_t, false>;
+    const Forward a{p, cut_of(p, 1, InShared::kPointBytes, most_groups_of(p))};
     if (a.cut.blocks == 0) return kTooManyPoints;
-    const int64_t bytes = int64_t(a.cut.points) * a.cut.pairs * Shared<A, 0, int64_t>::bytes(false);
-    return launch(forward_kernel<T, 0, 1, int64_t>, a, a.cut.blocks, bytes, stream);
+    return launch(forward_kernel<T, 0, 1, int64_t>, a, a.cut.blocks, InShared::bytes(a.cut), stream);
   });
 }
 

@@ -14,6 +14,12 @@
 #else
 #define DCNV3_INLINE inline __attribute__((always_inline))
 #endif
+#if defined(__CUDA_ARCH__)
+#define DCNV3_DEVICE  // what a GPU does with instructions of its own
+#include "cuda_instructions.h"
+#elif defined(DCNV3_EMULATED)
+#define DCNV3_DEVICE  // the tests compile these branches for a CPU
+#endif
 
 namespace dcnv3 {
 namespace {  // a copy per object file: objects are compiled for different instruction sets
@@ -40,10 +46,8 @@ DCNV3_INLINE float widen(float x) { return x; }
 DCNV3_INLINE double widen(double x) { return x; }
 DCNV3_INLINE float widen(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
 DCNV3_INLINE float widen(Float16 x) {
-#if defined(__CUDA_ARCH__)
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
-  return wide;
+#if defined(DCNV3_DEVICE)
+  return float_of_half_bits(x.bits);
 #else
   // Exponent and fraction move to their places in a float32; the product mends the exponent's bias,
   // and makes subnormal numbers normal on the way.
@@ -58,8 +62,8 @@ DCNV3_INLINE float widen(Float16 x) {
 DCNV3_INLINE void narrow(float x, float* to) { *to = x; }
 DCNV3_INLINE void narrow(double x, double* to) { *to = x; }
 DCNV3_INLINE void narrow(float x, BFloat16* to) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#if defined(DCNV3_DEVICE) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
+  to->bits = bfloat_bits_of(x);
 #else
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -67,8 +71,8 @@ DCNV3_INLINE void narrow(float x, BFloat16* to) {
 #endif
 }
 DCNV3_INLINE void narrow(float x, Float16* to) {
-#if defined(__CUDA_ARCH__)
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#if defined(DCNV3_DEVICE)
+  to->bits = half_bits_of(x);
 #else
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffff;
@@ -88,7 +92,7 @@ using Accumulator = decltype(widen(T{}));  // float32, or float64 for float64
 
 // e^x for the softmax, x <= 0.
 DCNV3_INLINE float exp_of(float x) {
-#if defined(__CUDA_ARCH__)
+#if defined(DCNV3_DEVICE)
   return expf(x);
 #else
   // e^x = 2^n e^r with |r| <= ln(2) / 2, and e^r by its Taylor polynomial of degree 7,
@@ -115,11 +119,9 @@ DCNV3_INLINE double exp_of(double x) { return exp(x); }
 // and more with -x, but e^x falls faster.
 template <typename A>
 DCNV3_INLINE A rough_exp_of(A x) {
-#if defined(__CUDA_ARCH__)
+#if defined(DCNV3_DEVICE)
   static_assert(sizeof(A) == sizeof(float), "sums of 16-bit numbers are float32");
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
-  return power;
+  return rough_power_of_two(x * 1.44269504f);
 #else
   return exp_of(x);
 #endif
@@ -143,7 +145,7 @@ DCNV3_INLINE void point_of(int p, int kernel_h, int kernel_w, bool remove_center
 // a b + c, rounded once on a GPU: there two kernels' steps compute a position each, and must get the same.
 template <typename A>
 DCNV3_INLINE A multiply_add(A a, A b, A c) {
-#if defined(__CUDA_ARCH__)
+#if defined(DCNV3_DEVICE)
   return fma(a, b, c);
 #else
   return a * b + c;
@@ -166,7 +168,7 @@ DCNV3_INLINE A position_of(A origin, A grid, A offset, A offset_scale) {
 }
 
 // The larger and the smaller of two numbers; b where a is NaN.
-#if defined(__CUDA_ARCH__)
+#if defined(DCNV3_DEVICE)
 DCNV3_INLINE float larger_of(float a, float b) { return fmaxf(a, b); }
 DCNV3_INLINE float smaller_of(float a, float b) { return fminf(a, b); }
 #endif
@@ -175,7 +177,7 @@ DCNV3_INLINE A larger_of(A a, A b) {
   return a > b ? a : b;
 }
 template <typename A>
-DCNV3_INLINE A smaller_of(A a, A b) {
+constexpr DCNV3_INLINE A smaller_of(A a, A b) {
   return a < b ? a : b;
 }
 DCNV3_INLINE float magnitude_of(float x) { return fabsf(x); }
@@ -183,9 +185,8 @@ DCNV3_INLINE double magnitude_of(double x) { return fabs(x); }
 
 template <typename A>
 DCNV3_INLINE int floor_of(A x) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(A) == sizeof(float)) return __float2int_rd(x);
-  return __double2int_rd(x);
+#if defined(DCNV3_DEVICE)
+  return integer_below(x);
 #else
   const int truncated = int(x);
   return truncated - (A(truncated) > x ? 1 : 0);

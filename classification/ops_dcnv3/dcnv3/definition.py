@@ -136,7 +136,9 @@ def backward(grad_output, input, offset, mask, *parameters):
         dot = torch.empty_like(weight)
         for c in range(4):
             dot[:, c] = (rows.index_select(0, index[:, c]) * grad).sum(-1)
-            grad_rows.index_add_(0, index[:, c], grad * (weight[:, c : c + 1] * mask_p))
+            share = weight[:, c : c + 1] * mask_p
+            # A corner of weight 0 gets nothing, whatever the output gradient is.
+            grad_rows.index_add_(0, index[:, c], (grad * share).where(share != 0, 0))
         scale = mask_p[:, 0] * sampler.offset_scale
         grad_mask[..., p] = (dot * weight).sum(-1).view(sampler.shape)
         grad_offset[..., p, 0] = ((dot * weight_dx).sum(-1) * scale).view(sampler.shape)

@@ -1,8 +1,11 @@
-// Runs one kernel without torch: `kernels_alone FILE`. FILE holds the problem and the tensors
-// as written by test_kernels.py; the results are appended to it. Compiled with AddressSanitizer, and
-// with DCNV3_TEST_CUDA beside imitation/cuda_kernels.cpp.
+// Runs the kernels without torch: `kernels_alone FILE`. FILE holds the problem and the tensors as written
+// by test_kernels.py. The results take their place, and every set of them has a line on the standard output:
+// the name of the backward kernel, and of a set that is missing, why. Compiled with AddressSanitizer, and with
+// DCNV3_TEST_CUDA beside imitation/cuda_kernels.cpp: then all backward kernels, each with the threads of the
+// imitation in order and shuffled.
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <vector>
 
@@ -21,7 +24,6 @@ int main(int, char** arguments) {
   p.padding_h = int(h[14]), p.padding_w = int(h[15]), p.dilation_h = int(h[16]), p.dilation_w = int(h[17]);
   p.remove_center = h[18], p.softmax = h[19], p.offset_scale = scale;
   const int64_t bytes = h[20], shift = h[21];  // of an element; elements by which tensors are off a 16-byte border
-  const bool deterministic = h[22];
 
   // Every tensor in memory of its own, so that a step beyond it is seen.
   const int64_t points = int64_t(p.kernel_h) * p.kernel_w - p.remove_center;
@@ -47,23 +49,35 @@ int main(int, char** arguments) {
   p.grad_mask = tensor(out_pixels * p.group * points, false);
 
   file = fopen(arguments[1], "wb");
+  const auto write = [&](const void* grad_input, int64_t grad_input_bytes) {
+    fwrite(p.output, bytes, out, file);
+    fwrite(grad_input, 1, grad_input_bytes, file);
+    fwrite(p.grad_offset, bytes, out_pixels * p.group * points * 2, file);
+    fwrite(p.grad_mask, bytes, out_pixels * p.group * points, file);
+  };
 #ifdef DCNV3_TEST_CUDA
-  std::vector<char> sums(in * (bytes == 8 ? 8 : 4));
-  p.grad_input = sums.data();
-  const char* error = dcnv3::cuda_forward(p, nullptr);
-  if (!error) error = dcnv3::cuda_backward(p, deterministic, nullptr);
-  if (error) return fprintf(stderr, "%s\n", error), 4;
-  fwrite(p.output, bytes, out, file);
-  fwrite(sums.data(), 1, sums.size(), file);
+  for (const char* seed : {"", "1"}) {
+    *seed ? setenv("DCNV3_TEST_SHUFFLE", seed, 1) : unsetenv("DCNV3_TEST_SHUFFLE");
+    for (const char* name : {"atomic", "owning", "ordered"}) {
+      dcnv3::BackwardKernel kernel{};
+      const char* error = dcnv3::cuda_backward_kernel(p, name, false, &kernel);
+      const bool owning = kernel == dcnv3::BackwardKernel::owning;
+      // Sums begin as zeros; what the owning kernel does not write shows as NaN.
+      std::vector<char> grad_input(in * (owning || bytes == 8 ? bytes : 4), owning ? 0xff : 0);
+      p.grad_input = grad_input.data();
+      for (int result : {4, 6, 7}) memset(memory[result].data(), 0xff, memory[result].size());
+      if (!error) error = dcnv3::cuda_forward(p, nullptr);
+      if (!error) error = dcnv3::cuda_backward(p, kernel, nullptr);
+      printf("%s|%s\n", name, error ? error : "");
+      if (!error) write(grad_input.data(), grad_input.size());
+    }
+  }
 #else
-  (void)deterministic;
   dcnv3::cpu_forward(p, 0, dcnv3::cpu_forward_tasks(p));
   dcnv3::cpu_backward(p, 0, dcnv3::cpu_backward_tasks(p));
-  fwrite(p.output, bytes, out, file);
-  fwrite(p.grad_input, bytes, in, file);
+  puts("cpu|");
+  write(p.grad_input, in * bytes);
 #endif
-  fwrite(p.grad_offset, bytes, out_pixels * p.group * points * 2, file);
-  fwrite(p.grad_mask, bytes, out_pixels * p.group * points, file);
   fclose(file);
   return 0;
 }

@@ -4,15 +4,15 @@ Skipped where the compiler they need is not found. That no GPU is needed is the 
 show of the CUDA kernels is that indices, guards and sums are right, not that they run on a GPU.
 """
 
-import importlib.util
+import json
 import os
-import re
 import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from common import assert_same, random_inputs
@@ -21,10 +21,12 @@ from dcnv3 import definition, kernels
 from dcnv3.functional import output_size
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import count  # noqa: E402
+
 IMITATION = HERE / "imitation"
 SOURCES = HERE.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-NVCC = shutil.which("nvcc")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -52,6 +54,8 @@ def program(request, tmp_path_factory):
     return device, path
 
 
+GOLDEN = np.load(HERE / "dcnv3_op.npz")
+GOLDEN_CASES = json.loads(str(GOLDEN["cases"]))
 CASES = {
     "fast": dict(h=5, w=7, group=3, width=16),
     "wide": dict(h=3, w=5, group=9, width=32),
@@ -73,20 +77,64 @@ CASES = {
     "huge kernel": dict(h=2, w=3, group=1, width=2, kernel=(41, 41), padding=(20, 20), dtype=torch.float64),
     "one pixel": dict(h=1, w=1, group=5, width=16, softmax=True),
     "one row": dict(h=1, w=9, group=4, width=16, softmax=True),
-    "one column": dict(h=9, w=1, group=2, width=5, deterministic=True),
+    "one column": dict(h=9, w=1, group=2, width=5),
     "two columns": dict(h=6, w=2, group=4, width=16, softmax=True),
     "width 8": dict(h=5, w=7, group=6, width=8, softmax=True, dtype=torch.bfloat16),
     "strided": dict(h=5, w=7, group=3, width=16, softmax=True, extra=5),
-    "deterministic": dict(h=7, w=9, group=3, width=16, softmax=True, deterministic=True),
+    "seven groups": dict(h=4, w=6, group=7, width=16, softmax=True, dtype=torch.bfloat16),
+    "two spans": dict(h=9, w=9, group=1, width=16, softmax=True, dtype=torch.bfloat16),
+    "two tiles": dict(h=4, w=5, group=2, width=256, dtype=torch.bfloat16),
+    "one tile": dict(h=4, w=5, group=1, width=512),
+    "no tile": dict(h=4, w=5, group=1, width=1000),
 }  # fmt: skip
+
+
+def run_alone(program, parameters, shape, inputs, grad, file, shift=0, extra=0):
+    """[(kernel, why it does not fit or "", output and gradients)] of the program. parameters: some of the operator's,
+    extra: numbers between one pixel's offsets or masks and the next one's."""
+    device, path = program
+    group, scale, remove_center, softmax = parameters
+    (n, h, w, channels), out, dtype = inputs[0].shape, inputs[1].shape[1:3], grad.dtype
+    spread = [torch.nn.functional.pad(t, (0, extra)) for t in inputs[1:]]
+    header = [DTYPES[dtype], n, h, w, *out, group, channels // group, *(t.shape[-1] for t in spread)]
+    header += [v for pair in shape.values() for v in pair]
+    header += [remove_center, softmax, dtype.itemsize, shift, 0, 0]
+    raw = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in (inputs[0], *spread, grad))
+    file.write_bytes(struct.pack("24qd", *header, scale) + raw)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # seconds a run
+    run = subprocess.run([path, file], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    memory, sets = file.read_bytes(), []
+    for line in run.stdout.splitlines():
+        kernel, missing = line.split("|")
+        got = []
+        for i, tensor in enumerate((grad, *inputs) if not missing else ()):
+            kind = torch.promote_types(dtype, torch.float32) if kernel in ("atomic", "ordered") and i == 1 else dtype
+            size = tensor.numel() * kind.itemsize
+            got.append(torch.frombuffer(bytearray(memory[:size]), dtype=kind).view(tensor.shape).to(dtype))
+            memory = memory[size:]
+        sets.append((kernel, missing, got))
+    assert not memory
+    assert [kernel for kernel, *_ in sets] == (["cpu"] if device == "cpu" else ["atomic", "owning", "ordered"] * 2)
+    return sets
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES, ids=[c["name"] for c in GOLDEN_CASES])
+def test_golden_alone(program, case, tmp_path):
+    names = ("input", "offset", "mask", "grad_output", "output", "grad_input", "grad_offset", "grad_mask")
+    tensors = [torch.from_numpy(GOLDEN[f"{case['name']}.{name}"]) for name in names]
+    parameters = (case["group"], case["offset_scale"], case["remove_center"], False)
+    shape = {key: case[key] for key in ("kernel", "stride", "pad", "dilation")}
+    for _, missing, got in run_alone(program, parameters, shape, tensors[:3], tensors[3], tmp_path / "problem"):
+        assert not missing
+        assert_same(got, tensors[4:], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_alone(program, name, tmp_path):
-    device, path = program
     case = dict(
         kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), scale=1.0, remove_center=False, softmax=False,
-        dtype=torch.float32, shift=0, extra=0, deterministic=False,
+        dtype=torch.float32, shift=0, extra=0,
     )  # fmt: skip
     case.update(CASES[name])
     h, w, group, width, dtype = (case[k] for k in ("h", "w", "group", "width", "dtype"))
@@ -100,35 +148,22 @@ def test_kernels_alone(program, name, tmp_path):
     inputs[1][0, 0, 0, :2] = torch.tensor([float("nan"), float("inf")])
     grad = torch.randn(2, *out, group * width, generator=torch.Generator().manual_seed(5)).to(dtype)
 
-    spread = [torch.nn.functional.pad(t, (0, case["extra"])) for t in inputs[1:]]
-    header = [DTYPES[dtype], 2, h, w, *out, group, width, *(t.shape[-1] for t in spread)]
-    header += [v for pair in shape.values() for v in pair]
-    header += [case["remove_center"], case["softmax"], dtype.itemsize, case["shift"], case["deterministic"], 0]
-    tensors = [inputs[0], *spread, grad]
-    file = tmp_path / "problem"
-    raw = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
-    file.write_bytes(struct.pack("24qd", *header, case["scale"]) + raw)
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # seconds a run
-    run = subprocess.run([path, file], capture_output=True, text=True, env=environment)
-    if device == "cuda" and points > 1500:  # more than the shared memory of a block
-        assert run.returncode == 4 and "too many points" in run.stderr
-        return
-    assert run.returncode == 0, run.stderr
-
     parameters = (group, *shape.values(), case["scale"], case["remove_center"], case["softmax"])
     expected = [
         definition.forward(*inputs, *parameters),
         *definition.backward(grad, *inputs, *parameters),
     ]
-    memory, got = file.read_bytes(), []
-    for i, tensor in enumerate(expected):
-        kind = torch.promote_types(dtype, torch.float32) if device == "cuda" and i == 1 else dtype
-        size = tensor.numel() * kind.itemsize
-        got.append(torch.frombuffer(bytearray(memory[:size]), dtype=kind).view(tensor.shape).to(dtype))
-        memory = memory[size:]
-    assert not memory
-    eps = torch.finfo(dtype).eps
-    assert_same(got, expected, rtol=8 * eps, atol=8 * eps * max(1.0, max(t.abs().max().item() for t in expected)))
+    eps, few = torch.finfo(dtype).eps, (group, case["scale"], case["remove_center"], case["softmax"])
+    for kernel, missing, got in run_alone(
+        program, few, shape, inputs, grad, tmp_path / "problem", case["shift"], case["extra"]
+    ):
+        if not missing:
+            most = max(1.0, max(t.abs().max().item() for t in expected))
+            assert_same(got, expected, rtol=8 * eps, atol=8 * eps * most)
+        elif name == "no tile":
+            assert kernel == "owning" and "does not fit in the shared memory" in missing
+        else:  # more points than the shared memory of a block holds
+            assert points > 1500 and ("too many points" in missing or kernel == "owning")
 
 
 BUILD = """
@@ -136,7 +171,8 @@ import json, shutil, sys, torch
 from pathlib import Path
 from setuptools import Distribution
 from torch.utils.cpp_extension import BuildExtension, CppExtension
-sources, imitation, folder = map(Path, sys.argv[1:])
+sources, imitation, folder = map(Path, sys.argv[1:4])
+flags = sys.argv[4:]
 text = (sources / "binding.cpp").read_text()
 for old, new in (
     ("(dcnv3, CPU,", "(dcnv3, XPU,"), ("(dcnv3, CUDA,", "(dcnv3, CPU,"), ("input.get_device()", "0"),
@@ -147,7 +183,9 @@ for old, new in (
 files = [folder / "binding.cpp", imitation / "cuda_kernels.cpp", sources / "cpu_baseline.cpp", sources / "cpu_avx2.cpp"]
 extension = CppExtension(
     "_C", [str(file) for file in files], include_dirs=[str(imitation), str(sources)],
-    define_macros=[("DCNV3_WITH_CUDA", None)], extra_compile_args=["-O2", "-g0", "-DAT_PER_OPERATOR_HEADERS"],
+    # The owning kernel wherever it fits: tests are small.
+    define_macros=[("DCNV3_WITH_CUDA", None), ("DCNV3_TEST_OWNING_BLOCKS", "1")],
+    extra_compile_args=["-O1", "-g0", "-DAT_PER_OPERATOR_HEADERS", *flags], extra_link_args=flags,
 )
 extension.libraries = [name for name in extension.libraries if name != "torch_python"]
 builder = BuildExtension(Distribution({"ext_modules": [extension]}), no_python_abi_suffix=True, use_ninja=False)
@@ -178,63 +216,123 @@ assert "TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX;7.5' pip install" in message, message
 """
 
 
-@pytest.mark.skipif("cpu" not in kernels(), reason="no compiler: no kernels were built")
-def test_the_operator_over_the_binding_for_cuda(tmp_path):
-    """The tests of the operator once more, through the binding's CUDA half and the CUDA kernels, for tensors on a CPU.
-    Then on a GPU that the kernels have no image for: the definition steps in, and says so once."""
+@pytest.fixture(scope="session")
+def over_the_binding(tmp_path_factory):
+    """Runs Python where the operator on a CPU is the binding's CUDA half and the imitated CUDA kernels, under
+    AddressSanitizer where the compiler has it: run(*arguments, **variables of the environment) -> what it printed."""
+    if "cpu" not in kernels():
+        pytest.skip("no compiler: no kernels were built")
+    folder = tmp_path_factory.mktemp("binding")
+    # Into a process that began without it, the sanitizer has to be loaded first, and the library it looks into.
+    found = [subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+             for name in ("libasan.so", "libstdc++.so")]  # fmt: skip
+    sanitized = sys.platform == "linux" and all(Path(path).is_absolute() for path in found)
+    preload = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"} if sanitized else {}
 
     def run(*arguments, **variables):
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path), **variables}
+        environment = {**os.environ, "PYTHONPATH": str(folder), **variables}
         run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
         assert run.returncode == 0, run.stdout + run.stderr
         return run.stdout
 
-    run("-c", BUILD, SOURCES, IMITATION, tmp_path)
-    assert str(tmp_path) in run("-c", "import dcnv3; print(dcnv3.__file__)")
+    run("-c", BUILD, SOURCES, IMITATION, folder, *["-fsanitize=address"] * sanitized)
+    return lambda *arguments, **variables: run(*arguments, **{**preload, **variables})
+
+
+def test_the_operator_over_the_binding_for_cuda(over_the_binding):
+    """The tests of the operator once more: with the backward kernel that suits each shape (the owning one nearly
+    always, as few blocks are enough for it here), and with the atomic one and threads in any order."""
     # Nothing of CUDA, or slow here (and the widths are among the cases above).
     left_out = "not reference and not threads and not compiles and not kernel4 and not any_width"
     files = [HERE / "test_operator.py", HERE / "test_torch.py"]
-    assert " passed" in run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", left_out)
-    run("-c", OLD_GPU, DCNV3_TEST_NO_IMAGE="1")
+    pytest_ = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
+    assert " passed" in over_the_binding(*pytest_, *files, "-k", left_out)
+    assert " passed" in over_the_binding(
+        *pytest_, files[0], "-k", left_out, DCNV3_BACKWARD="atomic", DCNV3_TEST_SHUFFLE="1"
+    )
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc")
-def test_cuda_sources_compile_for_every_target(tmp_path):
-    """No GPU and no CUDA build of torch needed: the sources include no torch header."""
-    # And for an older card, which users may name in TORCH_CUDA_ARCH_LIST.
-    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (75, 80, 90)] + [
-        "-gencode=arch=compute_90,code=compute_90"
-    ]
-    for source in ("cuda_forward.cu", "cuda_backward.cu"):
-        command = [NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", *targets, "-c", SOURCES / source]
-        run = subprocess.run([*command, "-o", tmp_path / "object"], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+def test_a_gpu_that_the_kernels_have_no_image_for(over_the_binding):
+    """The definition steps in, and says so once."""
+    over_the_binding("-c", OLD_GPU, DCNV3_TEST_NO_IMAGE="1")
 
 
-def find_cuobjdump():
-    """The disassembler: of the CUDA toolkit, or of the Triton that PyTorch's CUDA wheels bring."""
-    places = [Path(NVCC).resolve().parent] if NVCC else []
-    triton = importlib.util.find_spec("triton")
-    places += [Path(triton.origin).parent / "backends" / "nvidia" / "bin"] if triton else []
-    return shutil.which("cuobjdump") or next((p for p in (place / "cuobjdump" for place in places) if p.exists()), None)
+BY_NAME = """
+import os, sys, torch, dcnv3
+assert sys.argv[1] in dcnv3.__file__
+def backward(name, size, width=16, deterministic=False):
+    torch.use_deterministic_algorithms(deterministic)
+    os.environ["DCNV3_BACKWARD"] = name
+    inputs = [torch.zeros(1, size, size, n, requires_grad=True) for n in (width, 18, 9)]
+    try:
+        dcnv3.dcnv3(*inputs, group=1).sum().backward()
+    except ValueError as error:
+        return str(error)
+for name in ("", "atomic", "owning", "ordered"):
+    assert backward(name, 5) is None
+assert backward("ordered", 5, deterministic=True) is None and backward("owning", 5, deterministic=True) is None
+for wrong, reason in (
+    (backward("owning", 3, width=3000), "DCNV3_BACKWARD=owning does not fit an input of 3x3 pixels with 3000 channels"),
+    (backward("owning", 3, width=3000), "does not fit in the shared memory"),
+    (backward("fast", 5), "there is no such kernel; take atomic, ordered or owning, or leave it unset"),
+    (backward("atomic", 5, deterministic=True), "in no fixed order, and torch.use_deterministic_algorithms"),
+):
+    assert wrong and reason in wrong and "\\n" not in wrong.split("Exception raised")[0].strip(), wrong
+"""
 
 
-@pytest.mark.skipif(NVCC is None or find_cuobjdump() is None, reason="no nvcc, or no cuobjdump")
+def test_a_backward_kernel_asked_for_by_name(over_the_binding):
+    over_the_binding("-c", BY_NAME, "binding")
+
+
+TARGETS = ("sm_75", "sm_80", "sm_90")  # 75: an older card, which users may name in TORCH_CUDA_ARCH_LIST
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """(registers and spilled bytes of every kernel, folder of object files). That the sources compile without a warning
+    for every target, and in PTX for later GPUs, takes no GPU and no CUDA build of torch."""
+    if count.find_nvcc() is None:
+        pytest.skip("no nvcc")
+    folder = tmp_path_factory.mktemp("compiled")
+    return count.compile_kernels(TARGETS, folder, ptx=("90",)), folder
+
+
+def test_no_kernel_spills_registers(compiled):
+    usage, _ = compiled
+    kernels = {name for _, name, _, _ in usage}
+    assert kernels == {"forward", "atomic", "ordered", "owning"} and len(usage) == len(TARGETS) * (3 * 2 + 1) * 4
+    assert {key: spilled for key, (_, spilled) in usage.items() if spilled and key[0] != "sm_75"} == {}
+
+
+@pytest.mark.skipif(count.find_cuobjdump() is None, reason="no cuobjdump")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_the_forward_kernel_stays_within_its_instructions(architecture, tmp_path):
+def test_the_forward_kernel_stays_within_its_instructions(architecture, compiled):
     """What bounds it is how many instructions it issues for an output pixel and group of 16 channels. One thread a
     pair before the barrier, 16 bytes of its channels a thread behind it; a warp issues for 32 threads at once."""
-    command = [NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", SOURCES / "cuda_forward.cu"]
-    subprocess.run([*command, "-o", tmp_path / "kernels"], check=True)
-    command = [find_cuobjdump(), "-sass", tmp_path / "kernels"]
-    listing, counts = subprocess.run(command, capture_output=True, text=True, check=True).stdout, {}
-    for function in listing.split("Function : ")[1:]:
-        name, *lines = function.splitlines()
-        code = [line for line in lines if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+[^/]", line)]
-        barrier = next(i for i, line in enumerate(code) if "BAR.SYNC" in line)
-        for dtype, threads in (("BFloat16", 2), ("f", 4)):
-            if re.search(rf"forward_kernelI(N.*{dtype}E|{dtype})Li9", name):  # 9 points, unrolled
-                counts[dtype] = barrier / 32 + (len(code) - barrier) * threads / 32
-                assert not any("LDL" in line or "STL" in line for line in code), "registers are spilled"
+    _, folder = compiled
+    counts = {}
+    for (kernel, dtype, version), code in count.listings(folder, architecture).items():
+        if kernel == "forward" and version == "3x3" and dtype in ("bfloat16", "float32"):
+            barrier = next(i for i, line in enumerate(code) if "BAR.SYNC" in line)
+            threads = 2 if dtype == "bfloat16" else 4
+            counts[dtype] = barrier / 32 + (len(code) - barrier) * threads / 32
     print(architecture, counts)
-    assert counts["BFloat16"] < 75 and counts["f"] < 70
+    assert counts["bfloat16"] < 75 and counts["float32"] < 70
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_blocks_of_internimage_b(tmp_path):
+    """Closed form: 7 groups of 9 pixels a block at the first two levels, 4 of 16 where 4 divide them; an owning block
+    for every image and group; four tiles of float32 sums beside the points, as many as the kernels may take."""
+    started = count.launches(tmp_path)
+    forward = {height: blocks for height, blocks, _ in started["forward", "bfloat16"]}
+    assert forward[56] == -(-32 * 56**2 // 9) and forward[28] == 2 * -(-32 * 28**2 // 9)
+    assert forward[14] == 7 * 32 * 14**2 // 16 and forward[7] == 14 * 32 * 7**2 // 16
+    owning = {height: (blocks, shared) for height, blocks, shared in started["owning", "bfloat16"]}
+    assert {height: blocks for height, (blocks, _) in owning.items()} == {28: 32 * 14, 14: 32 * 28, 7: 32 * 56}
+    points = 9 * 65 * (16 + 4) + (9 * 65 + 1) * 4  # weights and places, masks
+    assert owning[14][1] == 4 * 14 * 14 * 16 * 4 + points <= 65536 and owning[7][1] == 4 * 7 * 7 * 16 * 4 + points
+    # Registers and shared memory by hand: 64 registers leave 8 blocks of 128 threads, 64 KB leave 2 and 3.
+    assert count.blocks_of("sm_80", 64, points) == 8
+    assert [count.blocks_of(a, 80, owning[14][1]) for a in ("sm_80", "sm_90")] == [2, 3]

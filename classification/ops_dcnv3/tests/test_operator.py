@@ -154,6 +154,23 @@ def test_any_kernel(kernel, stride, padding, dilation, scale, remove_center, dev
 
 @both
 @every_device
+@pytest.mark.parametrize("width", [3, 16])
+def test_a_corner_of_weight_0_gets_nothing(width, implementation, device):
+    """Not even the NaN of an infinite output gradient times 0. At integer offsets a point is one pixel: around the
+    pixel with the infinite gradient the input's gradient is infinite, and elsewhere that of a box filter."""
+    inputs = [torch.zeros(1, 7, 8, width, device=device), torch.zeros(1, 7, 8, 18, device=device)]
+    inputs = [t.requires_grad_() for t in (*inputs, torch.ones(1, 7, 8, 9, device=device))]
+    grad = torch.ones(1, 7, 8, width, device=device)
+    grad[0, 3, 4, 1] = math.inf
+    (got,) = torch.autograd.grad(IMPLEMENTATIONS[implementation](*inputs, group=1), inputs[:1], grad)
+    finite = torch.nn.functional.avg_pool2d(torch.ones(1, 1, 7, 8), 3, 1, 1)[0, 0] * 9
+    expected = finite.to(device)[None, ..., None].repeat(1, 1, 1, width)
+    expected[0, 2:5, 3:6, 1] = math.inf
+    torch.testing.assert_close(got, expected)
+
+
+@both
+@every_device
 @pytest.mark.parametrize("n", [1, 2, 3, 33])
 def test_a_batch_is_its_images(n, implementation, device):
     function = IMPLEMENTATIONS[implementation]

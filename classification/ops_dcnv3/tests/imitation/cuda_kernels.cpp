@@ -3,3 +3,4 @@
 // After the imitation:
 #include "cuda_backward.cu"
 #include "cuda_forward.cu"
+#include "cuda_owning.cu"

@@ -1,13 +1,20 @@
 // Just enough of CUDA to run the kernels' own source on a CPU, where no GPU is: every thread of a block
 // is a fiber, and barriers and shuffles hand over to the next one. It shows whether indices, guards and
-// sums are right; nothing about speed, and nothing about races between blocks.
+// sums are right; nothing about speed, and nothing about races between blocks. Threads go in order, a warp at
+// a time; with DCNV3_TEST_SHUFFLE=seed, blocks and the threads of a block go in an order drawn anew at every
+// barrier, so that what depends on the order without a barrier shows.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define DCNV3_EMULATED
@@ -16,6 +23,39 @@
 #define __launch_bounds__(...)
 #define DCNV3_ENTRY(kernel) kernel
 #define DCNV3_SHARED(name) Wide* const name = reinterpret_cast<Wide*>(emulated::shared)
+
+// A GPU's own instructions (csrc/cuda_instructions.h), from what they are said to do.
+namespace dcnv3 {
+namespace {
+inline float float_of_half_bits(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                     : exponent     ? ldexpf(float(1024 + fraction), exponent - 25)
+                                    : ldexpf(float(fraction), -24);
+  return bits >> 15 ? -size : size;
+}
+// The nearest number of `fraction` bits behind the first and exponents up to `highest`; ties to even.
+inline uint16_t bits_of(float x, int fraction, int highest) {
+  const int sign = signbit(x) ? 0x8000 : 0, infinity = (2 * highest + 1) << fraction;
+  if (x != x) return 0x7fff;
+  if (x == 0 || isinf(x)) return uint16_t(sign | (x == 0 ? 0 : infinity));
+  const int exponent = std::max(ilogbf(x), 1 - highest);  // below it numbers are subnormal
+  const int64_t units = int64_t(nearbyint(ldexp(fabs(double(x)), fraction - exponent)));
+  const int64_t bits = units + (int64_t(exponent + highest - 1) << fraction);  // a first bit adds one to the exponent
+  return uint16_t(sign | int(std::min(bits, int64_t(infinity))));
+}
+inline uint16_t half_bits_of(float x) { return bits_of(x, 10, 15); }
+inline uint16_t bfloat_bits_of(float x) { return bits_of(x, 7, 127); }
+inline float rough_power_of_two(float x) {
+  const float power = exp2f(x) * (1 + 0x1p-22f);
+  return power < 0x1p-126f ? 0 : power;
+}
+template <typename A>
+int integer_below(A x) {
+  return x != x ? 0 : int(std::min(std::max(double(floor(x)), double(INT32_MIN)), double(INT32_MAX)));
+}
+}  // namespace
+}  // namespace dcnv3
 
 struct alignas(16) Wide {
   double numbers[2];
@@ -35,6 +75,18 @@ struct cudaFuncAttributes {};
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
   return getenv("DCNV3_TEST_NO_IMAGE") ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+}
+
+// More shared memory than a block gets unasked has to be asked for first.
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+namespace emulated {
+static const void* asked_for;
+static size_t granted;
+}  // namespace emulated
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
+  emulated::asked_for = reinterpret_cast<const void*>(kernel), emulated::granted = size_t(bytes);
+  return bytes <= 64 * 1024 ? cudaSuccess : 1;  // what every GPU since sm_75 has
 }
 
 static dim3 threadIdx, blockIdx;
@@ -83,6 +135,7 @@ inline void atomicAdd(float4* to, float4 value) {
 }
 
 namespace emulated {
+static void (*told)(unsigned blocks, size_t shared_bytes);  // where set, it is called and no kernel runs
 static void (*body)(const void*);
 static const void* argument;
 inline void run() {
@@ -97,14 +150,22 @@ template <typename Arguments>
 cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, void** list, size_t bytes,
                              cudaStream_t) {
   using namespace emulated;
+  if (bytes > (reinterpret_cast<const void*>(kernel) == asked_for ? granted : 48 * 1024)) return 1;
+  if (told) return told(grid.x, bytes), cudaSuccess;
   static void (*called)(Arguments);
   called = kernel;
   body = [](const void* a) { called(*static_cast<const Arguments*>(a)); };
   argument = list[0];
-  const size_t stack = 256 * 1024;
+  const size_t stack = 32 * 1024;  // AddressSanitizer clears its notes on all of it at every switch
   std::vector<char> stacks(stack * block.x);
-  // Exactly as large as asked for: AddressSanitizer sees what lies beyond.
-  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+  const char* const seed = getenv("DCNV3_TEST_SHUFFLE");
+  std::mt19937 random(seed ? unsigned(atoi(seed)) : 0);
+  std::vector<unsigned> blocks(grid.x), order(block.x);
+  std::iota(blocks.begin(), blocks.end(), 0u), std::iota(order.begin(), order.end(), 0u);
+  if (seed) std::shuffle(blocks.begin(), blocks.end(), random);
+  for (const unsigned number : blocks) {
+    blockIdx.x = number;
+    // Exactly as large as asked for: AddressSanitizer sees what lies beyond.
     shared = static_cast<char*>(aligned_alloc(16, (bytes + 15) / 16 * 16));
     memset(shared, 0xff, bytes);  // NaN: what is read before it is written shows
     fibers.assign(block.x, ucontext_t());
@@ -118,21 +179,26 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, v
       fibers[i].uc_stack.ss_size = stack;
       makecontext(&fibers[i], run, 0);
     }
-    // A warp at a time, for as long as it gets on.
+    // A warp at a time for as long as it gets on, or all threads once, in any order.
+    const unsigned together = seed ? block.x : 32;
     for (long all = -1; steps != all;) {
       all = steps;
-      for (unsigned warp = 0; warp < block.x; warp += 32) {
+      for (unsigned warp = 0; warp < block.x; warp += together) {
         for (long before = -1; steps != before;) {
           before = steps;
-          for (unsigned i = warp; i < warp + 32; ++i) {
-            if (done[i]) continue;
-            threadIdx.x = i;
-            swapcontext(&scheduler, &fibers[i]);
+          if (seed) std::shuffle(order.begin(), order.end(), random);
+          for (unsigned i = warp; i < warp + together; ++i) {
+            threadIdx.x = order[i];
+            if (!done[order[i]]) swapcontext(&scheduler, &fibers[order[i]]);
           }
         }
       }
     }
     free(shared);
+    if (std::find(done.begin(), done.end(), false) != done.end()) {
+      fprintf(stderr, "threads of a block wait for each other for ever\n");
+      abort();
+    }
   }
   return cudaSuccess;
 }

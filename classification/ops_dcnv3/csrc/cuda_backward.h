@@ -1,0 +1,133 @@
+// The backward pass on a GPU: what its kernels share; cuda_common.h says how the work is cut. After the
+// first step, which locates the points:
+//
+// 2. The gradient of the input: every pair adds to its corners. In this the kernels differ:
+//    - atomic (cuda_backward.cu) adds to memory, from all blocks at once and in no fixed order;
+//    - owning (cuda_owning.cu): a block owns an image's group, and adds in shared memory, where that fits;
+//    - ordered (cuda_backward.cu) is atomic without this step, and a second kernel, in which one thread
+//      owns a channel of an image and takes its points in order. Slow, for determinism where nothing else fits.
+// 3. Of every point, the output gradient's dot products with the four corners.
+// 4. One thread a pair again: the gradients of mask and offset follow from the dot products.
+// 5. They are written, neighbouring threads to neighbouring numbers.
+//
+// In all of them a corner of weight 0 gets nothing: not even the NaN of an infinite gradient times 0.
+#pragma once
+
+#include "cuda_common.h"
+
+namespace dcnv3 {
+constexpr int kOwningTiles = kThreads / 32;  // a tile for every warp
+
+// Starts the owning kernel, and says whether it fits: how many tiles of an image's group, at most
+// kOwningTiles, shared memory holds beside the points. cuda_owning.cu.
+int owning_tiles(const Problem& problem);
+const char* owning_backward(const Problem& problem, void* stream);
+
+namespace {
+
+// Step 3. The dot products take the place of the weights. kLanes = 0: any number of threads a pair.
+template <typename T, int size, int kLanes, int kPoints, typename Index>
+__device__ inline void multiply_by(const Problem& p, const Cut& cut, const Span<Index>& span,
+                                   const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
+  using A = Accumulator<T>;
+  const int lanes = kLanes ? kLanes : cut.lanes();
+  const Index all = Index(p.group * p.channels);
+  const CornerPointers<const T> input(static_cast<const T*>(p.input), Distances<Index>(p));
+  // Whole warps take part to the end, because the threads of a pair lie in one and add up by shuffles.
+  for (int item = threadIdx.x; item < (cut.pairs * lanes + 31) / 32 * 32; item += kThreads) {
+    const int i = item / lanes < cut.pairs ? item / lanes : 0, lane = item % lanes;
+    const Pair<Index> pair = pair_of(cut, span, i);
+    const T* const grad_output = static_cast<const T*>(p.grad_output) + first_channel(p, pair);
+    const Index channel = pair.group * Index(p.channels);
+    A grad[size] = {};
+    if (kPoints && pair.valid) widen(load<size>(grad_output + lane * size), grad);  // one vector a thread
+#pragma unroll
+    for (int k = 0; k < shared.points; ++k) {
+      A dot[4] = {};
+      const Index place = shared.places[shared.at(k, i)] * all + channel;
+      for (int c = lane * size; kPoints || (c < int(p.channels) && pair.valid); c += lanes * size) {
+        if (!kPoints) widen(load<size>(grad_output + c), grad);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          A numbers[size];
+          widen(load<size>(input.to[q] + (place + Index(c))), numbers);
+#pragma unroll
+          for (int j = 0; j < size; ++j) dot[q] += grad[j] * numbers[j];
+        }
+        if (kPoints) break;
+      }
+#pragma unroll
+      for (int step = lanes / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) dot[q] += __shfl_xor_sync(0xffffffffu, dot[q], step);
+      }
+      if (lane == 0 && item / lanes < cut.pairs) shared.corners[shared.at(k, i)] = {{dot[0], dot[1], dot[2], dot[3]}};
+    }
+  }
+}
+
+template <typename T, int size, int kPoints, typename Index>
+__device__ inline void multiply(const Problem& p, const Cut& cut, const Span<Index>& span,
+                                const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
+  constexpr int usual = kPoints ? 16 / size : 0;  // groups of InternImage T to XL have 16 channels
+  if (usual && cut.lanes() == usual)
+    multiply_by<T, size, usual>(p, cut, span, shared);
+  else
+    multiply_by<T, size, 0>(p, cut, span, shared);
+}
+
+// Step 4. The gradients of x, y and mask take the place of the dot products.
+template <typename T, int kPoints, typename Index>
+__device__ inline void combine(const Problem& p, const Cut& cut, const Span<Index>& span,
+                               const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
+  using A = Accumulator<T>;
+  for (int i = threadIdx.x; i < cut.pairs; i += kThreads) {
+    const Pair<Index> pair = pair_of(cut, span, i);
+    if (!pair.valid) continue;
+    const Points<T, kPoints, Index> at(p, cut, pair);
+    A mean = 0;
+#pragma unroll
+    for (int k = 0; k < shared.points; ++k) {
+      Axis<A> h, v;
+      at.axes(k, &h, &v);
+      const Corners<A> dot = shared.corners[shared.at(k, i)];
+      const A mask = shared.masks[shared.at(k, i)], by_offset = mask * A(p.offset_scale);
+      const A low = h.low_weight * dot.weight[0] + h.high_weight * dot.weight[1];
+      const A high = h.low_weight * dot.weight[2] + h.high_weight * dot.weight[3];
+      const A low_x = h.low_slope * dot.weight[0] + h.high_slope * dot.weight[1];
+      const A high_x = h.low_slope * dot.weight[2] + h.high_slope * dot.weight[3];
+      const A by_mask = v.low_weight * low + v.high_weight * high;
+      mean += mask * by_mask;
+      shared.corners[shared.at(k, i)] = {{(v.low_weight * low_x + v.high_weight * high_x) * by_offset,
+                                         (v.low_slope * low + v.high_slope * high) * by_offset, by_mask, A(0)}};
+    }
+    if (!p.softmax) continue;
+#pragma unroll
+    for (int k = 0; k < shared.points; ++k) {
+      A* const by_mask = &shared.corners[shared.at(k, i)].weight[2];
+      *by_mask = shared.masks[shared.at(k, i)] * (*by_mask - mean);
+    }
+  }
+}
+
+// Step 5.
+template <typename T, int kPoints, typename Index>
+__device__ inline void write(const Problem& p, const Cut& cut, const Span<Index>& span,
+                             const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
+  using A = Accumulator<T>;
+  for (int item = threadIdx.x; item < cut.pairs * shared.points; item += kThreads) {
+    const int i = item / shared.points, k = item % shared.points;
+    const Pair<Index> pair = pair_of(cut, span, i);
+    if (!pair.valid) continue;
+    const Corners<A> gradient = shared.corners[shared.at(k, i)];
+    const Index to = (pair.pixel * Index(p.group) + pair.group) * Index(shared.points) + Index(k);
+    Pack<T, 2> both;
+    narrow(gradient.weight[0], &both.numbers[0]);
+    narrow(gradient.weight[1], &both.numbers[1]);
+    static_cast<Pack<T, 2>*>(p.grad_offset)[to] = both;
+    narrow(gradient.weight[2], static_cast<T*>(p.grad_mask) + to);
+  }
+}
+
+}  // namespace
+}  // namespace dcnv3

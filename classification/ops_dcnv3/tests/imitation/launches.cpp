@@ -1,0 +1,36 @@
+// How the kernels would be started, without running them: for every level of InternImage-B at 224 pixels, batch
+// 32, one line a kernel, `kernel|dtype|height|blocks|shared bytes of a block`. count.py reads it.
+#include "cuda_kernels.cpp"
+
+static dcnv3::Problem level(dcnv3::Dtype dtype, int64_t size, int64_t group) {
+  static char memory[64];
+  void* const somewhere = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + 15) / 16 * 16);
+  dcnv3::Problem p{};
+  p.dtype = dtype, p.batch = 32, p.height = p.width = p.out_height = p.out_width = size;
+  p.group = group, p.channels = 16, p.offset_stride = group * 18, p.mask_stride = group * 9;
+  p.kernel_h = p.kernel_w = 3, p.stride_h = p.stride_w = p.padding_h = p.padding_w = p.dilation_h = p.dilation_w = 1;
+  p.offset_scale = 1;
+  p.input = p.offset = p.mask = p.grad_output = somewhere;
+  p.output = p.grad_input = p.grad_offset = p.grad_mask = somewhere;
+  return p;
+}
+
+int main() {
+  static const char* line;
+  emulated::told = [](unsigned blocks, size_t bytes) { printf("%s|%u|%zu\n", line, blocks, bytes); };
+  const struct { dcnv3::Dtype dtype; const char* name; } dtypes[] = {
+      {dcnv3::Dtype::bfloat16, "bfloat16"}, {dcnv3::Dtype::float32, "float32"}, {dcnv3::Dtype::float64, "float64"}};
+  for (const auto& type : dtypes) {
+    for (int i = 0; i < 4; ++i) {
+      const dcnv3::Problem p = level(type.dtype, 56 >> i, 7 << i);
+      const auto tell = [&](const char* kernel) {
+        static char text[64];
+        snprintf(text, sizeof(text), "%s|%s|%d", kernel, type.name, 56 >> i);
+        line = text;
+      };
+      tell("forward"), dcnv3::cuda_forward(p, nullptr);
+      tell("atomic"), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::atomic, nullptr);
+      if (dcnv3::owning_tiles(p) > 0) tell("owning"), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::owning, nullptr);
+    }
+  }
+}
