@@ -23,6 +23,7 @@ def script():
     """A copy of the script in a folder of its own, without the answers that this checkout's set-up has remembered."""
     folder = tempfile.mkdtemp(prefix="setup-")
     atexit.register(shutil.rmtree, folder)
+    shutil.copy(ROOT / "requirements_mimic.txt", folder)
     return shutil.copy(ROOT / "setup_mimic_env.sh", folder)
 
 
