@@ -9,10 +9,12 @@ import contextlib
 import fcntl
 import math
 import os
+import queue
 import random
 import signal
 import socket
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,23 +104,42 @@ def meet(rank, size):
         ports = random.Random(step).sample(range(5000, 32768), 64)
     if rank == 0:
         return _serve(host, ports, step, size)
-    deadline, reason = time.monotonic() + 600, None
+    deadline, asked = time.monotonic() + 600, {}
     while time.monotonic() < deadline:
         for port in ports:
+            if port not in asked:
+                try:
+                    socket.create_connection((host, port), timeout=5).close()
+                except OSError:  # nobody listens yet
+                    continue
+                # In a thread: torch waits without end where a listener says nothing.
+                asked[port] = queue.Queue()
+                arguments = (asked[port], host, port, rank, step)
+                threading.Thread(target=_ask, args=arguments, daemon=True).start()
             try:
-                socket.create_connection((host, port), timeout=5).close()
-                store = dist.TCPStore(host, port, timeout=timedelta(seconds=10), wait_for_workers=False)
-                # Each rank is taken once: another's of the same name would be its second.
-                if store.check(["step"]) and store.get("step") == step.encode() and store.add(f"rank {rank}", 1) == 1:
-                    store.set_timeout(timedelta(minutes=30))
-                    return store
-            except (OSError, RuntimeError) as error:  # nobody listens, or who does is no store
-                reason = error
+                store = asked[port].get(timeout=1)
+            except queue.Empty:
+                continue
+            if store is not None:
+                return store
+            del asked[port]
         time.sleep(0.2)
     raise UserError(
-        f"rank {rank} did not find rank 0 of this job on {host} within ten minutes ({reason}); if it has not ended, "
-        "set MASTER_ADDR to a name of its node that the others can reach, or MASTER_PORT to a port that is open"
+        f"rank {rank} did not find rank 0 of this job on {host} within ten minutes; if it has not ended, set "
+        "MASTER_ADDR to a name of its node that the others can reach, or MASTER_PORT to a port that is open"
     )
+
+
+def _ask(answer, host, port, rank, step):
+    """Puts into the queue `answer` the store at `port` if it is this step's, else None."""
+    found = None
+    with contextlib.suppress(RuntimeError):  # no store listens there
+        store = dist.TCPStore(host, port, timeout=timedelta(seconds=10), wait_for_workers=False)
+        # Each rank is taken once: another's of the same name would be its second.
+        if store.check(["step"]) and store.get("step") == step.encode() and store.add(f"rank {rank}", 1) == 1:
+            store.set_timeout(timedelta(minutes=30))
+            found = store
+    answer.put(found)
 
 
 def _outgoing():

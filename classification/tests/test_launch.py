@@ -29,8 +29,9 @@ def task(whose, rank, port, answers):
 
 def test_two_jobs_of_one_number_keep_apart(monkeypatch):
     """On one machine, as two clusters may: srun's own address tells them apart, although they try the same ports."""
-    ports = random.Random(7).sample(range(5000, 32768), 8)
-    monkeypatch.setattr(distributed, "_outgoing", lambda: 32768)
+    silent = socket.create_server(("localhost", 0))  # takes connections and never answers
+    ports = [silent.getsockname()[1], *random.Random(7).sample(range(5000, 32768), 8)]
+    monkeypatch.setattr(distributed, "_outgoing", lambda: 65536)
     monkeypatch.setattr(distributed.random.Random, "sample", lambda *_: ports)
     answers = FORK.Queue()
     tasks = [FORK.Process(target=task, args=(f"run {k}", rank, 40001 + k, answers)) for rank in (1, 0) for k in (0, 1)]
