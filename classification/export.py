@@ -23,8 +23,8 @@ import trained
 from config import Parser
 from dataset.listing import list_images
 from dataset.synthetic_drawing import draw
-from errors import UserError
-from main import run_command
+from errors import UserError, run_command
+
 from models.exporting import Probabilities, require, save_onnx, save_torch
 
 TOLERANCE = 1e-4  # of a probability, against PyTorch
@@ -149,4 +149,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_command(main)

@@ -32,9 +32,9 @@ from dataset.images import ImageError, decode, sniff
 from dataset.listing import IDS, identify, list_images
 from dataset.transforms import placement
 from dataset.views import VIEWS
-from errors import UserError, did_you_mean
+from errors import UserError, did_you_mean, run_command
 from inference import autocast
-from main import run_command
+
 from prediction_file import FORMATS, PredictionFile
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
