@@ -10,7 +10,6 @@ compared with PyTorch, on images of yours with --images, before it gets its name
 
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +23,6 @@ from config import Parser
 from dataset.listing import list_images
 from dataset.synthetic_drawing import draw
 from errors import UserError, run_command
-
 from models.exporting import Probabilities, require, save_onnx, save_torch
 
 TOLERANCE = 1e-4  # of a probability, against PyTorch

@@ -34,7 +34,6 @@ from dataset.transforms import placement
 from dataset.views import VIEWS
 from errors import UserError, did_you_mean, run_command
 from inference import autocast
-
 from prediction_file import FORMATS, PredictionFile
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
