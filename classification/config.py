@@ -198,6 +198,7 @@ KNOBS = {
     "RESULTS": Knob("results", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>"),
     "TAG": Knob("default", "name of this run", flag="--tag"),
     "SAVE_FREQ": Knob(1, "epochs between ckpt_epoch_N.pth; the last checkpoint is kept after every epoch", at_least(1)),
+    "LOG.TENSORBOARD": Knob(False, "(new) write epochs and a batch for TensorBoard too, which must be installed"),
     "PRINT_FREQ": Knob(10, "updates between lines of the log", at_least(1)),
     "SEED": Knob(0, "of all random numbers", at_least(0)),
     "EVAL_MODE": Knob(False, "evaluate on the test split instead of training", flag="--eval"),

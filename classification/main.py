@@ -94,6 +94,11 @@ class Run:
 
     def __init__(self, config, world, folder, log, stop):
         self.config, self.world, self.folder, self.log, self.stop = config, world, folder, log, stop
+        self.board, self.last_images = None, None
+        if config.LOG.TENSORBOARD and world.is_main:
+            from analysis import tensorboard
+
+            self.board = tensorboard.open_board(folder)
         torch.manual_seed(config.SEED)
         self._build_data()  # 1. first, since most mistakes show here, before anything slow
         found = self._find_checkpoint()  # 2. before the model, which then needs no foreign weights
@@ -227,6 +232,7 @@ class Run:
             sums["skipped"] += self.config.DATA.BATCH_SIZE - len(images)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
+            self.last_images = images
             # Gradients cross the network once per update, with the last forward pass.
             silent = self.world.size > 1 and k < accumulation - 1
             with self.parallel.no_sync() if silent else contextlib.nullcontext():
@@ -317,6 +323,10 @@ class Run:
         # The log before the checkpoint: a resume from it rewrites the lines of later epochs, so none is ever missing.
         if self.world.is_main:
             training_log.append_metrics(self.folder / "metrics.jsonl", record)
+        if self.board is not None:
+            from analysis import tensorboard
+
+            tensorboard.write_epoch(self.board, record, self.last_images, self.config.AUG.MEAN, self.config.AUG.STD)
         self.log.info(training_log.epoch_lines(record, self.task.score))
         # LAST comes last: killed before it, the run repeats this epoch and writes the others again.
         names = [checkpoint.BEST] if is_best else []

@@ -162,7 +162,8 @@ def test_a_config_comes_back_from_its_dictionary():
     "opts, task, heeds, line",
     [
         (["TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.EPS", "1e-6"], "multilabel", (), "TRAIN.OPTIMIZER.EPS 1e-06"),
-        (["DATA.ZIP_MODE", "True", "DATA.ALLOW_MISSING", "True"], "multilabel", (), "DATA.ALLOW_MISSING True"),
+        (["DATA.ZIP_MODE", "True", "DATA.ALLOW_MISSING", "True"], "multilabel", (), None),  # it acts there too
+        (["DATA.NO_FINDING_CLEARS", "True"], "single_label", (), "DATA.NO_FINDING_CLEARS True"),
         (["TRAIN.LOSS", "nosuch"], "single_label", (), "TRAIN.LOSS 'nosuch'"),
         (["MODEL.LABEL_SMOOTHING", "0.2"], "multilabel", (), "MODEL.LABEL_SMOOTHING 0.2"),
         (["TEST.EMA", "True"], "multilabel", (), "TEST.EMA True"),

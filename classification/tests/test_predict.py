@@ -176,7 +176,7 @@ def test_files_folders_patterns_and_tables(model, pictures, tmp_path):
         if not row["error"]:
             np.testing.assert_allclose(values([row]), values([good[row["path"]]]), atol=1e-6)
     names = ["er/1.png", "0.jpg", "absent.jpg", "0.jpg"]
-    table = pd.DataFrame({"path": names, "study_id": [5, None, 7, 8], "ViewPosition": ["PA", "LL", None, None]})
+    table = pd.DataFrame({"path": names, "study_id": ["5", None, "7", "8"], "ViewPosition": ["PA", "LL", None, None]})
     table.to_csv(deep / "table.csv", index=False)
     try:
         rows = run(model, deep / "table.csv", deep / "0.jpg", output=tmp_path / "table.csv", fails=1)
