@@ -1,6 +1,5 @@
 """A checkpoint alone -> a model that can be asked: weights, labels, size and preprocessing come from it."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from yacs.config import CfgNode
 
 import checkpoint
 import config as config_module
+from analysis.evaluation import digest
 from dataset.images import decode
 from dataset.transforms import normalize, radiograph_transform, resized_side
 from errors import UserError
@@ -55,15 +55,6 @@ class _Reader:
         return self.transform(Image.fromarray(decode(data, name, **self.decoding)))
 
 
-def sha256(path):
-    """Hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def load(path, *, ema=False, device="cpu", dicom_recipe=None):
     """The model of one of our checkpoints.
 
@@ -102,4 +93,4 @@ def load(path, *, ema=False, device="cpu", dicom_recipe=None):
         checkpoint.check_weights(build_model(config), weights, path)
     model = build_model(config)
     model.load_state_dict(weights)
-    return Trained(path, sha256(path), model.to(device).eval(), tuple(names), config, state.get("domain") or "")
+    return Trained(path, digest(path), model.to(device).eval(), tuple(names), config, state.get("domain") or "")

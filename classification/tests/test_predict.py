@@ -197,7 +197,7 @@ def test_json_holds_the_same(model, pictures, tmp_path):
     content = json.loads((tmp_path / "run.json").read_text())
     assert set(content) == {"a.csv", "a.json"}
     entry = content["a.json"]
-    assert entry["command"]["checkpoints"] == [predict.trained.sha256(model)]
+    assert entry["command"]["checkpoints"] == [predict.trained.digest(model)]
     assert (entry["images"], entry["errors"]) == (12, 2) and entry["versions"]["torch"] == torch.__version__
 
 
