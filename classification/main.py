@@ -154,9 +154,7 @@ class Run:
 
     def _build_optimisation(self):
         config, world = self.config, self.world
-        if world.device.type == "cpu":
-            # Threads that compete with the loading processes wait for each other: two cores are then slower than one.
-            torch.set_num_threads(compute_threads(torch.get_num_threads(), worker_count(config)))
+        limit_threads(config, world)
         self.amp, self.dtype = autocast(config, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.optimizer = build_optimizer(config, self.model)
@@ -370,6 +368,12 @@ def train(config, world, folder, log):
     return 0
 
 
+def limit_threads(config, world):
+    """On a CPU, computing threads that compete with the loading processes wait for each other: slower than fewer."""
+    if world.device.type == "cpu":
+        torch.set_num_threads(compute_threads(torch.get_num_threads(), worker_count(config)))
+
+
 def log_datasets(log, config, *datasets):
     """What is read, and what its reader warns of."""
     log.info(f"data in {config.DATA.DATA_PATH}\n{datasets[0].summary}")
@@ -430,6 +434,7 @@ def evaluate(config, world, folder, log):
         log.warning(text)
     target = new_evaluation(config.RESULTS) if world.is_main else None
     model, (amp, _) = model.to(world.device), autocast(config, world.device)
+    limit_threads(config, world)
 
     def test(split):
         loader = build_loader(config, split, train=False, world=world, log=log)
