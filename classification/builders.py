@@ -1,18 +1,42 @@
-"""Finds a backbone or a dataset by its name: a file in its folder with a `build`."""
+"""Finds a backbone or a dataset by its name: a module with a `build`."""
 
 import importlib
-from pathlib import Path
+import pkgutil
 
-from errors import UserError
+from errors import UserError, did_you_mean
 
 
-def find(folder, name, key):
-    """The `build` of `folder/name.py`; key is the config key that named it.
+def _build_of(module):
+    """The `build` of the module of this full name; None where there is no such module, or it has none.
 
     Raises:
-        UserError: no such file, or one without a `build(config, ...)`; names those there are.
+        ModuleNotFoundError: the module is there, but not one that it imports.
     """
-    known = sorted(p.stem for p in Path(__file__).with_name(folder).glob("*.py") if "\ndef build(" in p.read_text())
-    if name not in known:
-        raise UserError(f"{key} is {name!r}; choose one of {', '.join(known)}")
-    return importlib.import_module(f"{folder}.{name}").build
+    if not all(part.isidentifier() for part in module.split(".")):
+        return None
+    try:
+        return getattr(importlib.import_module(module), "build", None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        return None
+
+
+def find(package, name, key):
+    """The `build` of `package.name`, else of the module `name`; `key` is the config key that named it.
+
+    Raises:
+        UserError: no such module, one without `build`, or one that cannot be imported.
+    """
+    try:
+        build = _build_of(f"{package}.{name}") or _build_of(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{key} {name} cannot be imported: {error}") from error
+    if build is None:
+        files = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+        known = [file for file in files if _build_of(f"{package}.{file}")]
+        raise UserError(
+            f"{key} is {name!r}; choose one of {', '.join(known)}{did_you_mean(name, known)}, "
+            "or name a module that has a function build"
+        )
+    return build

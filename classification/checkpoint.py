@@ -37,7 +37,7 @@ def save(state, folder, names):
     """Write `state` under every name. A reader sees the old file or the whole new one, never a part.
 
     Files are written in the order of `names`, each a copy of its own (a damaged disk block then
-    costs one of them). The LAST of before is kept as PREVIOUS.
+    costs one of them). The file that was LAST until now is kept as PREVIOUS.
     """
     folder = Path(folder)
     temporary, source = folder / "checkpoint.tmp", None
@@ -94,15 +94,28 @@ def read(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file can raise almost anything (RuntimeError, EOFError, UnpicklingError, KeyError, ...).
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a whole checkpoint ({reason}); use another one") from error
+        raise UserError(_what_is_wrong(path, error)) from error
+
+
+def _what_is_wrong(path, error):
+    """Why a file is no checkpoint: what it is instead, where its first bytes tell."""
+    with open(path, "rb") as file:
+        start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or download it"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return f"{path} is a web page, not a checkpoint: the download failed; download it again"
+    # torch's own text about unpickling advises to load unsafely: it is not handed on.
+    reason = str(error).splitlines()[0] if str(error) and "weights_only" not in str(error) else type(error).__name__
+    reason = reason if start else "the file is empty"
+    return f"{path} is not a whole checkpoint ({reason}); use another one"
 
 
 def find_last(folder, log):
     """(path, state) of the newest whole checkpoint of a run, or None.
 
-    The order is that of the progress in the names, not of file dates: copying changes those. A file
-    that cannot be read is said and passed over.
+    The order is that of the epochs in the names, not of file dates: copying changes those. A file that
+    cannot be read is named in a warning, and the next one is tried.
     """
     folder = Path(folder)
     numbered = [(int(m[1]), p) for p in folder.glob("ckpt_epoch_*.pth") if (m := re.search(r"_(\d+)\.pth$", p.name))]
@@ -118,8 +131,21 @@ def find_last(folder, log):
     return None
 
 
+def refuse_to_overwrite(folder):
+    """Raises a UserError where a run lies in `folder`: a new one there would replace its best checkpoint."""
+    there = sorted(p.name for p in Path(folder).glob("*ckpt*.pth"))
+    if there:
+        raise UserError(
+            f"TRAIN.AUTO_RESUME is False, but {folder} holds a run ({there[0]}): a new one would overwrite it. "
+            "Use another --tag, or move it away"
+        )
+
+
 # ---------------------------------------------------------------------------------------- resume
-def _load_strictly(module, weights, path):
+def check_weights(module, weights, path):
+    """Raise a UserError unless `weights` are tensors of the names and shapes of the module (which may be on meta)."""
+    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise UserError(f"{path} is not a checkpoint of this project: its weights are no dictionary of tensors")
     ours = module.state_dict()
     problems = [f"{k} is missing" for k in ours if k not in weights]
     problems += [f"{k} is not in this model" for k in weights if k not in ours]
@@ -133,14 +159,18 @@ def _load_strictly(module, weights, path):
             f"{path} is a checkpoint of another model: {problems[0]} ({len(problems)} such keys); "
             "use the configuration it was trained with, or another --tag to begin a new run"
         )
+
+
+def _load_strictly(module, weights, path):
+    check_weights(module, weights, path)
     module.load_state_dict(weights)
 
 
-def load_weights(model, state, path, label_names):
-    """Weights of one of our checkpoints for evaluation.
+def load_weights(model, state, path, label_names, averaged=False):
+    """Weights of one of our checkpoints for evaluation; averaged: the EMA's.
 
     Raises:
-        UserError: not one of ours, another model, or other labels.
+        UserError: not one of ours, another model, other labels, or no average in it.
     """
     if not isinstance(state, dict) or "model" not in state or "label_names" not in state:
         raise UserError(f"{path} is not a checkpoint of this project; load foreign weights with --pretrained")
@@ -148,11 +178,14 @@ def load_weights(model, state, path, label_names):
         raise UserError(
             f"{path} was trained on the labels {', '.join(state['label_names'])}; the data has {', '.join(label_names)}"
         )
-    _load_strictly(model, state["model"], path)
+    weights = state["model_ema" if averaged else "model"]
+    if weights is None:
+        raise UserError(f"{path} has no averaged weights (TRAIN.EMA.ENABLE was off); evaluate it without --ema")
+    _load_strictly(model, weights, path)
 
 
 def resume(state, path, *, model, ema, optimizer, scaler, config, label_names, world, log):
-    """Put a run back to where `state` was saved; returns nothing, raises UserError where it does not fit.
+    """Put a run back to where `state` was saved; raises UserError where it does not fit.
 
     Rates, decay and betas stay those of the present config: what the user changed since counts.
     """
@@ -184,11 +217,11 @@ def resume(state, path, *, model, ema, optimizer, scaler, config, label_names, w
 
 
 def log_differences(state, config, log, but=()):
-    """Say which options are others than when the checkpoint was written."""
-    now = config_module.to_dict(config)
-    for line in config_module.differences(state["config"], now):
-        if not line.startswith(but):
-            log.info(f"changed since the checkpoint: {line}")
+    """Say which options have changed since the checkpoint was written, apart from `but`."""
+    changed = config_module.differences(state["config"], config_module.to_dict(config))
+    for key, (old, new) in changed.items():
+        if key not in but:
+            log.info(f"changed since the checkpoint: {key} {old!r} -> {new!r}")
 
 
 def rng_state(world):
@@ -198,7 +231,25 @@ def rng_state(world):
 
 
 # ------------------------------------------------------------------------------- foreign weights
-def _state_dict(content, path):
+# What wraps a model puts before its names: DataParallel, torch.compile, Lightning and Hugging Face, detectors.
+_WRAPPED = re.compile(r"(?:module\.|_orig_mod\.|model\.|backbone\.)*")
+
+
+def _without_prefix(weights, ours):
+    """The weights under the prefix that leaves most names of `ours`; what the file holds beside it is dropped."""
+    prefixes = {""}
+    for key in weights:
+        parts = _WRAPPED.match(key)[0].split(".")[:-1]
+        prefixes |= {".".join(parts[:k]) + "." for k in range(1, len(parts) + 1)}
+
+    def fitting(prefix):
+        return sum(key.startswith(prefix) and key[len(prefix) :] in ours for key in weights)
+
+    best = max(sorted(prefixes), key=fitting)
+    return {k[len(best) :]: v for k, v in weights.items() if k.startswith(best)} if fitting(best) else weights
+
+
+def _state_dict(content, path, ours):
     """The weights in a file of any of the known shapes, with the published names."""
     for key in ("model", "module", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -207,39 +258,45 @@ def _state_dict(content, path):
     weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
     if not weights:
         raise UserError(f"{path} holds no weights (looked under model, module, state_dict and at the top)")
-    for prefix in ("module.", "model."):  # DataParallel's, Hugging Face's
-        if all(k.startswith(prefix) for k in weights):
-            weights = {k[len(prefix) :]: v for k, v in weights.items()}
-    return {re.sub(r"\blayer_scale([12])$", r"gamma\1", k): v for k, v in weights.items()}
+    weights = {re.sub(r"\blayer_scale([12])$", r"gamma\1", k): v for k, v in weights.items()}
+    return _without_prefix(weights, ours)
 
 
 def load_pretrained(model, path, log):
     """Start from the weights of a published checkpoint (InternImage's own, or the Hugging Face copy).
 
-    A head of another size is left as initialised. Returns {loaded, replaced, missing, unexpected},
-    lists of keys, and logs them.
+    A classifier of another size is left as initialised, and so is a part of the model (a child of it) of which the
+    file has nothing. Returns {loaded, replaced, missing, unexpected}, lists of keys, and logs them.
 
     Raises:
         UserError: the file is of another architecture.
     """
-    ours, theirs = model.state_dict(), _state_dict(read(path), path)
-    head = {"head.weight", "head.bias"}
+    ours = model.state_dict()
+    theirs = _state_dict(read(path), path, ours.keys())
+    head = {f"{model.classifier}.weight", f"{model.classifier}.bias"}
     matching = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
     replaced = sorted(head & ours.keys() & (theirs.keys() - matching.keys()))
     # One row of the head per class: a head that fits half is another head.
     if replaced:
         replaced = sorted(head & ours.keys())
         matching = {k: v for k, v in matching.items() if k not in head}
-    shapes = [k for k in ours if k in theirs and k not in matching and k not in head]
+    parts = {k.split(".")[0] for k in theirs}
     missing = [k for k in ours if k not in theirs]
     unexpected = [k for k in theirs if k not in ours]
-    body = tuple(name + "." for name, _ in model.named_children() if name != "head")
-    wrong = [f"{k} is {tuple(theirs[k].shape)}, here {tuple(ours[k].shape)}" for k in shapes]
-    wrong += [f"{k} is missing in the file" for k in missing if k not in head]
-    wrong += [f"{k} is not in this model" for k in unexpected if k.startswith(body)]
-    if wrong:
+    wrong = [
+        f"{k} is {tuple(theirs[k].shape)}, here {tuple(ours[k].shape)}"
+        for k in ours
+        if k in theirs and k not in matching and k not in head
+    ]
+    wrong += [f"{k} is missing in the file" for k in missing if k not in head and k.split(".")[0] in parts]
+    known = {name for name, _ in model.named_children()} - {model.classifier}
+    wrong += [f"{k} is not in this model" for k in unexpected if k.split(".")[0] in known]
+    if not matching:
+        raise UserError(_nothing_fits(path, theirs, ours))
+    if wrong or len(matching) < len(ours) / 2:
+        first = wrong[0] if wrong else f"{missing[0]} is missing in the file"
         raise UserError(
-            f"{path} is of another architecture: {wrong[0]} ({len(wrong)} such keys); "
+            f"{path} is of another architecture: {first} ({len(wrong) or len(missing)} such keys); "
             "choose the configuration that belongs to the file"
         )
     model.load_state_dict(matching, strict=False)
@@ -248,3 +305,15 @@ def load_pretrained(model, path, log):
     for what in ("replaced", "missing", "unexpected"):
         log.info(f"  {what}: {', '.join(report[what]) or 'none'}")
     return report
+
+
+def _nothing_fits(path, theirs, ours):
+    """Why no key of a file is one of the model's: another architecture, or names with a prefix that is not known."""
+    for key in theirs:
+        prefix = next((key[: -len(name)] for name in ours if key.endswith("." + name)), None)
+        if prefix:
+            return f"{path}: its names begin with {prefix!r}, which is no known prefix; remove it from the keys"
+    return (
+        f"{path} is of another architecture: it has no key of this model, such as {next(iter(ours))}, but "
+        f"{next(iter(theirs))}; choose the configuration that belongs to the file"
+    )

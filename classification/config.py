@@ -1,4 +1,4 @@
-"""Every knob of the project, its default and its meaning; the only place that writes a config.
+"""Every knob of the project: default, meaning, allowed values and when it acts; the only place that writes a config.
 
 Order of precedence, later wins: the defaults here, the files named in BASE, the YAML of `--cfg`,
 `--opts KEY VALUE ...`, the flags given on the command line. Keys of the published InternImage
@@ -7,225 +7,212 @@ classification code keep their names and meanings; others are marked (new).
 
 import argparse
 import ast
-import difflib
+import copy
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from yacs.config import CfgNode as CN
 
-from errors import UserError
+from errors import UserError, did_you_mean
 
-_C = CN()
-_C.BASE = [""]  # YAML files to start from, relative to the file that names them
 
-# ---------------------------------------------------------------------------------------- data
-_C.DATA = CN()
-_C.DATA.DATASET = "imagenet"  # a file in dataset/: mimic_cxr, imagenet
-_C.DATA.DATA_PATH = ""  # the release folder (or its files/)
-_C.DATA.CSV = ""  # (new) a table of your own instead of the official ones: path, split, labels[, subject_id]
-_C.DATA.LABELER = "chexpert"  # (new) which official label file: chexpert or negbio
-_C.DATA.TEST_LABELER = "same"  # (new) labels of the test split: same, or radiologist (mimic-cxr-*-test-set-labeled.csv)
-_C.DATA.VIEWS = "all"  # (new) all, frontal, AP, PA, lateral; blank views are told from the texts of the metadata
-_C.DATA.LABELS = []  # (new) label columns; empty: the 14 of CheXpert
-_C.DATA.UNCERTAIN = "zeros"  # (new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics), smooth
-# ... for all labels, or by label: {default: zeros, Consolidation: ignore}
-_C.DATA.MISSING = "zeros"  # (new) what a blank becomes, likewise
-_C.DATA.IMAGE_FORMAT = "auto"  # (new) auto, jpg, dcm, png: which images of the official layout to read
-_C.DATA.DICOM_RECIPE = "window"  # (new) window: as displayed; mimic_jpg: as the JPG release of MIMIC-CXR was made
-_C.DATA.DICOM_WINDOW = 0  # (new) which window or VOI LUT of a DICOM that has several
-_C.DATA.ON_BAD_IMAGE = "error"  # (new) an image that cannot be read: error, or skip (said and counted, not replaced)
-_C.DATA.ALLOW_MISSING = False  # (new) leave out images that are not there; all files are then looked for at start
-_C.DATA.ZIP_MODE = False  # read the images from <DATA_PATH>/*.zip (uncompressed)
-_C.DATA.IMG_ON_MEMORY = False  # read all encoded images into shared memory at start, once a node
-_C.DATA.BATCH_SIZE = 128  # images per GPU and forward pass
-_C.DATA.IMG_SIZE = 224
-_C.DATA.INTERPOLATION = "bicubic"  # bicubic, bilinear
-_C.DATA.RESIZE = "squeeze"  # (new) how an X-ray becomes a square: squeeze, or pad (aspect kept, black beside it)
-_C.DATA.NUM_WORKERS = 8  # loading processes per GPU
-_C.DATA.PIN_MEMORY = True
+# --------------------------------------------------------------------------------- allowed values
+# Each makes a function: value -> what is wrong with it, or None.
+def one_of(*choices):
+    return lambda value: None if value in choices else f"choose one of {', '.join(map(str, choices))}"
 
-# --------------------------------------------------------------------------------------- model
-_C.MODEL = CN()
-_C.MODEL.TYPE = "intern_image"  # a file in models/
-_C.MODEL.NAME = ""  # folder of the run below OUTPUT; empty: the name of the YAML file
-_C.MODEL.PRETRAINED = ""  # weights to start from (a published checkpoint, say)
-_C.MODEL.RESUME = ""  # checkpoint of this project to go on from, or to evaluate
-_C.MODEL.NUM_CLASSES = 1000
-_C.MODEL.DROP_RATE = 0.0
-_C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block, linear from 0
-_C.MODEL.LABEL_SMOOTHING = 0.1  # single-label tasks only
 
-_C.MODEL.INTERN_IMAGE = CN()
-_C.MODEL.INTERN_IMAGE.CHANNELS = 64
-_C.MODEL.INTERN_IMAGE.DEPTHS = [4, 4, 18, 4]
-_C.MODEL.INTERN_IMAGE.GROUPS = [4, 8, 16, 32]
-_C.MODEL.INTERN_IMAGE.LAYER_SCALE = None  # initial value of the scale of each branch, or None
-_C.MODEL.INTERN_IMAGE.OFFSET_SCALE = 1.0
-_C.MODEL.INTERN_IMAGE.MLP_RATIO = 4.0
-_C.MODEL.INTERN_IMAGE.POST_NORM = False
-_C.MODEL.INTERN_IMAGE.RES_POST_NORM = False  # H
-_C.MODEL.INTERN_IMAGE.DW_KERNEL_SIZE = None  # H, G: 5
-_C.MODEL.INTERN_IMAGE.USE_CLIP_PROJECTOR = False  # H, G
-_C.MODEL.INTERN_IMAGE.LEVEL2_POST_NORM = False  # H, G
-_C.MODEL.INTERN_IMAGE.LEVEL2_POST_NORM_BLOCK_IDS = None  # H, G: blocks 5, 11, 17, ...
-_C.MODEL.INTERN_IMAGE.CENTER_FEATURE_SCALE = False  # H, G
-_C.MODEL.INTERN_IMAGE.REMOVE_CENTER = False
+def at_least(least):
+    return lambda value: None if value >= least else f"it must be at least {least}"  # NaN fails too
 
-# ------------------------------------------------------------------------------------ training
-_C.TRAIN = CN()
-_C.TRAIN.EPOCHS = 300
-_C.TRAIN.WARMUP_EPOCHS = 20
-_C.TRAIN.WEIGHT_DECAY = 0.05  # not on norms and biases
-_C.TRAIN.BASE_LR = 5e-4  # peak learning rate at a batch of LR_REFERENCE_BATCH
-_C.TRAIN.WARMUP_LR = 5e-7  # where warm-up starts, scaled as BASE_LR
-_C.TRAIN.MIN_LR = 5e-6  # where the schedule ends, scaled as BASE_LR
-# (new) rates are multiplied by batch x GPUs x accumulation / this. 512 is the published rule for
-# ImageNet; it would turn the 1e-4 of a batch of 32 into 6e-6, so the MIMIC configurations say 32.
-_C.TRAIN.LR_REFERENCE_BATCH = 512
-_C.TRAIN.CLIP_GRAD = 5.0  # largest norm of the gradient; 0: no clipping
-_C.TRAIN.ACCUMULATION_STEPS = 1  # forward passes per update
-_C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to save memory
-_C.TRAIN.AUTO_RESUME = True  # go on from the run's last checkpoint
-_C.TRAIN.LOSS = "bce"  # (new) multi-label tasks: bce, focal, asymmetric (rows of utils_multilabel.LOSSES)
-_C.TRAIN.POS_WEIGHT_CAP = 0.0  # (new) weigh positives by negatives/positives of the label, at most this; 0: no weights
-_C.TRAIN.LR_SCHEDULER = CN()
-_C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine, linear, step
-_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step: epochs between decays
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step: factor of a decay
-_C.TRAIN.OPTIMIZER = CN()
-_C.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw, sgd
-_C.TRAIN.OPTIMIZER.EPS = 1e-8
-_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
-_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
-_C.TRAIN.OPTIMIZER.DCN_LR_MUL = None  # factor on the rates of the operator's offsets and center scales
-_C.TRAIN.LR_LAYER_DECAY = False  # smaller rates for earlier blocks
-_C.TRAIN.LR_LAYER_DECAY_RATIO = 0.875
-_C.TRAIN.EMA = CN()
-_C.TRAIN.EMA.ENABLE = False  # keep, validate and save an exponential moving average of the weights
-_C.TRAIN.EMA.DECAY = 0.9998
 
-# -------------------------------------------------------------------------------- augmentation
-_C.AUG = CN()
-_C.AUG.COLOR_JITTER = 0.4  # brightness and contrast
-_C.AUG.GAMMA = 0.0  # (new) X-rays: gamma between 1/(1 + this) and 1 + this
-_C.AUG.ROTATION = 0.0  # (new) X-rays: rotation by up to so many degrees to either side
-_C.AUG.SHIFT = 0.0  # (new) X-rays: shift by up to this part of the side
-_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # timm's RandAugment string; imagenet only
-_C.AUG.REPROB = 0.25  # probability of random erasing
-_C.AUG.REMODE = "pixel"
-_C.AUG.RECOUNT = 1
-_C.AUG.CROP_SCALE = [0.08, 1.0]  # (new) area of the random crop relative to the image
-_C.AUG.HFLIP = 0.5  # (new) probability of a horizontal flip
-_C.AUG.MIXUP = 0.8
-_C.AUG.CUTMIX = 1.0
-_C.AUG.MIXUP_PROB = 1.0  # probability that a batch is mixed at all
-_C.AUG.MIXUP_SWITCH_PROB = 0.5  # of those, the part that gets cutmix where both are on
-_C.AUG.MEAN = [0.485, 0.456, 0.406]  # ImageNet's
-_C.AUG.STD = [0.229, 0.224, 0.225]
+def between(low, high):
+    return lambda value: None if low <= value <= high else f"it must lie between {low} and {high}"
 
-# ------------------------------------------------------------------------------ testing, other
-_C.TEST = CN()
-_C.TEST.EMA = False  # --eval takes ema_best_ckpt.pth of the run, the averaged weights
-_C.TEST.CROP = True  # resize to 8/7 of the size and take the centre; False: the whole image, squeezed
-_C.AMP_OPT_LEVEL = "O1"  # O0: float32, O1: mixed precision
-_C.AMP_DTYPE = "auto"  # (new) auto (bfloat16 where the device has it), bfloat16, float16
-_C.OUTPUT = "output"  # a run lives in OUTPUT/MODEL.NAME/TAG
-_C.RESULTS = "results"  # (new) an evaluation lives in RESULTS/evaluation_<timestamp>
-_C.TAG = "default"
-_C.SAVE_FREQ = 1  # epochs between ckpt_epoch_N.pth; the last checkpoint is kept after every epoch
-_C.PRINT_FREQ = 10  # updates between lines of the log
-_C.SEED = 0
-_C.EVAL_MODE = False  # evaluate on the test split instead of training
-_C.THROUGHPUT_MODE = False  # measure images/s of the forward pass and stop
 
-# Keys whose default is None: what they may hold besides.
-_OPTIONAL = {
-    "MODEL.INTERN_IMAGE.LAYER_SCALE": float,
-    "MODEL.INTERN_IMAGE.DW_KERNEL_SIZE": int,
-    "MODEL.INTERN_IMAGE.LEVEL2_POST_NORM_BLOCK_IDS": list,
-    "TRAIN.OPTIMIZER.DCN_LR_MUL": float,
+def off_or_at_least(least):
+    return lambda value: None if value == 0 or value >= least else f"it must be 0 (off), or at least {least}"
+
+
+def area_range(value):
+    low, high = value
+    return None if 0 < low <= high <= 1 else "it must be [smallest, largest] area within 0 to 1"
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One option.
+
+    allowed: one of the functions above.
+    acts: what must hold for it to have an effect: other keys and their values; `task`, that of the dataset;
+        `model`, that the backbone heeds it. Where that does not hold, a value other than the default is warned about.
+    kind: the type besides None, where the default is None. mapping: a mapping is allowed as well.
+    flag: its own flag of main.py.
+    """
+
+    default: object
+    meaning: str
+    allowed: object = None
+    acts: dict = field(default_factory=dict)
+    kind: type = None
+    mapping: bool = False
+    flag: str = ""
+
+
+XRAYS, PHOTOS = {"task": "multilabel"}, {"task": "single_label"}
+OFFICIAL = {"DATA.DATASET": "mimic_cxr", "DATA.CSV": ""}
+INTERN_IMAGE, MODEL = {"MODEL.TYPE": "intern_image"}, {"model": True}
+STEP = {"TRAIN.LR_SCHEDULER.NAME": "step"}
+SGD, ADAMW = {"TRAIN.OPTIMIZER.NAME": "sgd"}, {"TRAIN.OPTIMIZER.NAME": "adamw"}
+
+# fmt: off
+KNOBS = {
+    # ------------------------------------------------------------------------------------- data
+    "DATA.DATASET": Knob("imagenet", "a file in dataset/: mimic_cxr, imagenet", flag="--dataset"),
+    "DATA.DATA_PATH": Knob("", "the data folder: a release, or its files/", flag="--data-path"),
+    "DATA.CSV": Knob("", "(new) a table of your own instead of the official ones: path, split, labels[, subject_id]",
+                     acts=XRAYS),
+    "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"), acts=OFFICIAL),
+    "DATA.TEST_LABELER": Knob("same", "(new) labels of the test split: those, or mimic-cxr-*-test-set-labeled.csv",
+                              one_of("same", "radiologist"), acts=OFFICIAL),
+    "DATA.VIEWS": Knob("all", "(new) which views; for a blank one the texts of the metadata decide",
+                       one_of("all", "frontal", "AP", "PA", "lateral"), acts=XRAYS),
+    "DATA.LABELS": Knob([], "(new) label columns; empty: the 14 of CheXpert", acts=XRAYS),
+    "DATA.UNCERTAIN": Knob("zeros", "(new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics), smooth; "
+                           "for all labels, or by label: {default: zeros, Consolidation: ignore}",
+                           acts=XRAYS, mapping=True),
+    "DATA.MISSING": Knob("zeros", "(new) what a blank becomes, likewise", acts=XRAYS, mapping=True),
+    "DATA.NO_FINDING_CLEARS": Knob(False, "(new) where No Finding is 1, a blank label is 0, but for Support Devices",
+                                   acts=XRAYS),
+    "DATA.IMAGE_FORMAT": Knob("auto", "(new) which images of the official layout to read",
+                              one_of("auto", "jpg", "dcm", "png"), acts=OFFICIAL),
+    "DATA.DICOM_RECIPE": Knob("window", "(new) window: as displayed; mimic_jpg: as MIMIC-CXR's JPG release was made",
+                              one_of("window", "mimic_jpg"), acts=XRAYS),
+    "DATA.DICOM_WINDOW": Knob(0, "(new) which window or VOI LUT of a DICOM that has several", at_least(0),
+                              acts=XRAYS | {"DATA.DICOM_RECIPE": "window"}),
+    "DATA.ON_BAD_IMAGE": Knob("error", "(new) an image that cannot be read: error, or skip (said and counted)",
+                              one_of("error", "skip")),
+    "DATA.ALLOW_MISSING": Knob(False, "(new) leave out images that are not there; all are then looked for at start",
+                               acts=XRAYS),
+    "DATA.ZIP_MODE": Knob(False, "read the images from <DATA_PATH>/*.zip (uncompressed)", acts=XRAYS, flag="--zip"),
+    "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node", acts=XRAYS),
+    "DATA.BATCH_SIZE": Knob(128, "images per GPU and forward pass", at_least(1), flag="--batch-size"),
+    "DATA.IMG_SIZE": Knob(224, "side in pixels of what the model sees", at_least(32)),
+    "DATA.INTERPOLATION": Knob("bicubic", "how images are resized", one_of("bicubic", "bilinear")),
+    "DATA.RESIZE": Knob("squeeze", "(new) how an X-ray becomes a square: squeeze, or pad (aspect kept, black beside)",
+                        one_of("squeeze", "pad"), acts=XRAYS),
+    "DATA.NUM_WORKERS": Knob(8, "loading processes per GPU", at_least(0)),
+    "DATA.PIN_MEMORY": Knob(True, "batches in memory that a GPU reads directly"),
+    # ------------------------------------------------------------------------------------ model
+    "MODEL.TYPE": Knob("intern_image", "a file in models/"),
+    "MODEL.NAME": Knob("", "folder of the run below OUTPUT; empty: the name of the YAML file"),
+    "MODEL.PRETRAINED": Knob("", "weights to start from (a published checkpoint, say)", flag="--pretrained"),
+    "MODEL.RESUME": Knob("", "checkpoint of this project to go on from, or to evaluate", flag="--resume"),
+    "MODEL.NUM_CLASSES": Knob(1000, "labels, or classes", at_least(1)),
+    "MODEL.DROP_RATE": Knob(0.0, "dropout", between(0, 1), acts=MODEL),
+    "MODEL.DROP_PATH_RATE": Knob(0.1, "stochastic depth of the last block, linear from 0", between(0, 1), acts=MODEL),
+    "MODEL.LABEL_SMOOTHING": Knob(0.1, "of class targets (for labels: TRAIN.LOSS smooth_bce)", between(0, 1),
+                                  acts=PHOTOS),
+
+    "MODEL.INTERN_IMAGE.CHANNELS": Knob(64, "of the first level; each further level has twice as many", at_least(2),
+                                        acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.DEPTHS": Knob([4, 4, 18, 4], "blocks of the levels", acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.GROUPS": Knob([4, 8, 16, 32], "DCNv3 groups of the levels", acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.LAYER_SCALE": Knob(None, "initial value of the scale of each branch, or None", kind=float,
+                                           acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.OFFSET_SCALE": Knob(1.0, "stretches the sampling grid and offsets", acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.MLP_RATIO": Knob(4.0, "width of the MLP relative to the channels", acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.POST_NORM": Knob(False, "norms after the branches: S, B, L, XL, G", acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.RES_POST_NORM": Knob(False, "norms on both sides: H", acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.DW_KERNEL_SIZE": Knob(None, "of the depthwise convolution; H, G: 5", kind=int,
+                                              acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.USE_CLIP_PROJECTOR": Knob(False, "attention pooling: H, G", acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.LEVEL2_POST_NORM": Knob(False, "H, G", acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.LEVEL2_POST_NORM_BLOCK_IDS": Knob(None, "H, G: blocks 5, 11, 17, ...", kind=list,
+                                                          acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.CENTER_FEATURE_SCALE": Knob(False, "H, G", acts=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.REMOVE_CENTER": Knob(False, "no sampling point in the middle", acts=INTERN_IMAGE),
+    # --------------------------------------------------------------------------------- training
+    "TRAIN.EPOCHS": Knob(300, "passes over the train split", at_least(1)),
+    "TRAIN.WARMUP_EPOCHS": Knob(20, "epochs of rising learning rate", at_least(0)),
+    "TRAIN.WEIGHT_DECAY": Knob(0.05, "not on norms and biases", at_least(0)),
+    "TRAIN.BASE_LR": Knob(5e-4, "peak learning rate at a batch of LR_REFERENCE_BATCH", at_least(0)),
+    "TRAIN.WARMUP_LR": Knob(5e-7, "where warm-up starts, scaled as BASE_LR", at_least(0)),
+    "TRAIN.MIN_LR": Knob(5e-6, "where the schedule ends, scaled as BASE_LR", at_least(0)),
+    # 512 is the published rule for ImageNet; it would turn the 1e-4 of a batch of 32 into 6e-6, so the MIMIC
+    # configurations say 32.
+    "TRAIN.LR_REFERENCE_BATCH": Knob(512, "(new) rates are multiplied by batch x GPUs x accumulation / this",
+                                      at_least(1)),
+    "TRAIN.CLIP_GRAD": Knob(5.0, "largest norm of the gradient; 0: no clipping", at_least(0)),
+    "TRAIN.ACCUMULATION_STEPS": Knob(1, "forward passes per update", at_least(1), flag="--accumulation-steps"),
+    "TRAIN.USE_CHECKPOINT": Knob(False, "recompute activations in the backward pass to save memory", acts=MODEL,
+                                 flag="--use-checkpoint"),
+    "TRAIN.AUTO_RESUME": Knob(True, "go on from the run's last checkpoint"),
+    "TRAIN.LOSS": Knob("bce", "(new) multi-label tasks: a row of utils_multilabel.LOSSES", acts=XRAYS),
+    "TRAIN.LOSS_OPTIONS": Knob({}, "(new) parameters of the loss, such as {gamma: 2.0}", acts=XRAYS, mapping=True),
+    "TRAIN.POS_WEIGHT_CAP": Knob(0.0, "(new) weigh positives by negatives/positives of the label, at most this; 0: no "
+                                 "weights", off_or_at_least(1), acts=XRAYS),
+    "TRAIN.LR_SCHEDULER.NAME": Knob("cosine", "how the rate falls", one_of("cosine", "linear", "step")),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Knob(30, "epochs between decays", at_least(1), acts=STEP),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Knob(0.1, "factor of a decay", acts=STEP),
+    "TRAIN.OPTIMIZER.NAME": Knob("adamw", "what turns gradients into updates", one_of("adamw", "sgd")),
+    "TRAIN.OPTIMIZER.EPS": Knob(1e-8, "added to the denominator", acts=ADAMW),
+    "TRAIN.OPTIMIZER.BETAS": Knob([0.9, 0.999], "decay of the moments", acts=ADAMW),
+    "TRAIN.OPTIMIZER.MOMENTUM": Knob(0.9, "Nesterov's", between(0, 1), acts=SGD),
+    "TRAIN.OPTIMIZER.DCN_LR_MUL": Knob(None, "factor on the rates of the operator's offsets and center scales",
+                                       kind=float, acts=MODEL),
+    "TRAIN.LR_LAYER_DECAY": Knob(False, "smaller rates for earlier blocks", acts=MODEL),
+    "TRAIN.LR_LAYER_DECAY_RATIO": Knob(0.875, "from one block to the one before", at_least(0),
+                                       acts={"TRAIN.LR_LAYER_DECAY": True}),
+    "TRAIN.EMA.ENABLE": Knob(False, "keep, validate and save an exponential moving average of the weights"),
+    "TRAIN.EMA.DECAY": Knob(0.9998, "of the average, per update", between(0, 1), acts={"TRAIN.EMA.ENABLE": True}),
+    # ----------------------------------------------------------------------------- augmentation
+    "AUG.COLOR_JITTER": Knob(0.4, "brightness and contrast; of photographs only without AUTO_AUGMENT", at_least(0)),
+    "AUG.GAMMA": Knob(0.0, "(new) X-rays: gamma between 1/(1 + this) and 1 + this", at_least(0), acts=XRAYS),
+    "AUG.ROTATION": Knob(0.0, "(new) X-rays: rotation by up to so many degrees to either side", at_least(0),
+                         acts=XRAYS),
+    "AUG.SHIFT": Knob(0.0, "(new) X-rays: shift by up to this part of the side", between(0, 1), acts=XRAYS),
+    "AUG.AUTO_AUGMENT": Knob("rand-m9-mstd0.5-inc1", "photographs: timm's RandAugment string", acts=PHOTOS),
+    "AUG.REPROB": Knob(0.25, "probability of random erasing", between(0, 1)),
+    "AUG.REMODE": Knob("pixel", "what is put there", one_of("const", "rand", "pixel")),
+    "AUG.RECOUNT": Knob(1, "largest number of rectangles", at_least(1)),
+    "AUG.CROP_SCALE": Knob([0.08, 1.0], "(new) area of the random crop relative to the image", area_range),
+    "AUG.HFLIP": Knob(0.5, "(new) probability of a horizontal flip", between(0, 1)),
+    "AUG.MIXUP": Knob(0.8, "strength of mixup; 0: off", at_least(0)),
+    "AUG.CUTMIX": Knob(1.0, "strength of cutmix; 0: off", at_least(0)),
+    "AUG.MIXUP_PROB": Knob(1.0, "probability that a batch is mixed at all", between(0, 1)),
+    "AUG.MIXUP_SWITCH_PROB": Knob(0.5, "of those, the part that gets cutmix where both are on", between(0, 1)),
+    "AUG.MEAN": Knob([0.485, 0.456, 0.406], "of normalisation: ImageNet's"),
+    "AUG.STD": Knob([0.229, 0.224, 0.225], "of normalisation: ImageNet's"),
+    # --------------------------------------------------------------------------- testing, other
+    "TEST.EMA": Knob(False, "--eval takes the averaged weights: ema_best_ckpt.pth of the run, or those in --resume",
+                     acts={"EVAL_MODE": True}, flag="--ema"),
+    "TEST.REPORT": Knob(True, "(new) --eval ends with the report of report.py", acts=XRAYS),
+    "TEST.CROP": Knob(True, "resize to 8/7 of the size and take the centre; False: the whole image"),
+    "AMP_OPT_LEVEL": Knob("O1", "O0: float32, O1: mixed precision", one_of("O0", "O1"), flag="--amp-opt-level"),
+    "AMP_DTYPE": Knob("auto", "(new) auto: what is fast on the device", one_of("auto", "bfloat16", "float16"),
+                      acts={"AMP_OPT_LEVEL": "O1"}),
+    "OUTPUT": Knob("output", "root of all runs: one lives in OUTPUT/MODEL.NAME/TAG", flag="--output"),
+    "RESULTS": Knob("results", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>"),
+    "TAG": Knob("default", "name of this run", flag="--tag"),
+    "SAVE_FREQ": Knob(1, "epochs between ckpt_epoch_N.pth; the last checkpoint is kept after every epoch", at_least(1)),
+    "LOG.TENSORBOARD": Knob(False, "(new) write epochs and a batch for TensorBoard too, which must be installed"),
+    "PRINT_FREQ": Knob(10, "updates between lines of the log", at_least(1)),
+    "SEED": Knob(0, "of all random numbers", at_least(0)),
+    "EVAL_MODE": Knob(False, "evaluate on the test split instead of training", flag="--eval"),
+    "THROUGHPUT_MODE": Knob(False, "measure images/s of the forward pass and stop", flag="--throughput"),
 }
-
-# Keys whose value may be a mapping as well as a text.
-_MAPPINGS = ("DATA.UNCERTAIN", "DATA.MISSING")
-_CHOICES = {
-    "DATA.LABELER": ("chexpert", "negbio"),
-    "DATA.TEST_LABELER": ("same", "radiologist"),
-    "DATA.VIEWS": ("all", "frontal", "AP", "PA", "lateral"),
-    "DATA.IMAGE_FORMAT": ("auto", "jpg", "dcm", "png"),
-    "DATA.DICOM_RECIPE": ("window", "mimic_jpg"),
-    "DATA.INTERPOLATION": ("bicubic", "bilinear"),
-    "DATA.RESIZE": ("squeeze", "pad"),
-    "DATA.ON_BAD_IMAGE": ("error", "skip"),
-    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
-    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
-    "AUG.REMODE": ("const", "rand", "pixel"),
-    "AMP_OPT_LEVEL": ("O0", "O1"),
-    "AMP_DTYPE": ("auto", "bfloat16", "float16"),
-}
-
-_AT_LEAST = {
-    "DATA.DICOM_WINDOW": 0,
-    "DATA.BATCH_SIZE": 1,
-    "DATA.IMG_SIZE": 32,
-    "DATA.NUM_WORKERS": 0,
-    "MODEL.NUM_CLASSES": 1,
-    "TRAIN.EPOCHS": 1,
-    "TRAIN.POS_WEIGHT_CAP": 0,
-    "TRAIN.WARMUP_EPOCHS": 0,
-    "TRAIN.WEIGHT_DECAY": 0,
-    "TRAIN.BASE_LR": 0,
-    "TRAIN.WARMUP_LR": 0,
-    "TRAIN.MIN_LR": 0,
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": 1,
-    "TRAIN.LR_LAYER_DECAY_RATIO": 0,
-    "MODEL.INTERN_IMAGE.CHANNELS": 2,
-    "AUG.COLOR_JITTER": 0,
-    "AUG.GAMMA": 0,
-    "AUG.ROTATION": 0,
-    "AUG.RECOUNT": 1,
-    "SEED": 0,
-    "TRAIN.LR_REFERENCE_BATCH": 1,
-    "TRAIN.CLIP_GRAD": 0,
-    "TRAIN.ACCUMULATION_STEPS": 1,
-    "SAVE_FREQ": 1,
-    "PRINT_FREQ": 1,
-    "AUG.MIXUP": 0,
-    "AUG.CUTMIX": 0,
-}
-
-_FRACTIONS = (
-    "MODEL.DROP_RATE",
-    "MODEL.DROP_PATH_RATE",
-    "TRAIN.EMA.DECAY",
-    "AUG.REPROB",
-    "AUG.HFLIP",
-    "AUG.SHIFT",
-    "AUG.MIXUP_PROB",
-    "AUG.MIXUP_SWITCH_PROB",
-)
-
-# Flags of main.py that change the config, in the names of argparse.
-_FLAGS = {
-    "data_path": "DATA.DATA_PATH",
-    "dataset": "DATA.DATASET",
-    "batch_size": "DATA.BATCH_SIZE",
-    "zip": "DATA.ZIP_MODE",
-    "output": "OUTPUT",
-    "tag": "TAG",
-    "pretrained": "MODEL.PRETRAINED",
-    "resume": "MODEL.RESUME",
-    "eval": "EVAL_MODE",
-    "ema": "TEST.EMA",
-    "throughput": "THROUGHPUT_MODE",
-    "accumulation_steps": "TRAIN.ACCUMULATION_STEPS",
-    "use_checkpoint": "TRAIN.USE_CHECKPOINT",
-    "amp_opt_level": "AMP_OPT_LEVEL",
-}
+# fmt: on
 
 
+# ----------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
-    """argparse that names the nearest known flag."""
+    """argparse whose errors are ours: one line, and the nearest known flag."""
+
+    def error(self, message):
+        raise UserError(f"{message}; {self.prog} --help lists the flags")
 
     def parse_args(self, args=None):
         known, unknown = self.parse_known_args(args)
@@ -236,34 +223,34 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv=None):
+    """The flags of main.py: those of the knobs, `--cfg` and `--opts`."""
     parser = Parser(description="InternImage on chest X-rays: training and evaluation.", allow_abbrev=False)
     add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="YAML file of the experiment")
     add("--opts", nargs="+", action="extend", metavar="KEY VALUE", help="config keys to change, e.g. TRAIN.EPOCHS 10")
-    add("--data-path", help="data folder (DATA.DATA_PATH)")
-    add("--dataset", help="mimic_cxr or imagenet (DATA.DATASET)")
-    add("--batch-size", type=int, help="images per GPU and forward pass (DATA.BATCH_SIZE)")
-    add("--zip", action="store_true", default=None, help="read images from zip files (DATA.ZIP_MODE)")
-    add("--output", help="root of all runs (OUTPUT)")
-    add("--tag", help="name of this run (TAG)")
-    add("--pretrained", metavar="FILE", help="weights to start from (MODEL.PRETRAINED)")
-    add("--resume", metavar="FILE", help="checkpoint to go on from or to evaluate (MODEL.RESUME)")
-    add("--eval", action="store_true", default=None, help="evaluate on the test split (best_ckpt.pth of the run)")
-    add("--ema", action="store_true", default=None, help="with --eval: the averaged weights (ema_best_ckpt.pth)")
-    add("--throughput", action="store_true", default=None, help="measure images/s of the forward pass and stop")
-    add("--accumulation-steps", type=int, help="forward passes per update (TRAIN.ACCUMULATION_STEPS)")
-    add("--use-checkpoint", action="store_true", default=None, help="recompute activations to save memory")
-    add("--amp-opt-level", choices=["O0", "O1"], help="O0: float32, O1: mixed precision (AMP_OPT_LEVEL)")
+    for key, knob in KNOBS.items():
+        if knob.flag:
+            value = {"type": type(knob.default), "metavar": "VALUE"}
+            kind = {"action": "store_true"} if knob.default is False else value
+            add(knob.flag, default=None, help=f"{knob.meaning} ({key})", **kind)
     add("--local-rank", "--local_rank", type=int, help="accepted for old launchers; unused")
     return parser.parse_args(argv)
 
 
-def _flatten(node, prefix=""):
-    for key, value in node.items():
-        if isinstance(value, dict) and prefix + key not in _MAPPINGS:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+# --------------------------------------------------------------------------------------- writing
+def _defaults():
+    config = CN()
+    config.BASE = [""]  # YAML files to start from, relative to the file that names them
+    for key, knob in KNOBS.items():
+        *sections, name = key.split(".")
+        node = config
+        for section in sections:
+            node = node.setdefault(section, CN())
+        node[name] = copy.deepcopy(knob.default)
+    return config
+
+
+SECTIONS = {key[:k] for key in KNOBS for k, letter in enumerate(key) if letter == "."}
 
 
 def lookup(config, key):
@@ -273,51 +260,64 @@ def lookup(config, key):
     return config
 
 
-_DEFAULTS = dict(_flatten(_C))
+def _flatten(node, source, prefix=""):
+    """(dotted key, value) of nested mappings."""
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        if key not in KNOBS and isinstance(value, dict):
+            yield from _flatten(value, source, f"{key}.")
+        elif key in SECTIONS:
+            raise UserError(f"{source}: the section {key} holds {value!r}; give it keys, or remove it")
+        else:
+            yield key, value
 
 
-def did_you_mean(name, known):
-    """' (did you mean X?)' where a known name is near."""
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
+def _number(kind, value):
+    """`value` as int or float where that loses nothing, else as it is."""
+    if isinstance(value, str):  # YAML reads 1e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    return kind(value) if kind is float or (math.isfinite(value) and value == int(value)) else value
 
 
 def _typed(key, value, source):
     """`value` in the type of the key's default, or an error that names the key."""
-    default = _DEFAULTS[key]
-    kind = _OPTIONAL.get(key, type(default))
+    knob = KNOBS[key]
+    default, kind = knob.default, knob.kind or type(knob.default)
     if value is None and default is None:
         return None
-    # YAML reads 1e-4 as text, and an integer is a fine float; a bool is not a number here.
-    if kind is float and isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if knob.mapping and isinstance(value, dict):
+        return value
+    if kind is float:
+        value = _number(float, value)
     if kind is list and isinstance(value, tuple):
         value = list(value)
     if kind is str and value is None:
         value = ""
-    if key in _MAPPINGS and isinstance(value, dict):
-        return value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{source}: {key} must be of type {kind.__name__}, got {value!r}")
     if kind is list and default:
-        if len(value) != len(default) or not all(isinstance(v, (int, float)) for v in value):
+        number = type(default[0])
+        value = [_number(number, v) for v in value]
+        if len(value) != len(default) or not all(type(v) is number for v in value):
             raise UserError(f"{source}: {key} must be {len(default)} numbers such as {default}, got {value!r}")
-        value = [type(d)(v) for d, v in zip(default, value)]
     return value
 
 
-def _set(config, key, value, source):
-    if key not in _DEFAULTS:
-        raise UserError(f"{source}: unknown key {key}{did_you_mean(key, _DEFAULTS)}")
-    *parents, name = key.split(".")
-    for parent in parents:
-        config = config[parent]
-    config[name] = _typed(key, value, source)
+def _set(config, pairs, source):
+    """Writes (key, value) pairs of one source: a file, --opts or the flags."""
+    pairs, type_before = dict(pairs), config.MODEL.TYPE
+    for key, value in pairs.items():
+        if key not in KNOBS:
+            raise UserError(f"{source}: unknown key {key}{did_you_mean(key.upper(), KNOBS)}")
+        section, _, name = key.rpartition(".")
+        (lookup(config, section) if section else config)[name] = _typed(key, value, source)
+    if config.MODEL.TYPE != type_before and config.MODEL.NAME and "MODEL.NAME" not in pairs:
+        config.MODEL.NAME = config.MODEL.TYPE  # the name that a file below gave is that of another backbone
 
 
 def _merge_file(config, path, above=()):
@@ -329,85 +329,104 @@ def _merge_file(config, path, above=()):
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not valid YAML: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"config file {path} is not valid YAML: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"config file {path} holds no keys")
     bases = content.pop("BASE", None) or []
     for base in [bases] if isinstance(bases, str) else bases:
         if base:
             _merge_file(config, path.parent / base, (*above, path.resolve()))
-    for key, value in _flatten(content):
-        _set(config, key, value, path)
+    _set(config, _flatten(content, path), path)
 
 
-def _literal(text):
-    """`--opts` values: Python literals where they are some, else text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def _value(key, text):
+    """What the text of `--opts` means: as in a YAML file, or a Python literal."""
+    if key in KNOBS and isinstance(KNOBS[key].default, str) and not (KNOBS[key].mapping and text.startswith("{")):
+        return text  # TAG 007 is a name
+    for read in (ast.literal_eval, yaml.safe_load):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, yaml.YAMLError):
+            continue
+    return text
 
 
-def _validate(config):
-    for key, choices in _CHOICES.items():
-        if lookup(config, key) not in choices:
-            raise UserError(f"{key} is {lookup(config, key)!r}; choose one of {', '.join(choices)}")
-    for key, minimum in _AT_LEAST.items():
-        if not lookup(config, key) >= minimum:  # so that NaN fails too
-            raise UserError(f"{key} is {lookup(config, key)}; it must be at least {minimum}")
-    for key in _FRACTIONS:
-        if not 0 <= lookup(config, key) <= 1:
-            raise UserError(f"{key} is {lookup(config, key)}; it must lie between 0 and 1")
-    low, high = config.AUG.CROP_SCALE
-    if not 0 < low <= high <= 1:
-        raise UserError(f"AUG.CROP_SCALE is {[low, high]}; it must be [smallest, largest] area within 0 to 1")
-    m = config.MODEL.INTERN_IMAGE
-    if m.USE_CLIP_PROJECTOR and config.DATA.IMG_SIZE % 32:
-        raise UserError(f"DATA.IMG_SIZE is {config.DATA.IMG_SIZE}; with the CLIP projector it must be a multiple of 32")
-    for level, groups in enumerate(m.GROUPS):
-        if groups < 1 or m.CHANNELS * 2**level % groups:
-            raise UserError(
-                f"MODEL.INTERN_IMAGE.GROUPS: level {level} has {m.CHANNELS * 2**level} channels, "
-                f"which do not divide into {groups} groups"
-            )
+def _pairs(opts):
+    for text in opts:
+        if text[:1] in ("{", "[", "(") and text[-1] not in "}])":
+            raise UserError(f"--opts: quote the value that begins with {text!r}, so that the shell hands it on as one")
+    if len(opts) % 2:
+        raise UserError(f"--opts takes pairs KEY VALUE; {opts[-1]!r} has no partner")
+    return [(key, _value(key, text)) for key, text in zip(opts[::2], opts[1::2])]
 
 
 def get_config(args):
     """The config that parsed arguments describe, validated and frozen.
 
-    args needs `cfg`; `opts` (a list KEY VALUE ...) and the flags of `_FLAGS` count where present
-    and not None.
+    args needs `cfg`; `opts` (a list KEY VALUE ...) and the flags (by argparse's names) count where they are not None.
     """
-    config = _C.clone()
+    config = _defaults()
     _merge_file(config, args.cfg)
-    opts = getattr(args, "opts", None) or []
-    if len(opts) % 2:
-        raise UserError(f"--opts takes pairs KEY VALUE; {opts[-1]!r} has no partner")
-    for key, text in zip(opts[::2], opts[1::2]):
-        # text keys stay text: TAG 007 is a name
-        value = text if isinstance(_DEFAULTS.get(key), str) else _literal(text)
-        if key in _MAPPINGS:  # written as in the YAML file
-            try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise UserError(f"--opts: {key} is not valid YAML: {text!r}") from error
-        _set(config, key, value, "--opts")
-    for flag, key in _FLAGS.items():
-        value = getattr(args, flag, None)
-        if value is not None:
-            _set(config, key, value, f"--{flag.replace('_', '-')}")
+    _set(config, _pairs(getattr(args, "opts", None) or []), "--opts")
+    flags = {k: getattr(args, knob.flag.strip("-").replace("-", "_"), None) for k, knob in KNOBS.items() if knob.flag}
+    _set(config, {key: value for key, value in flags.items() if value is not None}, "command line")
     config.MODEL.NAME = config.MODEL.NAME or Path(args.cfg).stem
-    _validate(config)
+    return _checked(config)
+
+
+def from_dict(content, source):
+    """The config that :func:`to_dict` made, validated and frozen; what is not in it has its default.
+
+    Raises:
+        UserError: names the key, and `source`, the file it came from.
+    """
+    config = _defaults()
+    _set(config, _flatten({k: v for k, v in content.items() if k != "BASE"}, source), source)
+    return _checked(config)
+
+
+def _checked(config):
+    for key, knob in KNOBS.items():
+        value = lookup(config, key)
+        wrong = knob.allowed(value) if knob.allowed else None
+        if wrong:
+            raise UserError(f"{key} is {value!r}; {wrong}")
     config.freeze()
     return config
 
 
+# --------------------------------------------------------------------------------------- reading
 def to_dict(config):
     """The config as plain dictionaries, for JSON and checkpoints."""
     return {k: to_dict(v) if isinstance(v, CN) else v for k, v in config.items()}
 
 
 def differences(old, new):
-    """Lines 'KEY old -> new' for the keys of two plain config dictionaries that differ."""
-    old, new = dict(_flatten(old)), dict(_flatten(new))
-    return [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    """{key: (old value, new value)} of two plain config dictionaries, for the keys that differ."""
+    old, new = (dict(_flatten(c, "")) for c in (old, new))
+    return {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
+
+
+def without_effect(config, task, heeds):
+    """A line for each knob that is set and does nothing, by its `acts`.
+
+    task: of the dataset. heeds: the keys that the backbone acts on.
+    """
+    lines = []
+    for key, knob in KNOBS.items():
+        value = lookup(config, key)
+        if not value or value == knob.default:
+            continue
+        for condition, wanted in knob.acts.items():
+            if condition == "model":
+                missing = None if key in heeds else f"the backbone MODEL.TYPE {config.MODEL.TYPE} has no such thing"
+            elif condition == "task":
+                missing = None if task == wanted else f"it is for {wanted} data, this is {task}"
+            else:
+                there = lookup(config, condition)
+                missing = None if there == wanted else f"it acts with {condition} {wanted!r}, which is {there!r}"
+            if missing:
+                lines.append(f"{key} {value!r} has no effect: {missing}")
+                break
+    return lines

@@ -14,7 +14,9 @@ else
   data=$DEMO/synthetic tag=synthetic
   "$MIMIC_PYTHON" -m dataset.synthetic --out "$data" --patients 400
 fi
-arguments=(--cfg "$CONFIG" --data-path "$data" --output "$DEMO/output" --tag "$tag" --opts RESULTS "$DEMO/results/$tag")
+labels=$("$MIMIC_PYTHON" prepare_mimic.py labels --data-path "$data" | wc -l)
+arguments=(--cfg "$CONFIG" --data-path "$data" --output "$DEMO/output" --tag "$tag"
+  --opts RESULTS "$DEMO/results/$tag" MODEL.NUM_CLASSES "$labels")
 "$MIMIC_PYTHON" main.py "${arguments[@]}"
 "$MIMIC_PYTHON" main.py "${arguments[@]}" --eval
 
@@ -25,5 +27,5 @@ data         $data
 the run      $DEMO/output/internimage_tiny/$tag
              checkpoints, log_rank0.txt, metrics.jsonl, training.png
 the results  $results
-             metrics.json, predictions.csv, roc.png
+             report.html, and what it is made of: metrics.json, predictions.csv, report.json, figures/
 TEXT

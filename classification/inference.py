@@ -1,8 +1,9 @@
-"""Small tools of the entry points that know only torch."""
+"""A model and a loader -> logits; the precision and the threads to compute them in."""
 
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,16 +13,22 @@ import distributed
 from errors import UserError
 
 
+def _fast_dtype(device):
+    """What mixed precision is fastest in on a device: float32 where nothing narrower is computed by its own units."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # Emulated, bfloat16 takes longer than float32: 1.4 times for InternImage-T.
+    units = {"amx_bf16", "avx512_bf16", "bf16"}
+    cpuinfo = Path("/proc/cpuinfo")
+    return torch.bfloat16 if cpuinfo.exists() and units & set(cpuinfo.read_text().split()) else torch.float32
+
+
 def autocast(config, device):
     """Function that returns a fresh autocast context, and the dtype it computes in."""
-    if config.AMP_OPT_LEVEL == "O0":
+    auto = config.AMP_DTYPE == "auto"
+    dtype = _fast_dtype(device) if auto else getattr(torch, config.AMP_DTYPE)
+    if config.AMP_OPT_LEVEL == "O0" or dtype == torch.float32:
         return contextlib.nullcontext, torch.float32
-    name = config.AMP_DTYPE
-    if name == "auto":
-        name = (
-            "bfloat16" if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        )
-    dtype = getattr(torch, name)
     return lambda: torch.autocast(device.type, dtype=dtype), dtype
 
 

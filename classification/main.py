@@ -11,8 +11,8 @@ import contextlib
 import json
 import math
 import signal
-import sys
 import time
+import traceback
 from pathlib import Path
 
 import torchvision_shim  # noqa: F401
@@ -23,75 +23,46 @@ from timm.utils import ModelEmaV3
 import checkpoint
 import config as config_module
 import distributed
+import faults
 import logger
 from analysis import training_log
-from analysis.evaluation import new_evaluation, write_evaluation
+from analysis.evaluation import TEST, VALIDATE, digest, new_evaluation, read_evaluation, write_evaluation
 from analysis.figures import plot_training
-from dataset.build import build_dataset, build_loader, worker_count
+from analysis.results import Options
+from analysis.writing import write_report
+from dataset.build import build_datasets, build_loader, fingerprint, worker_count
+from dataset.domain import domain_warning
+from dataset.tables import EmptySplit
 from dataset.transforms import build_mixup
-from errors import UserError
+from errors import UserError, run_command
 from inference import autocast, compute_threads, progress
 from lr_scheduler import build_schedule
 from models import build_model
 from optimizer import build_optimizer, set_lr
-from tasks import build_task
+from tasks import TASKS
 
 
 # ------------------------------------------------------------------------------------------ train
 def train_epoch(run, epoch, first_update):
     """One epoch from update `first_update` on; returns (sums of the epoch, signal number or 0)."""
-    config, world = run.config, run.world
-    accumulation = config.TRAIN.ACCUMULATION_STEPS
-    sampler = run.train_loader.batch_sampler
-    sampler.epoch, sampler.start_batch = epoch, first_update * accumulation
-    batches = iter(run.train_loader)
+    batches = run.batches(epoch, first_update)
     run.model.train()
     sums, checked = dict(run.sums), first_update
     started, seconds_before = time.time(), sums["seconds"]
-    updates = range(first_update, sampler.updates)
-    for update in progress(updates, world, desc=f"epoch {epoch + 1}", unit="update"):
-        lr = run.schedule(epoch * sampler.updates + update)
-        set_lr(run.optimizer, lr)
-        for k in range(accumulation):
-            images, targets, _ = next(batches)
-            sums["skipped"] += config.DATA.BATCH_SIZE - len(images)
-            if run.mixup is not None:
-                images, targets = run.mixup(images, targets)
-            # Gradients cross the network once per update, with the last forward pass.
-            silent = world.size > 1 and k < accumulation - 1
-            with run.parallel.no_sync() if silent else contextlib.nullcontext():
-                with run.amp():
-                    loss = run.task.criterion(run.parallel(images).float(), targets)
-                run.scaler.scale(loss / accumulation).backward()
-            sums["loss"] = sums["loss"] + loss.detach().double() / accumulation
-        run.scaler.unscale_(run.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.TRAIN.CLIP_GRAD or math.inf)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
-        if run.ema is not None:
-            run.ema.update(run.model)
-        if run.scaler.is_enabled():  # float16: the scaler skips updates of infinite norm, as it should
-            norm = norm.where(norm.isfinite(), 0)
-        sums["norm"] = sums["norm"] + norm.double()
-        sums["updates"] += 1
-
+    for update in progress(range(first_update, run.updates), run.world, desc=f"epoch {epoch + 1}", unit="update"):
+        lr = run.schedule(epoch * run.updates + update)
+        run.update(batches, lr, sums)
         sums["seconds"] = seconds_before + time.time() - started
-
-        last, stopped_by = update == sampler.updates - 1, run.stop.agreed()
-        if last or stopped_by or (update + 1) % config.PRINT_FREQ == 0:
-            # Summed and looked at here only: reading a GPU value waits for the GPU.
-            if not math.isfinite(distributed.mean(sums["loss"].item(), world) + sums["norm"].item()):
-                raise UserError(
-                    f"the loss or its gradient is not finite (epoch {epoch + 1}, update {checked + 1} to {update + 1});"
-                    " earlier checkpoints are intact. Try a smaller TRAIN.BASE_LR, TRAIN.CLIP_GRAD 1, or "
-                    "--amp-opt-level O0"
-                )
+        last, stopped_by = update == run.updates - 1, run.stop.agreed()
+        if last or stopped_by or (update + 1) % run.config.PRINT_FREQ == 0:
+            # Looked at here only: reading a GPU value waits for the GPU.
+            run.check_finite(sums, f"epoch {epoch + 1}, update {checked + 1} to {update + 1}")
             checked = update + 1
             speed = (update + 1 - first_update) * run.images_per_update / (time.time() - started)
             run.log.info(
-                f"epoch {epoch + 1}/{config.TRAIN.EPOCHS} update {update + 1}/{sampler.updates} loss "
-                f"{sums['loss'].item() / sums['updates']:.4f} lr {lr:.3e} norm {norm.item():.3f} {speed:.1f} images/s"
+                f"epoch {epoch + 1}/{run.config.TRAIN.EPOCHS} update {update + 1}/{run.updates} loss "
+                f"{sums['loss'].item() / sums['updates']:.4f} lr {lr:.3e} norm {sums['last_norm'].item():.3f} "
+                f"{speed:.1f} images/s"
             )
         if stopped_by and not last:
             run.save([checkpoint.LAST], epoch, update + 1, sums)
@@ -102,29 +73,78 @@ def train_epoch(run, epoch, first_update):
 def zero_sums(device):
     """What an epoch adds up, on the device, so that adding does not wait for it."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return {"loss": zero, "norm": zero, "updates": 0, "skipped": 0, "seconds": 0.0}
+    return {"loss": zero, "norm": zero, "last_norm": zero, "updates": 0, "skipped": 0, "seconds": 0.0}
+
+
+class Best:
+    """The best score so far of one set of weights on the validation split; None before there is one."""
+
+    def __init__(self, value=None):
+        self.value = value
+
+    def beaten_by(self, score):
+        """Whether `score` is a new best, which is then kept; a score of None is none."""
+        better = score is not None and (self.value is None or score > self.value)
+        self.value = score if better else self.value
+        return better
 
 
 class Run:
     """Everything a training run owns; built in the order that its parts need each other."""
 
-    def __init__(self, config, world, folder, log):
-        self.config, self.world, self.folder, self.log = config, world, folder, log
+    def __init__(self, config, world, folder, log, stop):
+        self.config, self.world, self.folder, self.log, self.stop = config, world, folder, log, stop
+        self.board, self.last_images = None, None
+        if config.LOG.TENSORBOARD and world.is_main:
+            from analysis import tensorboard
+
+            self.board = tensorboard.open_board(folder)
         torch.manual_seed(config.SEED)
+        self._build_data()  # 1. first, since most mistakes show here, before anything slow
+        found = self._find_checkpoint()  # 2. before the model, which then needs no foreign weights
+        self._build_model(pretrained=None if found else config.MODEL.PRETRAINED)  # 3.
+        self._build_optimisation()  # 4. over the parameters as they lie on the device
+        torch.manual_seed(config.SEED + world.rank)  # drop path differs between ranks
+        self._begin()  # 5. at the start,
+        if found:
+            self._go_on(*found)  # or where a checkpoint left the run
+        self._say_what_begins()
 
-        # 1. Data first: most mistakes show here, before anything slow.
-        train_set, val_set = build_dataset(config, "train"), build_dataset(config, "validate")
-        log.info(f"data in {config.DATA.DATA_PATH}\n{train_set.summary}")
-        self.train_loader = build_loader(config, train_set, train=True, world=world, log=log)
-        self.val_loader = build_loader(config, val_set, train=False, world=world, log=log)
+    def _build_data(self):
+        config, log = self.config, self.log
+        train_set, val_set = build_datasets(config, "train", "validate")
+        log_datasets(log, config, train_set, val_set)
+        self.train_loader = build_loader(config, train_set, train=True, world=self.world, log=log)
+        self.val_loader = build_loader(config, val_set, train=False, world=self.world, log=log)
+        self.updates = self.train_loader.batch_sampler.updates
+        self.images_per_update = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * self.world.size
+        self.data = {"train": fingerprint(train_set), "validate": fingerprint(val_set)}
         self.mixup = build_mixup(config)
-        self.label_names = train_set.label_names
-        self.task = build_task(config, train_set)
+        self.label_names, self.task = train_set.label_names, TASKS[train_set.task]
+        self.criterion = self.task.build_criterion(config, train_set.targets)
+        self.task_name, self.domain = train_set.task, getattr(train_set, "domain", "")
 
-        # 2. The model, with foreign weights before anything copies or wraps it.
+    def _find_checkpoint(self):
+        """(path, content) of the checkpoint to go on from, or None."""
+        config = self.config
+        if not config.TRAIN.AUTO_RESUME:
+            checkpoint.refuse_to_overwrite(self.folder)
+        found = checkpoint.find_last(self.folder, self.log) if config.TRAIN.AUTO_RESUME else None
+        if found is None:
+            return (config.MODEL.RESUME, checkpoint.read(config.MODEL.RESUME)) if config.MODEL.RESUME else None
+        if config.MODEL.RESUME and Path(config.MODEL.RESUME).absolute() != Path(found[0]).absolute():
+            # So that a job submitted with --resume goes on from its own progress when it is requeued.
+            self.log.warning(
+                f"{found[0]} is used, not --resume: this run has begun. Use another --tag to begin a new one"
+            )
+        return found
+
+    def _build_model(self, pretrained):
+        config, world = self.config, self.world
         self.model = build_model(config)
-        if config.MODEL.PRETRAINED:
-            checkpoint.load_pretrained(self.model, config.MODEL.PRETRAINED, log)
+        log_without_effect(self.log, config, self.task_name, self.model)
+        if pretrained:  # before anything copies or wraps the model
+            checkpoint.load_pretrained(self.model, pretrained, self.log)
         self.model.to(world.device)
         self.parallel = self.model
         if world.size > 1:
@@ -132,68 +152,113 @@ class Run:
             self.parallel = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
         self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
 
+    def _build_optimisation(self):
+        config, world = self.config, self.world
         if world.device.type == "cpu":
             # Threads that compete with the loading processes wait for each other: two cores are then slower than one.
             torch.set_num_threads(compute_threads(torch.get_num_threads(), worker_count(config)))
-
-        # 3. Optimisation.
-        self.amp, dtype = autocast(config, world.device)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+        self.amp, self.dtype = autocast(config, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.optimizer = build_optimizer(config, self.model)
-        updates = self.train_loader.batch_sampler.updates
-        self.schedule = build_schedule(config, updates, world.size)
-        self.images_per_update = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world.size
-        torch.manual_seed(config.SEED + world.rank)  # drop path differs between ranks
+        self.schedule = build_schedule(config, self.updates, world.size)
 
-        # 4. Where the run stands: at its start, or where a checkpoint left it.
+    def _begin(self):
         self.epoch = self.first_update = 0
         self.position = 0, 0  # (epoch, update) of the newest checkpoint
-        self.best = self.ema_best = None
-        self.sums = zero_sums(world.device)
-        self._resume()
-        parameters = sum(p.numel() for p in self.model.parameters())
+        self.best, self.ema_best = Best(), Best()
+        self.sums = zero_sums(self.world.device)
+
+    def _go_on(self, path, state):
+        checkpoint.resume(
+            state, path, model=self.model, ema=self.ema, optimizer=self.optimizer, scaler=self.scaler,
+            config=self.config, label_names=self.label_names, world=self.world, log=self.log,
+        )  # fmt: skip
+        self.epoch, self.first_update = state["epoch"], state["update"]
+        if warning := domain_warning(state.get("domain"), self.domain):
+            self.log.warning(warning)
+        saved = state.get("data", self.data)
+        if saved["validate"] == self.data["validate"]:
+            self.best, self.ema_best = Best(state["max_accuracy"]), Best(state["max_ema_accuracy"])
+        else:
+            self.log.warning(
+                f"{path} was validated on other images or labels than now: scores before and after cannot be "
+                f"compared, so the best checkpoint begins anew (before: {state['max_accuracy']})"
+            )
+        if self.first_update:
+            # The position counts updates: it means other images if an update takes others now.
+            other = "other training images" if saved["train"] != self.data["train"] else None
+            if (state["images_per_update"], len(state["sums"])) != (self.images_per_update, self.world.size):
+                other = f"{state['images_per_update']} images per update on {len(state['sums'])} processes"
+            if other:
+                self.log.warning(
+                    f"{path} was saved within epoch {self.epoch + 1} with {other}, not those of now: "
+                    "that epoch begins anew"
+                )
+                self.first_update = 0
+            else:
+                sums = state["sums"][self.world.rank]
+                self.sums |= {k: v.to(self.world.device) if torch.is_tensor(v) else v for k, v in sums.items()}
+        self.position = self.epoch, self.first_update
+        self.log.info(f"resumed from {path}: epoch {self.epoch + 1}, update {self.first_update + 1}")
+
+    def _say_what_begins(self):
+        config, log = self.config, self.log
+        slow = config.AMP_OPT_LEVEL == "O1" and self.dtype == torch.float32
+        slow = " (AMP_DTYPE auto: this CPU has no units for bfloat16)" if slow else ""
         log.info(
-            f"{config.MODEL.TYPE} with {parameters:,} parameters on {world.size} x {world.device.type}, {dtype}; "
-            f"{updates} updates of {self.images_per_update} images per epoch, {worker_count(config)} loading processes"
+            f"{config.MODEL.TYPE} with {sum(p.numel() for p in self.model.parameters()):,} parameters on "
+            f"{self.world.size} x {self.world.device.type}, {self.dtype}{slow}; {self.updates} updates of "
+            f"{self.images_per_update} images per epoch, {worker_count(config)} loading processes"
         )
         log.info(
             f"peak learning rate {self.schedule.peak:.3e} = TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} x batch "
             f"{self.images_per_update} / TRAIN.LR_REFERENCE_BATCH {config.TRAIN.LR_REFERENCE_BATCH}"
         )
-
         if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
             log.warning("TRAIN.WARMUP_EPOCHS is not below TRAIN.EPOCHS: the peak learning rate is never reached")
 
-    def _resume(self):
-        config = self.config
-        found = checkpoint.find_last(self.folder, self.log) if config.TRAIN.AUTO_RESUME else None
-        if found is None and config.MODEL.RESUME:
-            found = config.MODEL.RESUME, checkpoint.read(config.MODEL.RESUME)
-        if found is None:
-            return
-        path, state = found
-        if config.MODEL.RESUME and Path(config.MODEL.RESUME).absolute() != Path(path).absolute():
-            # So that a job submitted with --resume goes on from its own progress when it is requeued.
-            self.log.warning(f"{path} is used, not --resume: this run has begun. Use another --tag to begin a new one")
-        checkpoint.resume(
-            state, path, model=self.model, ema=self.ema, optimizer=self.optimizer, scaler=self.scaler, config=config,
-            label_names=self.label_names, world=self.world, log=self.log,
-        )  # fmt: skip
-        self.epoch, self.first_update = state["epoch"], state["update"]
-        self.best, self.ema_best = state["max_accuracy"], state["max_ema_accuracy"]
-        if self.first_update:
-            # The position counts updates: it means other images if an update takes others now.
-            if (state["images_per_update"], len(state["sums"])) != (self.images_per_update, self.world.size):
-                self.log.warning(
-                    f"{path} was saved within epoch {self.epoch + 1} with {state['images_per_update']} images per "
-                    f"update on {len(state['sums'])} processes, other than now: that epoch begins anew"
-                )
-                self.first_update = 0
-            else:
-                sums = state["sums"][self.world.rank]
-                self.sums = {k: v.to(self.world.device) if torch.is_tensor(v) else v for k, v in sums.items()}
-        self.position = self.epoch, self.first_update
-        self.log.info(f"resumed from {path}: epoch {self.epoch + 1}, update {self.first_update + 1}")
+    def batches(self, epoch, first_update):
+        """Iterator over the batches of an epoch from an update on."""
+        sampler = self.train_loader.batch_sampler
+        sampler.epoch, sampler.start_batch = epoch, first_update * self.config.TRAIN.ACCUMULATION_STEPS
+        return iter(self.train_loader)
+
+    def update(self, batches, lr, sums):
+        """One step of the optimizer at rate `lr`, over the next batches; adds what is logged of it to `sums`."""
+        accumulation = self.config.TRAIN.ACCUMULATION_STEPS
+        set_lr(self.optimizer, lr)
+        for k in range(accumulation):
+            images, targets, _ = next(batches)
+            sums["skipped"] += self.config.DATA.BATCH_SIZE - len(images)
+            if self.mixup is not None:
+                images, targets = self.mixup(images, targets)
+            self.last_images = images
+            # Gradients cross the network once per update, with the last forward pass.
+            silent = self.world.size > 1 and k < accumulation - 1
+            with self.parallel.no_sync() if silent else contextlib.nullcontext():
+                with self.amp():
+                    loss = self.criterion(self.parallel(images), targets)
+                self.scaler.scale(loss / accumulation).backward()
+            sums["loss"] = sums["loss"] + loss.detach().double() / accumulation
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.TRAIN.CLIP_GRAD or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        if self.scaler.is_enabled():  # float16: the scaler skips updates of infinite norm, as it should
+            norm = norm.where(norm.isfinite(), 0)
+        sums["norm"], sums["last_norm"] = sums["norm"] + norm.double(), norm.double()
+        sums["updates"] += 1
+
+    def check_finite(self, sums, where):
+        """A UserError if the loss or the gradient's norm has been infinite or NaN on any rank."""
+        if not math.isfinite(distributed.mean(sums["loss"].item(), self.world) + sums["norm"].item()):
+            raise UserError(
+                f"the loss or its gradient is not finite ({where}); earlier checkpoints are intact. Try a smaller "
+                "TRAIN.BASE_LR, TRAIN.CLIP_GRAD 1, or --amp-opt-level O0"
+            )
 
     def save(self, names, epoch, update, sums=None, weights="model"):
         """Checkpoint under each of `names`; (epoch, update) is where training goes on.
@@ -208,62 +273,64 @@ class Run:
             "model": self.model.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": {"update": epoch * self.train_loader.batch_sampler.updates + update},
+            "lr_scheduler": {"update": epoch * self.updates + update},
             "amp": self.scaler.state_dict(),
             "epoch": epoch,
             "update": update,
             "images_per_update": self.images_per_update,
             "sums": [r["sums"] for r in ranks],
-            "max_accuracy": self.best,
-            "max_ema_accuracy": self.ema_best,
+            # The best score, by the task's metric: the mean AUROC of labels, the accuracy of classes.
+            "max_accuracy": self.best.value,
+            "max_ema_accuracy": self.ema_best.value,
             "rng": [r["rng"] for r in ranks],
             "weights": weights,
             "label_names": list(self.label_names),
+            "data": self.data,
+            "domain": self.domain,
             "config": config_module.to_dict(self.config),
         }
         state["model"] = state[weights]
         checkpoint.save(state, self.folder, names)
         self.position = epoch, update
 
-    def validate(self, model):
-        """(score, loss, details) on the validation split, the same on all ranks."""
+    def validate(self, model, best):
+        """Loss, score and details of `model` on the validation split, the same on all ranks; is it a new best?"""
+        task = self.task
         distributed.share_buffers(model, self.world)
-        return self.task.validate(model, self.val_loader, self.world, self.amp)
+        metrics = task.validate(model, self.val_loader, self.world, self.amp, label_names=self.label_names)
+        is_best = best.beaten_by(metrics[task.score])
+        return {"val_loss": metrics["loss"], **{k: metrics[k] for k in (task.score, task.details)}}, is_best
 
     def finish_epoch(self, epoch, sums):
         """Validate, write the log lines and every checkpoint that is due after `epoch`."""
-        config, task = self.config, self.task
-        score, loss, details = self.validate(self.model)
-        is_best = score is not None and (self.best is None or score > self.best)
-        self.best = score if is_best else self.best
+        done, is_ema_best = epoch + 1, False
+        validated, is_best = self.validate(self.model, self.best)
         record = {
-            "epoch": epoch + 1,
+            "epoch": done,
             "train_loss": distributed.mean(sums["loss"].item(), self.world) / sums["updates"],
-            "lr": self.schedule((epoch + 1) * self.train_loader.batch_sampler.updates - 1),
+            "lr": self.schedule(done * self.updates - 1),
             "grad_norm": sums["norm"].item() / sums["updates"],
-            "val_loss": loss,
-            task.score: score,
-            "auc" if task.score == "mean_auc" else "details": details,
-            f"best_{task.score}": self.best,
+            **validated,
+            f"best_{self.task.score}": self.best.value,
         }
-        is_ema_best = False
         if self.ema is not None:
-            ema_score, ema_loss, ema_details = self.validate(self.ema.module)
-            is_ema_best = ema_score is not None and (self.ema_best is None or ema_score > self.ema_best)
-            self.ema_best = ema_score if is_ema_best else self.ema_best
-            record["ema"] = {"val_loss": ema_loss, task.score: ema_score, "auc": ema_details, "best": self.ema_best}
+            validated, is_ema_best = self.validate(self.ema.module, self.ema_best)
+            record["ema"] = {**validated, "best": self.ema_best.value}
         images = self.images_per_update * sums["updates"]
         record["skipped"] = sum(distributed.gather(sums["skipped"], self.world))
         record |= {"seconds": round(sums["seconds"], 1), "images_per_s": round(images / sums["seconds"], 1)}
 
-        # The log first, the checkpoint after: a resume drops lines behind its epoch, and none is missing.
+        # The log before the checkpoint: a resume from it rewrites the lines of later epochs, so none is ever missing.
         if self.world.is_main:
             training_log.append_metrics(self.folder / "metrics.jsonl", record)
-        self.log.info(training_log.epoch_lines(record, task.score))
+        if self.board is not None:
+            from analysis import tensorboard
+
+            tensorboard.write_epoch(self.board, record, self.last_images, self.config.AUG.MEAN, self.config.AUG.STD)
+        self.log.info(training_log.epoch_lines(record, self.task.score))
         # LAST comes last: killed before it, the run repeats this epoch and writes the others again.
-        done = epoch + 1
         names = [checkpoint.BEST] if is_best else []
-        if done % config.SAVE_FREQ == 0 or done == config.TRAIN.EPOCHS:
+        if done % self.config.SAVE_FREQ == 0 or done == self.config.TRAIN.EPOCHS:
             names.append(f"ckpt_epoch_{done}.pth")
         if is_ema_best:
             self.save([checkpoint.EMA_BEST], done, 0, weights="model_ema")
@@ -273,8 +340,7 @@ class Run:
 def train(config, world, folder, log):
     """Train to the last epoch; returns 0, or the number of the signal that stopped it."""
     with distributed.StopRequest(world) as stop, distributed.only_run_in(folder, world):
-        run = Run(config, world, folder, log)
-        run.stop = stop
+        run = Run(config, world, folder, log, stop)
         if world.is_main:
             (folder / "config.json").write_text(json.dumps(config_module.to_dict(config), indent=2) + "\n")
         if run.epoch >= config.TRAIN.EPOCHS:
@@ -294,23 +360,35 @@ def train(config, world, folder, log):
                 return 0 if asked else number
     if world.is_main:
         plot_training(folder, run.task.score)
-    if run.best is None:
+    if run.best.value is None:
         log.warning(
             "no label has both classes in the validation split, so there is no best checkpoint; "
             f"evaluate the last one with --eval --resume {folder / checkpoint.LAST}"
         )
     distributed.report_outcome(world, "finished")
-    log.info(f"finished: best {run.task.score} on the validation split {run.best}; everything is in {folder}")
+    log.info(f"finished: best {run.task.score} on the validation split {run.best.value}; everything is in {folder}")
     return 0
 
 
+def log_datasets(log, config, *datasets):
+    """What is read, and what its reader warns of."""
+    log.info(f"data in {config.DATA.DATA_PATH}\n{datasets[0].summary}")
+    for warning in dict.fromkeys(text for dataset in datasets for text in dataset.warnings):
+        log.warning(warning)
+
+
+def log_without_effect(log, config, task, model):
+    """Warn of the options that are set and do nothing for this data and this model."""
+    for line in config_module.without_effect(config, task, model.heeds):
+        log.warning(line)
+
+
 # --------------------------------------------------------------------------------------- evaluate
-def evaluate(config, world, folder, log):
-    """Evaluate a checkpoint on the test split into RESULTS/evaluation_<timestamp>; returns its folder."""
-    dataset = build_dataset(config, "test")
-    log.info(f"data in {config.DATA.DATA_PATH}\n{dataset.summary}")
-    loader = build_loader(config, dataset, train=False, world=world, log=log)
-    task, model = build_task(config, dataset), build_model(config)
+def load_for_evaluation(model, config, folder, label_names, log):
+    """Put the weights to evaluate into `model`: those of --resume, the run's best, or --pretrained.
+
+    Returns (their file, the domain of the images they were trained on, "" where that is not known).
+    """
     # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
     path = Path(config.MODEL.RESUME or folder / (checkpoint.EMA_BEST if config.TEST.EMA else checkpoint.BEST))
     if not config.MODEL.RESUME and config.MODEL.PRETRAINED and not path.exists():
@@ -318,24 +396,74 @@ def evaluate(config, world, folder, log):
         keys = checkpoint.load_pretrained(model, path, log)
         if keys["replaced"] or keys["missing"]:
             raise UserError(f"--eval: {path} has no head for these {config.MODEL.NUM_CLASSES} classes; train first")
-    else:
-        state = checkpoint.read(path)
-        checkpoint.load_weights(model, state, path, dataset.label_names)
-        checkpoint.log_differences(
-            state, config, log, but=("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
-        )
+        return path, ""
+    state = checkpoint.read(path)
+    checkpoint.load_weights(model, state, path, label_names, averaged=config.TEST.EMA)
+    of_evaluation = ("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
+    checkpoint.log_differences(state, config, log, but=of_evaluation)
+    return path, state.get("domain", "")
+
+
+def build_evaluation_sets(config, log):
+    """(test split, validation split or None where there is none): thresholds are chosen on the second alone."""
+    try:
+        test_set, held_out = build_datasets(config, "test", "validate")
+    except EmptySplit as error:
+        (test_set,) = build_datasets(config, "test")  # if this is the empty split, that is an error
+        log.warning(f"no thresholds and no scaling of probabilities, for want of a validation split: {error}")
+        return test_set, None
+    return test_set, held_out if TASKS[test_set.task].report else None
+
+
+def evaluate(config, world, folder, log):
+    """Evaluate a checkpoint into RESULTS/evaluation_<timestamp>, with its report; returns the folder.
+
+    The figures are those of the test split, which is read here and nowhere else.
+    """
+    dataset, held_out = build_evaluation_sets(config, log)
+    log_datasets(log, config, dataset)
+    task, model = TASKS[dataset.task], build_model(config)
+    path, trained_on = load_for_evaluation(model, config, folder, dataset.label_names, log)
+    domain = getattr(dataset, "domain", "")
+    warnings = [text for text in [domain_warning(trained_on, domain)] if text]
+    for text in warnings:
+        log.warning(text)
     target = new_evaluation(config.RESULTS) if world.is_main else None
+    model, (amp, _) = model.to(world.device), autocast(config, world.device)
+
+    def test(split):
+        loader = build_loader(config, split, train=False, world=world, log=log)
+        return split, task.test(model, loader, world, amp, label_names=split.label_names)
+
     log.info(f"evaluating {path} on {len(dataset):,} test images")
-    metrics = task.test(model.to(world.device), loader, world, autocast(config, world.device)[0])
+    predicted = {TEST: test(dataset)}
+    if held_out is not None:
+        log.info(f"thresholds and calibration: {len(held_out):,} validation images")
+        predicted[VALIDATE] = test(held_out)
     if not world.is_main:
         return None
+    metrics = {k: v for k, v in predicted[TEST][1].items() if k not in ("probabilities", "targets", "rows")}
     skipped = len(dataset) - metrics["images"]
-    metrics = {"checkpoint": str(path), "config": config_module.to_dict(config), "skipped": skipped} | metrics
-    write_evaluation(target, metrics, dataset)
+    about = {
+        "checkpoint": str(path),
+        "checkpoint_sha256": digest(path),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "domain": {"trained": trained_on, "tested": domain},
+        "warnings": warnings,
+        "config": config_module.to_dict(config),
+        "skipped": skipped,
+    }
+    if task.report:
+        about["label_policy"] = {"uncertain": config.DATA.UNCERTAIN, "missing": config.DATA.MISSING}
+        about["cohort"] = getattr(dataset, "cohort", {})
+    write_evaluation(target, about | metrics, predicted, Path(path).parent / "metrics.jsonl")
     log.info("test split\n" + task.table(metrics))
     if skipped:
         log.warning(f"{skipped} of {len(dataset):,} test images could not be read and do not count")
     log.info(f"results in {target}")
+    if task.report and config.TEST.REPORT:
+        log.info(write_report(read_evaluation(target), Options(), target)["headline"])
+        log.info(f"report in {target / 'report.html'}")
     return target
 
 
@@ -358,41 +486,50 @@ def measure_throughput(config, world, log):
 
 
 # ------------------------------------------------------------------------------------------ entry
+def open_run(config, world):
+    """(folder of the run, its log); an evaluation needs a run that is there, or a checkpoint named by a flag."""
+    folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
+    if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED or folder.is_dir()):
+        tags = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+        there = f"--tag can be {', '.join(tags)}" if tags else "there is no run beside it, see --output"
+        raise UserError(f"--eval: {folder / checkpoint.BEST} does not exist; {there}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder, logger.build_logger(folder, world.rank)
+    except OSError as error:
+        raise UserError(
+            f"output folder {folder} cannot be written ({error.strerror}); choose another --output"
+        ) from error
+
+
 def main(argv=None):
     """Run one command line; returns 0, or the number of the signal that stopped training."""
     config = config_module.get_config(config_module.parse_args(argv))
     with distributed.session() as world:
-        folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            log = logger.build_logger(folder, world.rank)
-        except OSError as error:
-            raise UserError(
-                f"output folder {folder} cannot be written ({error.strerror}); choose another --output"
-            ) from error
+        folder, log = open_run(config, world)
         try:
             if config.THROUGHPUT_MODE:
                 measure_throughput(config, world, log)
-                return 0
-            if config.EVAL_MODE:
+            elif config.EVAL_MODE:
                 evaluate(config, world, folder, log)
-                return 0
-            return train(config, world, folder, log)
+            else:
+                return train(config, world, folder, log)
+            return 0
         except UserError as error:
             logger.to_file(log, f"error: {error}")  # the terminal gets it from `run_command`
             raise
+        except Exception as error:
+            logger.to_file(log, traceback.format_exc())
+            if distributed.is_loss_of_peer(error):  # `session` says it on the terminal
+                logger.to_file(log, f"error: {distributed.LOSS_OF_PEER}")
+                raise
+            explanation = faults.explain(error, config, world)
+            if explanation is None:
+                raise
+            logger.to_file(log, f"error: {explanation}")
+            raise UserError(explanation) from error
         finally:
             logger.close(log)
-
-
-def run_command(function, argv=None):
-    """Run an entry point: a user's mistake becomes one line on stderr and exit status 2."""
-    try:
-        stopped_by = function(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(128 + stopped_by if stopped_by else 0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ def parameter_groups(model, config):
 
     A group's learning rate is the schedule's times its `lr_scale`.
     """
-    layer_scales = model.lr_scales(config.TRAIN.LR_LAYER_DECAY_RATIO) if config.TRAIN.LR_LAYER_DECAY else {}
+    decayed = config.TRAIN.LR_LAYER_DECAY and "TRAIN.LR_LAYER_DECAY" in model.heeds
+    layer_scales = model.lr_scales(config.TRAIN.LR_LAYER_DECAY_RATIO) if decayed else {}
     groups = {}
     for name, parameter in model.named_parameters():
         decay = 0.0 if parameter.ndim <= 1 or name.endswith("bias") else config.TRAIN.WEIGHT_DECAY

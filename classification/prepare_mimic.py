@@ -1,27 +1,33 @@
-"""Looks a MIMIC-CXR tree over, and makes the small copy that training reads fast. Runs without torch.
+"""Looks a tree of X-rays over, and makes the small copy that training reads fast. Runs without torch.
 
 python prepare_mimic.py audit --data-path TREE --output FOLDER     # what is wrong with it, in one table
 python prepare_mimic.py build --data-path TREE --output CACHE      # short side 512, grey; --zip for few large files
+python prepare_mimic.py labels --data-path TREE                    # what training learns of it by default
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
+from config import Parser
 from dataset import audit as auditing
 from dataset import cache
 from dataset.dicom import RECIPES
+from dataset.labels import LABELS
+from dataset.mimic_cxr import find_own_csv
+from dataset.tables import own_table
 from errors import UserError
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     audit = commands.add_parser("audit", help="compare the images with the CSV files and read every one")
     build = commands.add_parser("build", help="make, or go on making, the small copy")
-    for command in (audit, build):
+    labels = commands.add_parser("labels", help="print the labels that training learns by default, one a line")
+    for command in (audit, build, labels):
         command.add_argument("--data-path", required=True, help="the folder that holds files/ and the CSV files")
+        command.add_argument("--csv", default="", help="a table of your own instead of the official ones, as DATA.CSV")
         command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all CPUs)")
     audit.add_argument("--output", default="audit", help="folder for audit.csv and audit.txt (audit)")
     build.add_argument("--output", required=True, help="folder of the copy")
@@ -29,6 +35,7 @@ def parse_args(argv=None):
     build.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (95)")
     build.add_argument("--zip", action="store_true", help="a few uncompressed zip files, for main.py --zip")
     build.add_argument("--dicom-recipe", choices=RECIPES, default="window", help="as DATA.DICOM_RECIPE (window)")
+    build.add_argument("--allow-missing", action="store_true", help="copy the images that are there of a partial tree")
     build.add_argument("--skip-bad", action="store_true", help="finish without the images that cannot be read")
     return parser.parse_args(argv)
 
@@ -36,19 +43,25 @@ def parse_args(argv=None):
 def main(argv=None):
     """Run one command line; returns the exit status: 1 where something is wrong with the tree."""
     args = parse_args(argv)
+    if args.command == "labels":
+        own = find_own_csv(args.data_path, args.csv)
+        print(*(own_table(own.parent, own).label_names if own else LABELS), sep="\n")
+        return 0
+    for name, least, most in (("workers", 1, 1024), ("size", 8, 100_000), ("quality", 1, 100)):
+        if not least <= getattr(args, name, least) <= most:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must lie between {least} and {most}")
     if args.command == "audit":
-        problems = auditing.audit(args.data_path, args.output, workers=args.workers)
+        problems = auditing.audit(args.data_path, args.output, csv=args.csv, workers=args.workers)
         return 1 if len(problems) else 0
-    for name, least in (("size", 8), ("quality", 1), ("workers", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
     faults = cache.make_copy(
         args.data_path,
         args.output,
+        csv=args.csv,
         size=args.size,
         quality=args.quality,
         in_zip=args.zip,
         dicom_recipe=args.dicom_recipe,
+        allow_missing=args.allow_missing,
         skip_bad=args.skip_bad,
         workers=args.workers,
     )

@@ -35,7 +35,12 @@ settings=$here/mimic_settings.sh
 remembered() { [ ! -f "$settings" ] || (. "$settings" && printf '%s' "${!1:-}"); }
 data_path=$(remembered MIMIC_DATA_PATH) email=$(remembered MIMIC_EMAIL) account=$(remembered MIMIC_ACCOUNT)
 weights=$(remembered MIMIC_PRETRAINED) config=$(remembered MIMIC_CONFIG) env_name=$(remembered MIMIC_ENV_NAME)
-env_name=${env_name:-internimage-mimic} env_dir=${MIMIC_ENV_DIR:-} python='' ask=1 check=0 download=1
+env_name=${env_name:-internimage-mimic} env_dir=${MIMIC_ENV_DIR:-$(remembered MIMIC_ENV_DIR)}
+python=$(remembered MIMIC_VENV_PYTHON) ask=1 check=0 download=1
+if [ -n "$python" ] && [ ! -x "$python" ]; then
+  say "the Python of the last set-up, $python, is gone; another is looked for, or name one with --python"
+  python=''
+fi
 if [ -n "$data_path" ] && [ ! -d "$data_path" ]; then
   say "the data folder of the last set-up, $data_path, is gone; name the new one with --data-path"
   data_path=''
@@ -46,6 +51,8 @@ while [ $# -gt 0 ]; do
       [ $# -ge 2 ] || fail "$1 needs a value"
       name=${1#--}
       printf -v "${name//-/_}" %s "$2"
+      # A name asks for conda, whatever the last set-up did.
+      [ "$1" != --env-name ] || env_dir=${MIMIC_ENV_DIR:-}
       shift 2 ;;
     --no-weights) download=0; shift ;;
     --yes) ask=0; shift ;;
@@ -63,7 +70,7 @@ question() { # variable, text
 if [ "$ask" = 1 ]; then
   question data_path "MIMIC-CXR folder"
   ! have sbatch || { question email "e-mail for the jobs"; question account "Slurm account"; }
-  question env_name "name of the conda environment, where there is conda"
+  [ -n "$env_dir" ] || question env_name "name of the conda environment, where there is conda"
 fi
 if [ -n "$data_path" ]; then
   [ -d "$data_path" ] || fail "--data-path $data_path is not a folder; give the folder that holds files/ and the CSV files"
@@ -73,6 +80,13 @@ if [ -n "$weights" ]; then
   [ -f "$weights" ] || fail "the weights $weights are not there; name the file with --weights, or remove MIMIC_PRETRAINED from $settings"
   weights=$(cd "$(dirname "$weights")" && pwd)/$(basename "$weights")
 fi
+if [ -n "$python" ]; then
+  have "$python" || fail "--python $python is not there"
+  python=$(command -v "$python")
+fi
+case $env_dir in '' | /*) ;; *) env_dir=$PWD/$env_dir ;; esac
+# What was asked for is remembered, not what is found below.
+chosen_env_dir=$env_dir chosen_python=$python
 
 # ------------------------------------------------------------------------------ modules, CUDA
 # A name differs from cluster to cluster, so each tool has a list; the first that brings it is loaded.
@@ -248,10 +262,13 @@ if [ "$download" = 1 ] && [ -z "$weights" ]; then
 fi
 {
   echo "# Written by setup_mimic_env.sh; run it again to change an answer."
-  for setting in "MIMIC_PYTHON=$py" "MIMIC_ENV_NAME=$env_name" "MIMIC_DATA_PATH=$data_path" "MIMIC_EMAIL=$email" \
-    "MIMIC_ACCOUNT=$account" "MIMIC_PRETRAINED=$weights" "MIMIC_CONFIG=$config"; do
+  for setting in "MIMIC_PYTHON=$py" "MIMIC_ENV_NAME=$env_name" "MIMIC_ENV_DIR=$chosen_env_dir" \
+    "MIMIC_VENV_PYTHON=$chosen_python" "MIMIC_DATA_PATH=$data_path" "MIMIC_EMAIL=$email" "MIMIC_ACCOUNT=$account" \
+    "MIMIC_PRETRAINED=$weights" "MIMIC_CONFIG=$config"; do
     printf '%s=%q\n' "${setting%%=*}" "${setting#*=}"
   done
+  # What sbatch itself reads, once this file was sourced in the shell that submits.
+  [ -z "$account" ] || printf 'export SBATCH_ACCOUNT=%q\n' "$account"
 } >"$settings.part"
 mv "$settings.part" "$settings"
 

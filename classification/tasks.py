@@ -1,4 +1,4 @@
-"""What is learned: criterion, metrics and the score that chooses the best checkpoint.
+"""What is learned: criterion, logits -> probabilities, metrics, and the figure that chooses the best checkpoint.
 
 A task is a row of `TASKS`; a dataset names its own (`dataset.task`).
 """
@@ -12,69 +12,95 @@ import torch
 import torch.nn.functional as F
 
 import utils_multilabel as multilabel
-from analysis.text import auc_table
-from errors import UserError
+from analysis.text import label_table
 from inference import predict
 
 
 @dataclass(frozen=True)
 class Task:
-    """criterion(logits, targets) -> scalar; score: the name of the figure that decides, larger is better.
+    """score: the name of the metric that decides, larger is better. details: of what is logged beside it.
 
-    validate(model, loader, world, amp) -> (score, loss, details by name)
-    test(model, loader, world, amp) -> dictionary of metrics with `images` (how many), and the arrays `probabilities`,
-        `targets` [N, L] and `rows` [N] (which of the dataset)
+    build_criterion(config, targets of the train split) -> function(logits, targets) -> scalar
+    probabilities(logits [N, L]) -> [N, L]
+    validate(model, loader, world, amp, label_names=) -> {"loss", score, details}
+    test(model, loader, world, amp, label_names=) -> those and further metrics, `images` (how many), and the arrays
+        `probabilities`, `targets` [N, L] and `rows` [N] (which of the dataset)
     table(metrics) -> text
+    report: whether an evaluation ends with one (intervals, thresholds, calibration of labels)
     """
 
-    criterion: Callable
     score: str
+    details: str
+    build_criterion: Callable
+    probabilities: Callable
     validate: Callable
     test: Callable
     table: Callable
+    report: bool
 
 
-def _multilabel(config, dataset):
-    if config.TRAIN.LOSS not in multilabel.LOSSES:
-        raise UserError(f"TRAIN.LOSS is {config.TRAIN.LOSS!r}; choose one of {', '.join(multilabel.LOSSES)}")
-    weights = multilabel.pos_weights(dataset.targets, config.TRAIN.POS_WEIGHT_CAP)
-    label_names = dataset.label_names
-    return Task(
-        criterion=partial(multilabel.LOSSES[config.TRAIN.LOSS], pos_weight=weights),
-        score="mean_auc",
-        validate=partial(multilabel.validate_multilabel, label_names=label_names),
-        test=partial(multilabel.evaluate_test_set, label_names=label_names),
-        table=auc_table,
-    )
+# ----------------------------------------------------------------------------- labels, each 0 or 1
+def _label_criterion(config, targets):
+    weights = multilabel.pos_weights(targets, config.TRAIN.POS_WEIGHT_CAP)
+    return multilabel.build_loss(config.TRAIN.LOSS, config.TRAIN.LOSS_OPTIONS, weights)
 
 
-def _single_label(config, dataset):
-    def criterion(logits, targets):  # class indices, or probabilities after mixup
-        return F.cross_entropy(logits, targets, label_smoothing=config.MODEL.LABEL_SMOOTHING)
-
-    def test(model, loader, world, amp):
-        logits, targets, rows = predict(model, loader, world, amp)
-        ranks = (logits > np.take_along_axis(logits, targets[:, None], 1)).sum(1)
-        loss = float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets)))
-        accuracy = {f"acc{k}": float((ranks < k).mean()) for k in (1, 5)}
-        probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
-        one_hot = np.eye(len(dataset.label_names), dtype=np.float32)[targets]
-        arrays = {"probabilities": probabilities, "targets": one_hot, "rows": rows}
-        return {"loss": loss, **accuracy, "images": len(targets), **arrays}
-
-    def validate(*arguments):
-        metrics = test(*arguments)
-        return metrics["acc1"], metrics["loss"], {"acc5": metrics["acc5"]}
-
-    def table(metrics):
-        return f"top-1 {metrics['acc1']:.4f}   top-5 {metrics['acc5']:.4f}   {metrics['images']:,} images"
-
-    return Task(criterion=criterion, score="acc1", validate=validate, test=test, table=table)
+def _validate_labels(*arguments, label_names):
+    score, loss, by_label = multilabel.validate_multilabel(*arguments, label_names=label_names)
+    decides = multilabel.METRICS[0].name
+    return {"loss": loss, f"mean_{decides}": score, decides: by_label}
 
 
-TASKS = {"multilabel": _multilabel, "single_label": _single_label}
+def _label_table(metrics):
+    return label_table(metrics, {metric.name: metric.column for metric in multilabel.METRICS})
 
 
-def build_task(config, dataset):
-    """The task of a dataset; the criterion weighs by its targets, so to train give the train split."""
-    return TASKS[dataset.task](config, dataset)
+# ------------------------------------------------------------------------------- one class of many
+def _class_criterion(config, _targets):
+    # Targets are class indices, or probabilities after mixup.
+    return partial(F.cross_entropy, label_smoothing=config.MODEL.LABEL_SMOOTHING)
+
+
+def _softmax(logits):
+    return torch.from_numpy(logits).double().softmax(1).numpy()
+
+
+def _test_classes(*arguments, label_names):
+    logits, targets, rows = predict(*arguments)
+    ranks = (logits > np.take_along_axis(logits, targets[:, None], 1)).sum(1)
+    return {
+        "loss": float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets))),
+        **{f"acc{k}": float((ranks < k).mean()) for k in (1, 5)},
+        "images": len(targets),
+        "probabilities": _softmax(logits),
+        "targets": np.eye(len(label_names), dtype=np.float32)[targets],
+        "rows": rows,
+    }
+
+
+def _class_table(metrics):
+    return f"top-1 {metrics['acc1']:.4f}   top-5 {metrics['acc5']:.4f}   {metrics['images']:,} images"
+
+
+TASKS = {
+    "multilabel": Task(
+        score=f"mean_{multilabel.METRICS[0].name}",
+        details=multilabel.METRICS[0].name,
+        build_criterion=_label_criterion,
+        probabilities=multilabel.sigmoid,
+        validate=_validate_labels,
+        test=multilabel.evaluate_test_set,
+        table=_label_table,
+        report=True,
+    ),
+    "single_label": Task(
+        score="acc1",
+        details="acc5",
+        build_criterion=_class_criterion,
+        probabilities=_softmax,
+        validate=_test_classes,
+        test=_test_classes,
+        table=_class_table,
+        report=False,
+    ),
+}

@@ -3,11 +3,18 @@
 Targets are 1, 0 or NaN; NaN is unknown and counts nowhere.
 """
 
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from errors import UserError, did_you_mean
 from inference import predict
 
 
@@ -40,8 +47,32 @@ def asymmetric(logits, targets, pos_weight=None, gamma_positive=0.0, gamma_negat
     return _mean_over_known(positive, negative, targets, pos_weight)
 
 
-# TRAIN.LOSS -> function(logits [N, L], targets [N, L], pos_weight [L] or None) -> scalar, the mean over known labels
-LOSSES = {"bce": bce, "focal": focal, "asymmetric": asymmetric}
+def smooth_bce(logits, targets, pos_weight=None, smoothing=0.1):
+    """Binary cross-entropy with label smoothing (Szegedy et al. 2016): 1 becomes 1 - smoothing/2, 0 smoothing/2."""
+    return bce(logits, targets * (1 - smoothing) + smoothing / 2, pos_weight)
+
+
+# TRAIN.LOSS -> function(logits [N, L], targets [N, L], pos_weight [L] or None, parameters of its own) -> scalar, the
+# mean over the known labels. TRAIN.LOSS_OPTIONS sets the parameters.
+LOSSES = {"bce": bce, "focal": focal, "asymmetric": asymmetric, "smooth_bce": smooth_bce}
+
+
+def build_loss(name, options, pos_weight=None):
+    """function(logits, targets) -> scalar: row `name` of LOSSES with its parameters set.
+
+    Raises:
+        UserError: no such loss, or a parameter that it has not or that is no number.
+    """
+    if name not in LOSSES:
+        raise UserError(f"TRAIN.LOSS is {name!r}; choose one of {', '.join(LOSSES)}{did_you_mean(name, LOSSES)}")
+    known = list(inspect.signature(LOSSES[name]).parameters)[3:]
+    for parameter, value in options.items():
+        if parameter not in known:
+            has = f"its parameters are {', '.join(known)}" if known else "it has no parameters"
+            raise UserError(f"TRAIN.LOSS_OPTIONS: {name} has no {parameter!r}{did_you_mean(parameter, known)}; {has}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UserError(f"TRAIN.LOSS_OPTIONS: {parameter} is {value!r}; expected a number")
+    return partial(LOSSES[name], pos_weight=pos_weight, **options)
 
 
 def pos_weights(targets, cap):
@@ -52,17 +83,36 @@ def pos_weights(targets, cap):
     return torch.from_numpy(np.clip(negatives / np.maximum(positives, 1), 1 / cap, cap))
 
 
-def per_label(metric, scores, targets):
-    """`metric(target, score)` of every label with both classes among its known targets, else None.
+@dataclass(frozen=True)
+class Metric:
+    """A figure of one label: `function(targets of 0 and 1 [N], probabilities [N])`.
 
-    scores, targets: [N, L]. An AUROC of one class does not exist (scikit-learn would warn and
+    name: in metrics.json, by label; its mean over the labels is there as `mean_<name>`. column: of the table.
+    """
+
+    name: str
+    column: str
+    function: Callable
+
+
+# The first decides which checkpoint is best.
+METRICS = [
+    Metric("auc", "AUROC", roc_auc_score),  # Hanley and McNeil 1982
+    Metric("average_precision", "AP", average_precision_score),
+]
+
+
+def per_label(function, probabilities, targets):
+    """`function(target, probability)` of every label with both classes among its known targets, else None.
+
+    probabilities, targets: [N, L]. An AUROC of one class does not exist (scikit-learn would warn and
     return NaN); None becomes null in JSON and a dash in tables.
     """
     values = []
-    for score, target in zip(scores.T, targets.T):
+    for probability, target in zip(probabilities.T, targets.T):
         known = ~np.isnan(target)
         both = len(np.unique(target[known])) == 2
-        values.append(float(metric(target[known], score[known])) if both else None)
+        values.append(float(function(target[known], probability[known])) if both else None)
     return values
 
 
@@ -72,42 +122,41 @@ def mean_defined(values):
     return float(np.mean(defined)) if defined else None
 
 
-def multilabel_metrics(logits, targets, label_names):
-    """All metrics of a set: loss, mean and by label AUROC and average precision, counts.
+def sigmoid(logits):
+    """Probabilities of logits, float32 [N, L] -> float64 [N, L]."""
+    return torch.sigmoid(torch.from_numpy(logits).double()).numpy()
+
+
+def multilabel_metrics(logits, probabilities, targets, label_names, metrics):
+    """loss, of each of `metrics` its mean and its values by label, and counts.
 
     The loss is the cross-entropy of the whole set at once, whatever TRAIN.LOSS: it depends on neither
-    batches nor ranks, and runs trained with other losses can be compared by it.
-    AUROC: Hanley and McNeil 1982, as scikit-learn computes it; the mean is over the labels that
-    have one.
+    batches nor ranks, and runs trained with other losses can be compared by it. A mean is over the labels
+    that have a value.
     """
-    scores = torch.sigmoid(torch.from_numpy(logits).double()).numpy()
-    auc = per_label(roc_auc_score, scores, targets)
-    precision = per_label(average_precision_score, scores, targets)
-    return {
-        "loss": float(bce(torch.from_numpy(logits).float(), torch.from_numpy(targets))),
-        "mean_auc": mean_defined(auc),
-        "auc": dict(zip(label_names, auc)),
-        "mean_average_precision": mean_defined(precision),
-        "average_precision": dict(zip(label_names, precision)),
-        "positives": {n: int((t == 1).sum()) for n, t in zip(label_names, targets.T)},
-        "negatives": {n: int((t == 0).sum()) for n, t in zip(label_names, targets.T)},
-        "images": len(targets),
-    }
+    found = {"loss": float(bce(torch.from_numpy(logits).float(), torch.from_numpy(targets)))}
+    for metric in metrics:
+        values = per_label(metric.function, probabilities, targets)
+        found |= {f"mean_{metric.name}": mean_defined(values), metric.name: dict(zip(label_names, values))}
+    for name, value in (("positives", 1), ("negatives", 0)):
+        found[name] = {label: int((target == value).sum()) for label, target in zip(label_names, targets.T)}
+    return found | {"images": len(targets)}
 
 
 def validate_multilabel(model, loader, world, amp, *, label_names):
-    """(mean AUROC, loss, AUROC by label) of a model on a loader, every image once on any number of ranks.
+    """(mean, loss, values by label) of the metric that decides: mean AUROC, loss, AUROC by label.
 
-    amp: a function that returns the autocast context.
+    Every image counts once on any number of ranks. amp: a function that returns the autocast context.
     """
     logits, targets, _ = predict(model, loader, world, amp)
-    metrics = multilabel_metrics(logits, targets, label_names)
-    return metrics["mean_auc"], metrics["loss"], metrics["auc"]
+    decides = METRICS[0]
+    found = multilabel_metrics(logits, sigmoid(logits), targets, label_names, [decides])
+    return found[f"mean_{decides.name}"], found["loss"], found[decides.name]
 
 
 def evaluate_test_set(model, loader, world, amp, *, label_names):
-    """Dictionary of all metrics of :func:`multilabel_metrics`, and `probabilities`, `targets` [N, L], `rows` [N]."""
+    """Dictionary of all METRICS and the counts, and the arrays `probabilities`, `targets` [N, L], `rows` [N]."""
     logits, targets, rows = predict(model, loader, world, amp)
-    metrics = multilabel_metrics(logits, targets, label_names)
-    probabilities = torch.sigmoid(torch.from_numpy(logits).double()).numpy()
+    probabilities = sigmoid(logits)
+    metrics = multilabel_metrics(logits, probabilities, targets, label_names, METRICS)
     return metrics | {"probabilities": probabilities, "targets": targets, "rows": rows}

@@ -1,17 +1,36 @@
-"""The folder of an evaluation: metrics.json, predictions.csv and what is drawn from them."""
+"""The folder of an evaluation, and tables of predictions of any model: written, read, checked.
+
+metrics.json                what was evaluated: loss, AUROC by label, counts, checkpoint and its digest, domain,
+                            label policy, config, cohort
+predictions.csv             the test split, one row an image: ids (dicom_id, study_id, subject_id, view, path: what
+                            is known), then of every label `<label>_target` (1, 0 or empty: after the policy),
+                            `<label>_probability` and, where the data has it, `<label>_label` (as in the label
+                            file: 1, 0, -1 or empty), by which other policies can be tried
+predictions_validate.csv    the validation split by the same checkpoint
+metrics.jsonl               the training run's epochs
+"""
 
 import contextlib
+import hashlib
 import json
+import shutil
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from analysis.figures import plot_evaluation
+from analysis import statistics
 from errors import UserError
 
+TEST, VALIDATE = "predictions.csv", "predictions_validate.csv"
+SUFFIXES = ("_target", "_probability", "_label")
+IMAGE_IDS = ("dicom_id", "path")
+FRONTAL = ("AP", "PA", "frontal")
 
+
+# ------------------------------------------------------------------------------------------ write
 def _new_folder(parent, name):
     """A new folder; two evaluations within one second get two."""
     for suffix in ["", *(f"_{k}" for k in range(2, 100))]:
@@ -29,26 +48,436 @@ def new_evaluation(parent):
         raise UserError(f"RESULTS {parent} cannot be written ({error.strerror}); choose another folder") from error
 
 
-def write_evaluation(folder, metrics, dataset):
-    """metrics.json, predictions.csv and roc.png.
+def write_evaluation(folder, metrics, predicted, epochs=None):
+    """The files at the head of this module.
 
-    metrics: of a task's `test`; its arrays go to predictions.csv.
+    predicted: file name -> (dataset of the split, metrics of a task's `test` with `rows`, `targets`, `probabilities`).
+    epochs: metrics.jsonl of the training run, kept if it is there.
     """
-    figures = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
-    arrays = dataset.label_names, metrics["targets"], metrics["probabilities"]
-    read = {name: np.asarray(column)[metrics["rows"]] for name, column in dataset.rows().items()}
-    write_predictions(folder / "predictions.csv", read, *arrays)
-    plot_evaluation(folder, metrics, *arrays)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    for name, (dataset, found) in predicted.items():
+        rows = found["rows"]
+        columns = dataset.ids() | getattr(dataset, "descriptions", dict)()
+        ids = {column: np.asarray(values)[rows] for column, values in columns.items()}
+        labels = getattr(dataset, "labels", None)
+        labels = None if labels is None else labels[rows]
+        write_predictions(folder / name, ids, dataset.label_names, found["targets"], found["probabilities"], labels)
+    if epochs is not None and epochs.is_file():
+        shutil.copyfile(epochs, folder / "metrics.jsonl")
 
 
-def write_predictions(path, rows, label_names, targets, probabilities):
-    """predictions.csv: identifiers, then `<label>_target` and `<label>_probability` of every label.
+def write_predictions(path, ids, label_names, targets, probabilities, labels=None):
+    """A table of predictions, see the head of this file.
 
-    rows: column name -> values [N]; targets, probabilities: [N, L]; unknown targets stay empty.
+    ids: column name -> values [N]; targets, probabilities, labels: [N, L]; NaN is written as an empty field.
     """
-    columns = dict(rows)
+    columns = dict(ids)
     for k, name in enumerate(label_names):
         columns[f"{name}_target"] = targets[:, k]
         columns[f"{name}_probability"] = probabilities[:, k]
+        if labels is not None:
+            columns[f"{name}_label"] = labels[:, k]
     pd.DataFrame(columns).to_csv(path, index=False, float_format="%.8g")
+
+
+def digest(path):
+    """SHA-256 of a file, as hexadecimal text."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- read
+@dataclass
+class Predictions:
+    """A table of predictions; one row an image, or a study (see :meth:`by_study`).
+
+    ids: text columns, blank where unknown; targets: 1, 0, NaN (unknown); labels: as in the label file, or None.
+    """
+
+    path: Path
+    label_names: tuple
+    ids: pd.DataFrame
+    targets: np.ndarray
+    probabilities: np.ndarray
+    labels: np.ndarray | None = None
+
+    def __len__(self):
+        return len(self.targets)
+
+    @property
+    def unit(self):
+        """What the bootstrap draws: patients where they are known, else images."""
+        return "patient" if "subject_id" in self.ids else "image"
+
+    @property
+    def clusters(self):
+        """(number of each row's patient [N], number of patients); without patients each row is its own."""
+        if self.unit == "image":
+            return np.arange(len(self)), len(self)
+        codes, patients = pd.factorize(self.ids["subject_id"], sort=True)
+        return codes, len(patients)
+
+    @property
+    def image_ids(self):
+        """What names each image: dicom_id, else path; without either its place in the table."""
+        for column in IMAGE_IDS:
+            if column in self.ids:
+                return self.ids[column]
+        return pd.Series([f"row {k + 1}" for k in range(len(self))])
+
+    def select(self, rows):
+        return replace(
+            self,
+            ids=self.ids.iloc[rows].reset_index(drop=True),
+            targets=self.targets[rows],
+            probabilities=self.probabilities[rows],
+            labels=None if self.labels is None else self.labels[rows],
+        )
+
+    def by_study(self, how="mean", frontal=False):
+        """One row a study: the mean (or max) of its images' probabilities; target 1 if any image has it.
+
+        frontal: of its AP and PA images only; a study without any is left out.
+
+        Raises:
+            UserError: no study_id, or no view where frontal is asked for.
+        """
+        for column, wanted in (("study_id", True), ("view", frontal)):
+            if wanted and column not in self.ids:
+                raise UserError(f"{self.path} has no column {column}")
+        part = self.select(self.ids["view"].isin(FRONTAL).to_numpy()) if frontal else self
+        if len(part) == 0:
+            raise UserError(f"{self.path} has no frontal image (view AP or PA)")
+        key = part.ids[[c for c in ("subject_id", "study_id") if c in part.ids]].agg("/".join, axis=1)
+        first = ~key.duplicated().to_numpy()
+        order = key[first]
+
+        def grouped(values, how):
+            return pd.DataFrame(values).groupby(key.to_numpy(), sort=False).agg(how).loc[order].to_numpy()
+
+        keep = [c for c in ("subject_id", "study_id") if c in part.ids]
+        return replace(
+            part,
+            ids=part.ids.loc[first, keep].reset_index(drop=True),
+            targets=grouped(part.targets, "max"),
+            probabilities=grouped(part.probabilities, how),
+            labels=None,
+        )
+
+
+@dataclass
+class Evaluation:
+    """An evaluation folder, or a lone table of predictions (then without metrics)."""
+
+    given: str  # as on the command line
+    path: Path
+    test: Predictions
+    validate: Predictions | None = None
+    metrics: dict = field(default_factory=dict)
+
+    @property
+    def name(self):
+        return self.path.name if self.path.is_dir() else self.path.stem
+
+    @property
+    def folder(self):
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def config(self):
+        return self.metrics.get("config", {})
+
+    @property
+    def epochs_file(self):
+        """The training run's metrics.jsonl, kept in the folder or beside the checkpoint; None where neither is."""
+        beside = [self.path / "metrics.jsonl"] if self.metrics else []
+        if "checkpoint" in self.metrics:
+            beside.append(Path(self.metrics["checkpoint"]).parent / "metrics.jsonl")
+        return next((path for path in beside if path.is_file()), None)
+
+    @property
+    def policy(self):
+        """{"uncertain": ..., "missing": ...}: what -1 and blanks became; None where nothing says it."""
+        data = self.config.get("DATA", {})
+        recorded = {"uncertain": data.get("UNCERTAIN"), "missing": data.get("MISSING")}
+        return self.metrics.get("label_policy", recorded if recorded["uncertain"] else None)
+
+
+def _row(bad):
+    return int(np.flatnonzero(bad)[0]) + 1
+
+
+def _numbers(frame, column, path):
+    values = pd.to_numeric(frame[column], errors="coerce")
+    bad = (values.isna() & frame[column].notna()).to_numpy()
+    if bad.any():
+        raise UserError(
+            f"{path}: {column} is {frame[column].iloc[_row(bad) - 1]!r} in data row {_row(bad)}; not a number"
+        )
+    return values.to_numpy(float)
+
+
+def clean_id(column):
+    """Ids as text without blanks around them; 10000032.0, as some programs write it, is 10000032."""
+    return column.astype("string").str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
+
+
+def read_csv(path):
+    """A CSV as text, blank fields NaN; UserError where it is none."""
+    try:
+        frame = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, na_values=[""])
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error})") from error
+    frame.columns = [str(c).strip() for c in frame.columns]
+    if frame.empty:
+        raise UserError(f"{path}: the file has no rows")
+    return frame
+
+
+def read_predictions(path):
+    """The :class:`Predictions` in a CSV.
+
+    Raises:
+        UserError: names the file, the column and the row.
+    """
+    path = Path(path)
+    frame = read_csv(path)
+    names = tuple(c.removesuffix("_probability") for c in frame.columns if c.endswith("_probability"))
+    targets = [c.removesuffix("_target") for c in frame.columns if c.endswith("_target")]
+    if not names:
+        raise UserError(
+            f"{path} holds no predictions: expected the columns <label>_target and <label>_probability of every label "
+            f"(the file has: {', '.join(frame.columns[:8])}{', ...' if len(frame.columns) > 8 else ''})"
+        )
+    for name in [*names, *targets]:
+        lacks = "_target" if name not in targets else "_probability" if name not in names else None
+        if lacks:
+            raise UserError(f"{path}: the label {name!r} has no column {name}{lacks}")
+
+    def columns(suffix):
+        return np.stack([_numbers(frame, name + suffix, path) for name in names], 1)
+
+    y, p = columns("_target"), columns("_probability")
+    for suffix, good, wanted in (
+        ("_probability", (p >= 0) & (p <= 1), "a probability from 0 to 1"),
+        ("_target", np.isin(y, (0, 1)) | np.isnan(y), "1, 0 or nothing (unknown)"),
+    ):
+        if not good.all():
+            row, k = np.argwhere(~good)[0]
+            raise UserError(
+                f"{path}: {names[k]}{suffix} is {frame[names[k] + suffix].iloc[row]!r} in data row {row + 1}; expected "
+                f"{wanted} ({int((~good).sum()):,} such values in the file)"
+            )
+    ids = frame[[c for c in frame.columns if not c.endswith(SUFFIXES)]].apply(clean_id).fillna("")
+    if "subject_id" in ids:
+        blank = ids["subject_id"].isin(["", "-1"]).to_numpy()
+        if blank.all():
+            ids = ids.drop(columns="subject_id")
+        elif blank.any():
+            raise UserError(
+                f"{path}: subject_id is empty in {int(blank.sum()):,} of {len(ids):,} rows, data row {_row(blank)} the "
+                "first; give every image its patient, or leave the column out (the bootstrap then draws images)"
+            )
+    if "study_id" in ids and ids["study_id"].isin(["", "-1"]).any():
+        ids = ids.drop(columns="study_id")
+    raw = all(f"{name}_label" in frame for name in names)
+    found = Predictions(path, names, ids.astype(object), y, p, columns("_label") if raw else None)
+    repeated = found.image_ids.duplicated()
+    if repeated.any():
+        raise UserError(
+            f"{path}: the image {found.image_ids[repeated].iloc[0]} has more than one row "
+            f"({int(repeated.sum()):,} rows too many)"
+        )
+    return found
+
+
+def _read_metrics(folder, test):
+    path = folder / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(metrics, dict):
+        raise UserError(f"{path} is not the metrics.json of an evaluation")
+    if metrics.get("images", len(test)) != len(test):
+        raise UserError(
+            f"{test.path} has {len(test):,} rows, but {path.name} beside it counts {metrics['images']:,} images; "
+            "the table is not whole, evaluate again"
+        )
+    labels = metrics.get("auc", dict.fromkeys(test.label_names))
+    if tuple(labels) != test.label_names:
+        raise UserError(
+            f"{test.path} has other labels than {path.name} beside it: {_difference(test.label_names, labels)}"
+        )
+    return metrics
+
+
+def _difference(ours, theirs):
+    extra, lacking = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
+    parts = [
+        f"{len(names)} {what} ({', '.join(names)})" for what, names in (("missing", lacking), ("more", extra)) if names
+    ]
+    return ", ".join(parts) or "another order"
+
+
+def _check_validate(test, validate):
+    if validate.label_names != test.label_names:
+        raise UserError(
+            f"{validate.path} has other labels than {test.path}: {_difference(validate.label_names, test.label_names)}"
+        )
+    for what, column in (("patients", "subject_id"), ("images", "dicom_id"), ("images", "path")):
+        if column in test.ids and column in validate.ids:
+            shared = set(test.ids[column]) & set(validate.ids[column])
+            if shared:
+                raise UserError(
+                    f"{len(shared):,} {what} of {validate.path} are in {test.path} too, such as {min(shared)}: "
+                    "thresholds and calibration are never fitted on the test split"
+                )
+
+
+def read_evaluation(given, validate=None):
+    """The :class:`Evaluation` in a folder, or of a table of predictions.
+
+    validate: a table of the validation split instead of the folder's own.
+
+    Raises:
+        UserError: names the file and what is wrong with it.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        if not (path / TEST).is_file() or not (path / "metrics.json").is_file():
+            lacks = TEST if not (path / TEST).is_file() else "metrics.json"
+            raise UserError(
+                f"{path} is no evaluation: it has no {lacks}; give a folder that main.py --eval wrote, or a CSV of "
+                "predictions"
+            )
+        test = read_predictions(path / TEST)
+        metrics = _read_metrics(path, test)
+        own = path / VALIDATE
+        validate = validate or (own if own.is_file() else None)
+    elif path.is_file():
+        test, metrics = read_predictions(path), {}
+    else:
+        raise UserError(f"{path} does not exist; give a folder that main.py --eval wrote, or a CSV of predictions")
+    held_out = None
+    if validate is not None:
+        held_out = read_predictions(validate)
+        _check_validate(test, held_out)
+    return Evaluation(str(given), path, test, held_out, metrics)
+
+
+def aligned(first, other):
+    """`other` with its rows in the order of `first`.
+
+    Raises:
+        UserError: other images, labels or targets than the first, counted.
+    """
+    if set(first.label_names) != set(other.label_names):
+        raise UserError(
+            f"{other.path} has other labels than {first.path}: {_difference(other.label_names, first.label_names)}"
+        )
+    shared = next((c for c in IMAGE_IDS if c in first.ids and c in other.ids), None)
+    ours, theirs = (pd.Index(t.ids[shared] if shared else t.image_ids) for t in (first, other))
+    missing, extra = len(ours.difference(theirs)), len(theirs.difference(ours))
+    if missing or extra:
+        raise UserError(
+            f"{other.path} has other images than {first.path}: {missing:,} missing, {extra:,} more; "
+            "only models tested on the same images can be compared"
+        )
+    other = other.select(theirs.get_indexer(ours))
+    k = [other.label_names.index(name) for name in first.label_names]
+    other = replace(
+        other, label_names=first.label_names, targets=other.targets[:, k], probabilities=other.probabilities[:, k],
+        labels=None if other.labels is None else other.labels[:, k],
+    )  # fmt: skip
+    unlike = ~((first.targets == other.targets) | (np.isnan(first.targets) & np.isnan(other.targets)))
+    if unlike.any():
+        raise UserError(
+            f"{other.path} has {int(unlike.sum()):,} other targets than {first.path}, of {int(unlike.any(1).sum()):,} "
+            "images; evaluate both with the same DATA.UNCERTAIN, DATA.MISSING and DATA.TEST_LABELER"
+        )
+    if "subject_id" in first.ids and "subject_id" in other.ids:
+        moved = (first.ids["subject_id"].to_numpy() != other.ids["subject_id"].to_numpy()).sum()
+        if moved:
+            raise UserError(f"{other.path} names another patient than {first.path} for {moved:,} images")
+    return other
+
+
+# -------------------------------------------------------------------------------------- ensembles
+NO_MATTER = ("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.IMG_ON_MEMORY", "DATA.ZIP_MODE",
+             "MODEL.NAME", "MODEL.RESUME", "TRAIN.AUTO_RESUME")  # fmt: skip
+
+
+def _learned_by(config, prefix=""):
+    """The config's keys that a run's weights depend on, but for the seed: dotted key -> value."""
+    for key, value in config.items():
+        if prefix or key in ("DATA", "MODEL", "TRAIN", "AUG"):
+            if isinstance(value, dict):
+                yield from _learned_by(value, f"{prefix}{key}.")
+            elif prefix + key not in NO_MATTER:
+                yield prefix + key, value
+
+
+def check_one_configuration(first, others):
+    """UserError, naming the keys, where runs differ in more than their seed."""
+    ours = dict(_learned_by(first.config))
+    for other in others:
+        theirs = dict(_learned_by(other.config))
+        unlike = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+        if unlike and ours and theirs:
+            raise UserError(
+                f"--seeds-of: {other.path} is no other seed of {first.path}: {', '.join(unlike[:5])}"
+                f"{', ...' if len(unlike) > 5 else ''} differ; compare configurations with --against"
+            )
+
+
+def _scores(predictions):
+    """What metrics.json says of probabilities: the loss, and AUROC and average precision by label and on the mean."""
+    y, p = predictions.targets, np.clip(predictions.probabilities, 1e-12, 1 - 1e-12)
+    found = {"loss": float(-np.nanmean(y * np.log(p) + (1 - y) * np.log1p(-p)))}
+    once = np.ones((len(y), 1), np.int32)
+    areas = statistics.bootstrap(predictions.probabilities, y, np.arange(len(y)), once)
+    for key, values in zip(("auc", "average_precision"), areas):
+        by_label = [None if np.isnan(v) else float(v) for v in values[:, 0]]
+        found[f"mean_{key}"] = float(np.nanmean(values)) if any(v is not None for v in by_label) else None
+        found[key] = dict(zip(predictions.label_names, by_label))
+    return found
+
+
+def ensemble(evaluations, folder):
+    """Average the probabilities of several evaluations of the same images into an evaluation of its own.
+
+    Returns:
+        The :class:`Evaluation` written to `folder`; with validation predictions where all of them have some.
+    """
+    first = evaluations[0]
+
+    def averaged(tables):
+        tables = [tables[0], *(aligned(tables[0], t) for t in tables[1:])]
+        return replace(tables[0], probabilities=np.mean([t.probabilities for t in tables], axis=0))
+
+    tables = {TEST: averaged([e.test for e in evaluations])}
+    if all(e.validate is not None for e in evaluations):
+        tables[VALIDATE] = averaged([e.validate for e in evaluations])
+    kept = {k: first.metrics[k] for k in ("label_policy", "domain", "cohort") if k in first.metrics}
+    data, test = first.config.get("DATA"), tables[TEST]
+    metrics = {
+        "ensemble": [e.given for e in evaluations],
+        "checkpoints": [e.metrics.get("checkpoint") for e in evaluations],
+        "images": len(test),
+        **_scores(test),
+        **kept,
+        **({"config": {"DATA": data}} if data else {}),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        for name, t in tables.items():
+            ids = {c: t.ids[c] for c in t.ids}
+            write_predictions(folder / name, ids, t.label_names, t.targets, t.probabilities, t.labels)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
+    return read_evaluation(folder)

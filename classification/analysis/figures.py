@@ -1,4 +1,4 @@
-"""Pictures of a training run and of an evaluation."""
+"""Pictures for papers, as PNG and SVG, and the picture of a training run."""
 
 from pathlib import Path
 
@@ -7,55 +7,158 @@ import matplotlib
 matplotlib.use("Agg")  # compute nodes have no display
 import numpy as np
 from matplotlib import pyplot as plt
-from sklearn.metrics import roc_curve
 
 from analysis.training_log import read_metrics
 
+# Okabe and Ito's colours, which the colour-blind tell apart.
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
+STYLE = {
+    "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
+    "axes.titleweight": "bold", "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none", "svg.hashsalt": "report",
+    "legend.frameon": False,
+}  # fmt: skip
 
-def plot_training(folder, score):
-    """training.png from metrics.jsonl: losses, score and learning rate over the epochs."""
-    epochs = read_metrics(Path(folder) / "metrics.jsonl")
+
+def _training(epochs, score):
     x = [e["epoch"] for e in epochs]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    axes[0].plot(x, [e["train_loss"] for e in epochs], label="train")
-    axes[0].plot(x, [e["val_loss"] for e in epochs], label="validation")
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained")
+    axes[0].plot(x, [e["train_loss"] for e in epochs], color=BLUE, label="train")
+    axes[0].plot(x, [e["val_loss"] for e in epochs], color=ORANGE, ls="--", label="validation")
     axes[0].set_title("loss")
-    axes[1].plot(x, [e[score] for e in epochs], label="weights")
+    axes[1].plot(x, [e[score] for e in epochs], color=BLUE, label="weights")
     if "ema" in epochs[-1]:
-        axes[1].plot(x, [e["ema"][score] if "ema" in e else None for e in epochs], label="EMA")
+        axes[1].plot(x, [e["ema"][score] if "ema" in e else None for e in epochs], color=ORANGE, ls="--", label="EMA")
     axes[1].set_title(f"validation {score}")
-    axes[2].plot(x, [e["lr"] for e in epochs])
+    axes[2].plot(x, [e["lr"] for e in epochs], color=BLUE)
     axes[2].set_title("learning rate at the epoch's end")
     for axis in axes:
         axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
     axes[0].legend()
     axes[1].legend()
-    figure.savefig(Path(folder) / "training.png", dpi=110)
+    return figure
+
+
+def plot_training(folder, score):
+    """training.png from metrics.jsonl of a run: losses, score and learning rate over the epochs."""
+    with plt.rc_context(STYLE):
+        figure = _training(read_metrics(Path(folder) / "metrics.jsonl"), score)
+        figure.savefig(Path(folder) / "training.png", dpi=120)
     plt.close(figure)
 
 
-def plot_evaluation(folder, metrics, label_names, targets, probabilities):
-    """roc.png: ROC curves and AUROC by label; only for multi-label metrics."""
-    if "auc" not in metrics:
-        return
-    defined = [n for n in label_names if metrics["auc"][n] is not None]
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    colors = plt.get_cmap("tab20")(np.arange(len(label_names)) % 20)
-    for k, name in enumerate(label_names):
-        if name in defined:
-            known = ~np.isnan(targets[:, k])
-            x, y, _ = roc_curve(targets[known, k], probabilities[known, k])
-            curves.plot(x, y, color=colors[k], lw=1.3)
-    curves.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
-    curves.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, test split", aspect="equal")
-    values = [metrics["auc"][n] or 0 for n in label_names]
-    bars.barh(range(len(label_names)), values, color=colors)
-    texts = [f"{n}  {'-' if metrics['auc'][n] is None else format(metrics['auc'][n], '.3f')}" for n in label_names]
-    bars.set_yticks(range(len(label_names)), texts)
-    bars.invert_yaxis()
-    bars.axvline(0.5, color="grey", lw=0.8, ls="--")
-    mean = metrics["mean_auc"]
-    bars.set(xlim=(0, 1), title="AUROC by label" + ("" if mean is None else f", mean {mean:.3f}"))
-    figure.savefig(Path(folder) / "roc.png", dpi=110)
-    plt.close(figure)
+def _panels(names, side=1.75):
+    """A figure with one square axis a name; the rest of the last row stays empty."""
+    columns = min(5, max(2, int(np.ceil(np.sqrt(len(names))))))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows + 0.2), layout="constrained",
+                                sharex=True, sharey=True, squeeze=False)  # fmt: skip
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    return figure, axes
+
+
+def _curves(report, key, x_label, y_label):
+    found, grid = report["curves"]["labels"], report["curves"]["grid"]
+    if not found:
+        return None
+    figure, axes = _panels(list(found))
+    area = {"roc": "auroc", "precision_recall": "auprc"}[key]
+    for axis, (name, curves) in zip(axes.flat, found.items()):
+        c, value = curves[key], report["labels"][name][area]["value"]
+        axis.fill_between(grid, c["low"], c["high"], color=BLUE, alpha=0.2, lw=0)
+        axis.plot(grid, c["value"], color=BLUE, lw=1.2)
+        if key == "roc":
+            axis.plot([0, 1], [0, 1], color="grey", lw=0.7, ls="--")
+        axis.set(
+            title=f"{name}\n{value:.3f}",
+            xlim=(0, 1),
+            ylim=(0, 1),
+            aspect="equal",
+            xticks=(0, 0.5, 1),
+            yticks=(0, 0.5, 1),
+        )
+    figure.supxlabel(x_label, fontsize=8)
+    figure.supylabel(y_label, fontsize=8)
+    return figure
+
+
+def _auroc(report):
+    """Every label's AUROC with its interval, and their mean."""
+    rows = [(n, found["auroc"]) for n, found in report["labels"].items() if found["auroc"]["value"] is not None]
+    if not rows:
+        return None
+    rows.append(("mean", report["mean"]["auroc"]))
+    figure, axis = plt.subplots(figsize=(5.2, 0.26 * len(rows) + 0.7), layout="constrained")
+    for y, (name, a) in enumerate(rows):
+        color, marker = (ORANGE, "D") if name == "mean" else (BLUE, "o")
+        if a["low"] is not None:
+            axis.plot([a["low"], a["high"]], [y, y], color=color, lw=1.8, solid_capstyle="butt")
+        axis.plot(a["value"], y, marker, color=color, ms=4.5)
+    axis.axvline(0.5, color="grey", lw=0.7, ls="--")
+    axis.set_yticks(range(len(rows)), [f"{n}  {a['value']:.3f}" for n, a in rows])
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    low = min([0.5, *(a["low"] if a["low"] is not None else a["value"] for _, a in rows)])
+    axis.set(xlabel="AUROC, 95% interval", xlim=(max(0, low - 0.02), 1))
+    return figure
+
+
+def _calibration(report):
+    stages = report["calibration"]
+    curves = {
+        n: [
+            (color, style, stages[s]["labels"][n]["curve"], s)
+            for s, color, style in (("before", BLUE, "o-"), ("platt", ORANGE, "s--"))
+            if "curve" in stages.get(s, {}).get("labels", {}).get(n, {})
+        ]
+        for n in report["label_names"]
+    }  # fmt: skip
+    curves = {n: c for n, c in curves.items() if c}
+    if not curves:
+        return None
+    figure, axes = _panels(list(curves))
+    for axis, (name, lines) in zip(axes.flat, curves.items()):
+        axis.plot([0, 1], [0, 1], color="grey", lw=0.7, ls="--")
+        for color, style, curve, stage in lines:
+            axis.plot(curve["probability"], curve["rate"], style, color=color, ms=2.5, lw=1, label=stage)
+        axis.set(title=name, xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    axes.flat[0].legend(fontsize=6)
+    figure.supxlabel("mean probability", fontsize=8)
+    figure.supylabel("share of positives", fontsize=8)
+    return figure
+
+
+def _cooccurrence(report):
+    names, counts = report["cooccurrence"]["labels"], np.array(report["cooccurrence"]["counts"])
+    side = 0.36 * len(names) + 1.6
+    figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
+    axis.imshow(counts, cmap="Blues")
+    for (row, column), n in np.ndenumerate(counts):
+        dark = n > 0.6 * counts.max()
+        axis.text(column, row, n, ha="center", va="center", fontsize=6, color="white" if dark else "black")
+    axis.set_xticks(range(len(names)), names, rotation=90)
+    axis.set_yticks(range(len(names)), names)
+    axis.grid(visible=False)
+    return figure
+
+
+def write_figures(report, folder):
+    """Every figure of the report as <name>.png and <name>.svg in `folder`; those without data are not drawn."""
+    epochs = report["training"].get("epochs", [])
+    with plt.rc_context(STYLE):
+        drawn = {
+            "auroc": _auroc(report),
+            "roc": _curves(report, "roc", "1 - specificity", "sensitivity"),
+            "precision_recall": _curves(report, "precision_recall", "sensitivity", "precision"),
+            "calibration": _calibration(report),
+            "cooccurrence": _cooccurrence(report),
+            "training": _training(epochs, "mean_auc") if epochs else None,
+        }
+        for name, figure in drawn.items():
+            for suffix in ("png", "svg"):
+                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+                if figure is not None:
+                    metadata = {"Date": None} if suffix == "svg" else None  # the same numbers, the same file
+                    figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=metadata)
+            if figure is not None:
+                plt.close(figure)

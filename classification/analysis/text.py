@@ -6,15 +6,16 @@ def number(value):
     return "-" if value is None else f"{value:.4f}"
 
 
-def auc_table(metrics):
-    """Lines of label, AUROC, average precision and counts; a dash where one class is missing."""
-    rows = [("label", "AUROC", "AP", "positive", "negative")]
-    rows += [
-        (name, number(auc), number(metrics["average_precision"][name]),
-         f"{metrics['positives'][name]:,}", f"{metrics['negatives'][name]:,}")
-        for name, auc in metrics["auc"].items()
-    ]  # fmt: skip
-    rows.append(("mean", number(metrics["mean_auc"]), number(metrics["mean_average_precision"]), "", ""))
+def label_table(metrics, columns):
+    """Lines of label, figures and counts; a dash where one class is missing.
+
+    metrics: for each name of `columns` (name -> heading) the values by label and `mean_<name>`; positives, negatives.
+    """
+    rows = [("label", *columns.values(), "positive", "negative")]
+    for label, positives in metrics["positives"].items():
+        figures = [number(metrics[name][label]) for name in columns]
+        rows.append((label, *figures, f"{positives:,}", f"{metrics['negatives'][label]:,}"))
+    rows.append(("mean", *(number(metrics[f"mean_{name}"]) for name in columns), "", ""))
     width = max(len(r[0]) for r in rows)
     lines = [r[0].ljust(width) + "".join(c.rjust(10) for c in r[1:]) for r in rows]
     return "\n".join([*lines, *undefined_note(metrics["auc"])])

@@ -30,9 +30,9 @@ import torch
 from PIL import Image
 from pydicom.pixels import apply_voi_lut
 
-from dataset import cache, mimic_cxr, synthetic, tables
+from dataset import cache, stores, synthetic, xrays
 from dataset.labels import LABELS
-from dataset.mimic_cxr import MIMICCXRDataset
+from dataset.mimic_cxr import MIMICCXRDataset, load_table
 from dataset.transforms import normalize, radiograph_transform
 
 SIDE, MEAN, STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -135,18 +135,19 @@ def measure_table(folder):
     for name in LABELS:
         labels[name] = rng.choice([1, 0, -1, np.nan], studies, p=[0.1, 0.1, 0.02, 0.78])
     labels.to_csv(folder / "mimic-cxr-2.0.0-chexpert.csv.gz", index=False)
-    step = np.unique(np.concatenate([np.linspace(0, count - 1, n).astype(int) for n in (20, tables.CHECKED_FILES)]))
+    step = np.unique(np.concatenate([np.linspace(0, count - 1, n).astype(int) for n in (20, stores.CHECKED_FILES)]))
     for subject, study_id, name, _ in frame.iloc[step].itertuples(index=False):
         path = folder / f"files/p{str(subject)[:2]}/p{subject}/s{study_id}/{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     started = time.perf_counter()
-    train, validate = MIMICCXRDataset(folder, "train"), MIMICCXRDataset(folder, "validate")
+    table = load_table(folder).with_targets()
+    train, validate = (xrays.RadiographDataset(table, split) for split in ("train", "validate"))
     print(
         f"{len(train):,} and {len(validate):,} images: tables read and checked in {time.perf_counter() - started:.1f} s"
     )
     train.store.read = lambda path: b""
-    mimic_cxr.decode = lambda data, name, **options: np.zeros((1, 1), np.uint8)
+    xrays.decode = lambda data, name, **options: np.zeros((1, 1), np.uint8)
     train.transform = lambda image: None
     growth = multiprocessing.get_context("fork").SimpleQueue()
     worker = multiprocessing.get_context("fork").Process(target=read_epochs, args=(train, growth))

@@ -1,31 +1,33 @@
-"""What is wrong with a MIMIC-CXR tree: every image read, every row compared. Runs without torch.
+"""What is wrong with a tree of X-rays: every image read, every row compared. Runs without torch.
 
 Where training stops at the first fault, this counts them all.
 """
 
 import hashlib
 import io
-import multiprocessing
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm import tqdm
 
-from dataset import tables
-from dataset.images import SUFFIXES_BY_CONTENT, ImageError, decode
-from dataset.labels import LABELS
+from dataset import mimic_cxr, tables
+from dataset.images import ENDINGS, SUFFIXES, ImageError, decode, orientation, sniff, take_warnings, warning_kind
+from dataset.labels import BLANK, LABELS
+from dataset.processes import in_processes
 from dataset.stores import FileStore
 
 # Everything that can be found, in the order of the summary. A row of the table: problem, path, detail.
 PROBLEMS = {
-    "missing": "images of the split file that are not there",
-    "extra": "images that no row of the split file names",
+    "missing": "images of the table that are not there",
+    "extra": "images that no row of the table names",
     "unreadable": "images that cannot be read",
     "wrong suffix": "images of another format than their name says",
     "colour": "colour images (training takes their luminance)",
+    "turned": "pictures that an EXIF orientation turns (training takes them upright)",
+    "odd header": "images that are read although something in them is odd",
     "several frames": "pictures of several frames (training takes the first)",
     "odd size": "images under 32 pixels, or with sides more than 4 : 1",
     "other size than metadata": "full-size images whose rows and columns differ from the metadata file",
@@ -33,7 +35,7 @@ PROBLEMS = {
     "duplicate pixels": "images equal to an earlier one",
     "wrong checksum": "images that differ from SHA256SUMS",
     "duplicate row": "rows that repeat an image or a study",
-    "bad id": "rows whose ids are not whole numbers or are missing",
+    "bad id": "rows whose ids are missing or, in the official tables, no whole numbers",
     "bad label": "label values other than 1, 0, -1 and nothing",
     "bad split": "splits other than train, validate and test",
     "no label row": "studies with images and without a label row",
@@ -52,14 +54,16 @@ def _look(task):
         data = FileStore(root).read(path)
         if checksum and hashlib.sha256(data).hexdigest() != checksum:
             found.append(("wrong checksum", f"expected {checksum}"))
-        # Training goes by the suffix, and so does this; the content only says whether they agree.
-        suffix = Path(path).suffix.lower()
-        content = next((s for mark, s in SUFFIXES_BY_CONTENT if data[128:132] == mark or data.startswith(mark)), None)
-        if content and content != suffix:
-            found.append(("wrong suffix", f"the content is {content}"))
+        suffix, content = Path(path).suffix.lower(), sniff(data)
+        if content and suffix and suffix not in ENDINGS[content]:  # read nevertheless: the content decides
+            found.append(("wrong suffix", f"the content is {ENDINGS[content][0]}"))
         grey = decode(data, str(root / path))
-        if suffix != ".dcm":
-            with Image.open(io.BytesIO(data)) as picture:
+        found += [("odd header", text) for _, text, _ in take_warnings()]
+        if content != "dcm":
+            with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as picture:
+                warnings.simplefilter("ignore")  # said above
+                if orientation(picture) > 1:
+                    found.append(("turned", f"EXIF orientation {orientation(picture)}"))
                 if picture.mode in ("RGB", "RGBA", "CMYK", "P", "YCbCr"):
                     found.append(("colour", picture.mode))
                 if getattr(picture, "n_frames", 1) > 1:
@@ -74,15 +78,6 @@ def _look(task):
     return found, hashlib.sha256(grey.tobytes() + repr(grey.shape).encode()).digest(), (height, width)
 
 
-def _ids(frame, columns):
-    """Rows whose ids are whole numbers, as integers, and the positions of the others."""
-    values = frame[columns].apply(pd.to_numeric, errors="coerce")
-    good = (values.notna() & (values % 1 == 0)).all(axis=1)
-    kept = frame[good].copy()
-    kept[columns] = values[good].astype(np.int64)
-    return kept, np.flatnonzero(~good)
-
-
 def _checksums(base):
     sums = {}
     for name in ("SHA256SUMS.txt", "SHA256SUMS"):
@@ -93,116 +88,168 @@ def _checksums(base):
     return sums
 
 
-def _tables(base, folders, add):
-    """(images: dicom_id, study_id, subject_id, split, stem; metadata or None), once what is wrong is added."""
-    path = tables.find_csv(folders, "split")
-    if path is None:
-        tables.load_table(base)  # says what was looked for
-    labels_path = tables.find_csv(folders, "chexpert") or tables.find_csv(folders, "negbio")
-    images, bad = _ids(
-        tables.read_csv(path, ("dicom_id", "study_id", "subject_id", "split")), ["study_id", "subject_id"]
-    )
-    for row in bad:
-        add("bad id", path.name, f"data row {row + 1}")
-    blank = images["dicom_id"].isna()
-    for row in np.flatnonzero(blank):
-        add("bad id", path.name, f"data row {row + 1}: no dicom_id")
-    images = images[~blank]
-    for name in images["dicom_id"][images["dicom_id"].duplicated()]:
-        add("duplicate row", path.name, f"dicom_id {name}")
-    images = images.drop_duplicates("dicom_id")
-    names = tables.split_names(images)
-    for value, count in names[~names.isin(tables.SPLITS)].value_counts().items():
-        add("bad split", path.name, f"{value!r} in {count} rows")
-    splits = images.assign(split=names).groupby("subject_id")["split"].unique()
-    for subject, there in splits[splits.map(len) > 1].items():
-        add("two splits", path.name, f"subject_id {subject} in {', '.join(there)}")
-
-    if labels_path is not None:
-        studies = tables.read_csv(labels_path, ("study_id",))
-        studies, bad = _ids(studies, ["study_id"])
-        for row in bad:
-            add("bad id", labels_path.name, f"data row {row + 1}")
-        for study in studies["study_id"][studies["study_id"].duplicated()]:
-            add("duplicate row", labels_path.name, f"study_id {study}")
-        label_columns = [c for c in LABELS if c in studies]
-        for name in label_columns:
-            values = pd.to_numeric(studies[name], errors="coerce")
-            wrong = ~(values.isin([1, 0, -1]) | studies[name].isna())
-            for value, count in studies[name][wrong].astype(str).value_counts().items():
-                add("bad label", labels_path.name, f"{name}: {value!r} in {count} rows")
-        for study in studies["study_id"][studies[label_columns].isna().all(axis=1)]:
-            add("no label", labels_path.name, f"study_id {study}")
-        for study in np.setdiff1d(images["study_id"], studies["study_id"]):
-            add("no label row", labels_path.name, f"study_id {study}")
-        for study in np.setdiff1d(studies["study_id"], images["study_id"]):
-            add("no image", labels_path.name, f"study_id {study}")
-
-    images["stem"] = tables.image_stems(images)
-    inside = ~images["dicom_id"].str.contains(r"[/\\]|^\.\.?$")
-    for name in images["dicom_id"][~inside]:
-        add("outside", path.name, f"dicom_id {name}")
-    metadata = tables.find_csv(folders, "metadata")
-    frame = None if metadata is None else tables.read_csv(metadata, ("dicom_id",)).drop_duplicates("dicom_id")
-    return images[inside], None if frame is None else frame.set_index("dicom_id")
+def _whole_ids(frame, columns, source, add):
+    """The rows whose ids are whole numbers, with these as integers."""
+    read = {column: tables.integers(frame, column) for column in columns}
+    bad = np.any([bad for _, bad in read.values()], axis=0)
+    for row in np.flatnonzero(bad):
+        add("bad id", source.name, f"data row {row + 1}")
+    return frame.assign(**{column: values for column, (values, _) in read.items()})[~bad]
 
 
-def audit(root, output, *, workers=None, log=print):
-    """Reads every image of the official layout under `root`; writes audit.csv and audit.txt into `output`.
+def _check_images(images, name, source, add):
+    """What is wrong in a table with one row an image; the rows that name another image each. name: its column."""
+    images = images.assign(**{name: images[name].str.strip(), "split": tables.split_names(images)})
+    for row in np.flatnonzero(images[name] == ""):
+        add("bad id", source.name, f"data row {row + 1}: no {name}")
+    images = images[images[name] != ""]
+    for value in images[name][images[name].duplicated()]:
+        add("duplicate row", source.name, f"{name} {value}")
+    images = images.drop_duplicates(name)
+    for value, count in images["split"][~images["split"].isin(tables.SPLITS)].value_counts().items():
+        add("bad split", source.name, f"{value!r} in {count} rows")
+    if "subject_id" in images:
+        splits = images.groupby("subject_id")["split"].unique()
+        for subject, there in splits[splits.map(len) > 1].items():
+            add("two splits", source.name, f"subject_id {subject} in {', '.join(there)}")
+    return images
+
+
+def _check_labels(frame, source, add):
+    for name in (name for name in LABELS if name in frame):
+        counts = frame[name].value_counts()
+        for value, count in counts[[tables.read_label(text) is None for text in counts.index]].items():
+            add("bad label", source.name, f"{name}: {value!r} in {count} rows")
+
+
+def _check_studies(images, source, add):
+    """What is wrong in the official label table, with one row a study."""
+    studies = _whole_ids(tables.read_csv(source, ("study_id",)), ["study_id"], source, add)
+    for study in studies["study_id"][studies["study_id"].duplicated()]:
+        add("duplicate row", source.name, f"study_id {study}")
+    _check_labels(studies, source, add)
+    blank = studies[[name for name in LABELS if name in studies]].isin(BLANK).all(axis=1)
+    for problem, found in (
+        ("no label", studies["study_id"][blank]),
+        ("no label row", np.setdiff1d(images["study_id"], studies["study_id"])),
+        ("no image", np.setdiff1d(studies["study_id"], images["study_id"])),
+    ):
+        for study in found:
+            add(problem, source.name, f"study_id {study}")
+
+
+def _official_images(folders, add):
+    """(the images of the split file, with `key`: their paths without suffix; the metadata by dicom_id, or None)."""
+    source = mimic_cxr.needed_csv(folders, "split")
+    images = tables.read_csv(source, ("dicom_id", "study_id", "subject_id", "split"))
+    images = _check_images(_whole_ids(images, ["study_id", "subject_id"], source, add), "dicom_id", source, add)
+    labels = mimic_cxr.find_csv(folders, "chexpert") or mimic_cxr.find_csv(folders, "negbio")
+    if labels is not None:
+        _check_studies(images, labels, add)
+    outside = images["dicom_id"].str.contains(r"[/\\]|^\.\.?$")
+    for name in images["dicom_id"][outside]:
+        add("outside", source.name, f"dicom_id {name}")
+    images = images[~outside].assign(key=mimic_cxr.image_stems(images))
+    metadata = mimic_cxr.find_csv(folders, "metadata")
+    if metadata is None:
+        return images, None
+    return images, tables.read_csv(metadata, ("dicom_id",)).drop_duplicates("dicom_id").set_index("dicom_id")
+
+
+def _own_images(source, add):
+    """The images of a table of the user's own, with `key`: their paths."""
+    images = tables.read_csv(source, ("path", "split"))
+    _check_labels(images, source, add)
+    for column in ("subject_id", "study_id"):
+        if column in images:
+            images[column] = images[column].str.strip()
+            for row in np.flatnonzero(images[column] == ""):
+                add("bad id", source.name, f"data row {row + 1}: no {column}")
+    images = _check_images(images, "path", source, add)
+    outside = images["path"].map(lambda path: ".." in path.split("/"))
+    for path in images["path"][outside]:
+        add("outside", source.name, f"path {path}")
+    return images[~outside].assign(key=images["path"].map(os.path.normpath))
+
+
+def _walk(folder, above=()):
+    """Paths of the files below a folder, through links too, but not round in a circle."""
+    status = os.stat(folder)
+    here = status.st_dev, status.st_ino
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir():
+                yield from _walk(entry.path, (*above, here))
+            elif entry.is_file():
+                yield entry.path
+
+
+def _find_images(base, known, official):
+    """{key: paths} of the image files of a tree, and of those elsewhere that a table names by absolute paths."""
+    there = {}
+    for path in _walk(base / "files" if official and (base / "files").is_dir() else base):
+        relative, suffix = os.path.relpath(path, base), os.path.splitext(path)[1]
+        # A file without the suffix of an image is one if the table names it.
+        key = relative.removesuffix(suffix) if official and suffix in SUFFIXES else relative
+        if (suffix and suffix in SUFFIXES) or key in known:
+            there.setdefault(key, []).append(relative)
+    for key in known:
+        if key not in there and os.path.isfile(base / key):
+            there[key] = [key]
+    return there
+
+
+def audit(root, output, *, csv="", workers=None, log=print):
+    """Reads every image under `root` and compares them with its tables; writes audit.csv and audit.txt into `output`.
+
+    csv: a table of the user's own instead of the official ones, see :func:`dataset.mimic_cxr.load_table`.
 
     Returns:
         the table of problems: problem, path (of the image or the CSV file), detail.
 
     Raises:
-        UserError: no split file, or one without its columns.
+        UserError: no table of images, or one without its columns.
     """
-    base, folders = tables.find_folders(Path(root).expanduser().absolute())
-    rows = []
+    base, folders = mimic_cxr.find_folders(root)
+    problems = []
 
     def add(problem, path, detail=""):
-        rows.append((problem, path, detail))
+        problems.append((problem, path, detail))
 
-    images, metadata = _tables(base, folders, add)
-    there = {}  # stem -> paths
-    for folder, _, names in os.walk(base / "files"):
-        for name in names:
-            path = Path(folder, name)
-            if path.suffix.lower() in tables.SUFFIXES:
-                relative = path.relative_to(base).as_posix()
-                there.setdefault(relative.rpartition(".")[0], []).append(relative)
-    known = dict(zip(images["stem"], images["dicom_id"]))
-    for stem in known:
-        if stem not in there:
-            add("missing", stem)
+    own = mimic_cxr.find_own_csv(root, csv)
+    images, metadata = (_own_images(own, add), None) if own else _official_images(folders, add)
+    known = set(images["key"])
+    there = _find_images(base, known, official=own is None)
+    for key in images["key"][~images["key"].isin(there.keys())]:
+        add("missing", key)
     paths = []
-    for stem, found in sorted(there.items()):
-        if stem not in known:
+    for key, found in sorted(there.items()):
+        if key not in known:
             for path in found:
                 add("extra", path)
         paths += found
 
     sums, first, sizes = _checksums(base), {}, {}
-    tasks = ((base, path, sums.get(path)) for path in paths)
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        for path, (found, pixels, size) in zip(
-            paths, tqdm(pool.imap(_look, tasks, chunksize=8), total=len(paths), unit="image")
-        ):
-            for problem, detail in found:
-                add(problem, path, detail)
-            if pixels is not None and first.setdefault(pixels, path) != path:
-                add("duplicate pixels", path, first[pixels])
-            sizes[path] = size
+    tasks = [(base, path, sums.get(path)) for path in paths]
+    for path, (found, pixels, size) in zip(paths, in_processes(_look, tasks, workers)):
+        for problem, detail in found:
+            add(problem, path, detail)
+        if pixels is not None and first.setdefault(pixels, path) != path:
+            add("duplicate pixels", path, first[pixels])
+        sizes[path] = size
     if metadata is not None and {"Rows", "Columns"} <= set(metadata.columns):
         expected = metadata[["Rows", "Columns"]].apply(pd.to_numeric, errors="coerce")
         for path, size in sizes.items():
             name = Path(path).stem
             if size and name in expected.index and tuple(expected.loc[name]) != size:
                 add("other size than metadata", path, f"{size[0]} x {size[1]}, metadata {tuple(expected.loc[name])}")
-    return _write(rows, Path(output), images, metadata, len(paths), log)
+    return _write(problems, Path(output), images, metadata, len(paths), log)
 
 
-def _write(rows, output, images, metadata, count, log):
-    table = pd.DataFrame(rows, columns=["problem", "path", "detail"])
+def _write(problems, output, images, metadata, count, log):
+    table = pd.DataFrame(problems, columns=["problem", "path", "detail"])
     lines = [f"{len(images):,} rows, {count:,} image files"]
     lines += [f"{name:>10}  {n:,} images" for name, n in images["split"].value_counts().items()]
     if metadata is not None and "ViewPosition" in metadata:
@@ -210,10 +257,11 @@ def _write(rows, output, images, metadata, count, log):
         lines.append("views: " + ", ".join(f"{view} {n:,}" for view, n in views.items()))
     for problem, meaning in PROBLEMS.items():
         these = table[table["problem"] == problem]
-        if len(these):
-            example = these.iloc[0]
+        kinds = these["detail"].map(warning_kind) if problem == "odd header" else these["problem"]
+        for _, alike in these.groupby(kinds, sort=False):
+            example = alike.iloc[0]
             lines.append(
-                f"{len(these):>8,}  {problem}: {meaning}; first: {example['path']} {example['detail']}".rstrip()
+                f"{len(alike):>8,}  {problem}: {meaning}; first: {example['path']} {example['detail']}".rstrip()
             )
     lines.append("nothing is wrong" if table.empty else f"all of them in {output / 'audit.csv'}")
     output.mkdir(parents=True, exist_ok=True)

@@ -1,29 +1,114 @@
-"""Config -> datasets and loaders. A dataset is a file in this folder, found by DATA.DATASET."""
+"""Config -> datasets and loaders. What a dataset must be is said in :class:`Dataset`, and checked here."""
 
+import hashlib
 import os
 import random
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
 import builders
-from dataset.images import ImageError
+from dataset.images import ImageError, take_warnings, warning_kind
 from dataset.transforms import normalize
 from errors import UserError
 
 
-def build_dataset(config, split):
-    """The dataset of one split: items (image, target), `label_names`, `task`, `summary`, `rows()`."""
-    build = builders.find("dataset", config.DATA.DATASET, "DATA.DATASET")
+class Dataset(Protocol):
+    """One split, as a module with `build(config, *splits) -> one dataset a split` makes it (DATA.DATASET names it).
+
+    Items: (image uint8 tensor [1 or 3, S, S] with S = DATA.IMG_SIZE, target = targets[index]).
+    It may have more. `domain`, see `dataset.domain`: a model is then not tested on another one without a word;
+    `labels` [N, L] as in the label file (1, 0, -1 uncertain, NaN blank), by which a report tries other policies;
+    `descriptions()`, further columns of a table of predictions (view, path); `cohort`, see `tables.Table.cohort`,
+    what a report says of all splits.
+    """
+
+    task: str  # multilabel or single_label
+    label_names: tuple  # L texts, one a label or class
+    targets: np.ndarray  # multilabel: float32 [N, L] of 0 to 1, NaN = unknown; single_label: N class indices
+    summary: str  # for the log
+    warnings: list  # texts, logged as warnings
+
+    def __len__(self): ...
+
+    def __getitem__(self, index): ...
+
+    def ids(self):
+        """What identifies the images in tables of predictions: column name -> values [N]."""
+
+
+def _fault(dataset, config):
+    """What `dataset` lacks of :class:`Dataset`, in a few words; an empty text where it is complete."""
+    lacking = [name for name in (*Dataset.__annotations__, "ids", "__len__") if not hasattr(dataset, name)]
+    if lacking:
+        return f"has no {lacking[0]}"
+    if dataset.task not in ("multilabel", "single_label"):
+        return f"has the task {dataset.task!r}; it must be multilabel or single_label"
+    for texts in (dataset.label_names, dataset.warnings, [dataset.summary]):
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            return "must have lists of texts as label_names and warnings, and a text as summary"
+    count, labels, targets = len(dataset), len(dataset.label_names), np.asarray(dataset.targets)
+    if not count:
+        return "has no images"
+    for name, column in dataset.ids().items():
+        if len(column) != count:
+            return f"has {count} images, but ids() has {len(column)} values in {name}"
+    if dataset.task == "multilabel":
+        if targets.shape != (count, labels) or targets.dtype != np.float32:
+            return f"has targets {targets.dtype} {targets.shape}; expected float32 {(count, labels)}"
+        if ((targets < 0) | (targets > 1)).any():
+            return f"has targets from {np.nanmin(targets)} to {np.nanmax(targets)}; expected 0 to 1, or NaN = unknown"
+    elif targets.shape != (count,) or targets.dtype.kind not in "iu" or targets.min() < 0 or targets.max() >= labels:
+        return f"has targets {targets.dtype} {targets.shape}; expected {count} integers from 0 to {labels - 1}"
+    # With its own random numbers: those of the run must not depend on this look.
+    item = SeededDataset(dataset, config.SEED)[0, 0]
+    if isinstance(item, ImageError):
+        return ""  # what is to be done about it is the loader's business
+    image, target, _ = item
+    size = config.DATA.IMG_SIZE
+    if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.shape[1:] != (size, size):
+        form = f"{image.dtype} {tuple(image.shape)}" if torch.is_tensor(image) else type(image).__name__
+        return f"gives images that are {form}; expected torch.uint8 (1 or 3, {size}, {size}), before any normalisation"
+    if len(image) not in (1, 3):
+        return f"gives images of {len(image)} channels; expected 1 or 3"
+    if not np.array_equal(np.asarray(target), targets[0], equal_nan=targets.dtype.kind == "f"):
+        return f"gives item 0 the target {target}, but targets[0] is {targets[0]}"
+    return ""
+
+
+def build_datasets(config, *splits):
+    """One :class:`Dataset` for each of `splits`, over the same tables.
+
+    Raises:
+        UserError: no such dataset, faulty data, a dataset that is not complete, or another number of labels than the
+            model has.
+    """
+    name = config.DATA.DATASET
+    build = builders.find("dataset", name, "DATA.DATASET")
     if not config.DATA.DATA_PATH:
         raise UserError("DATA.DATA_PATH is empty; give the data folder with --data-path FOLDER")
-    dataset = build(config, split)
-    if len(dataset.label_names) != config.MODEL.NUM_CLASSES:
-        raise UserError(
-            f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but the data has {len(dataset.label_names)} labels"
-        )
-    return dataset
+    datasets = build(config, *splits)
+    if not isinstance(datasets, (list, tuple)) or len(datasets) != len(splits):
+        raise UserError(f"DATA.DATASET {name}: build(config, {', '.join(splits)}) must return a list of {len(splits)}")
+    for split, dataset in zip(splits, datasets):
+        if fault := _fault(dataset, config):
+            raise UserError(f"DATA.DATASET {name}: the {split} split {fault} (see dataset/build.py, Dataset)")
+        if dataset.label_names != datasets[0].label_names:
+            raise UserError(f"DATA.DATASET {name}: the splits {splits[0]} and {split} have different labels")
+    labels = len(datasets[0].label_names)
+    if labels != config.MODEL.NUM_CLASSES:
+        raise UserError(f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but the data has {labels} labels")
+    return datasets
+
+
+def fingerprint(dataset):
+    """A digest of the images and targets of a dataset, by which a resumed run knows them again."""
+    digest = hashlib.sha256(np.ascontiguousarray(dataset.targets))
+    for column in dataset.ids().values():
+        digest.update("\n".join(map(str, column)).encode())
+    return digest.hexdigest()
 
 
 class SeededDataset(torch.utils.data.Dataset):
@@ -58,10 +143,10 @@ class SeededDataset(torch.utils.data.Dataset):
 
 
 def _collate(items):
-    """(batch of the good items or None, errors of the others)."""
+    """(batch of the good items or None, errors of the others, warnings of this loading process)."""
     errors = [item for item in items if isinstance(item, ImageError)]
     good = [item for item in items if not isinstance(item, ImageError)]
-    return default_collate(good) if good else None, errors
+    return default_collate(good) if good else None, errors, take_warnings()
 
 
 class TrainSampler(torch.utils.data.Sampler):
@@ -89,24 +174,24 @@ class TrainSampler(torch.utils.data.Sampler):
 
 
 class EvalSampler(torch.utils.data.Sampler):
-    """Batches of (0, index): rank r sees rows r, r + world, r + 2 world, ..., each row once."""
+    """Batches of (0, index): rank r sees the images r, r + world, r + 2 world, ..., each once."""
 
     def __init__(self, length, *, batch_size, rank, world_size):
-        self.rows, self.batch_size = range(rank, length, world_size), batch_size
+        self.indices, self.batch_size = range(rank, length, world_size), batch_size
 
     def __len__(self):
-        return -(-len(self.rows) // self.batch_size)
+        return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self):
-        for start in range(0, len(self.rows), self.batch_size):
-            yield [(0, i) for i in self.rows[start : start + self.batch_size]]
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, i) for i in self.indices[start : start + self.batch_size]]
 
 
 class Loader(DataLoader):
-    """Batches on the device: images float32 [B, 3, S, S], normalised; targets; rows of the dataset [B].
+    """Batches on the device: images float32 [B, 3, S, S], normalised; targets; indices into the dataset [B].
 
-    An unreadable image is an error, or with DATA.ON_BAD_IMAGE skip a line of the log and a batch that
-    is smaller by it: no other image takes its place.
+    An unreadable image is an error. With DATA.ON_BAD_IMAGE skip it is named in the log and left out: no other image
+    takes its place, and the batch is smaller. What is odd about images that are read is said once a kind.
     """
 
     def __init__(self, config, dataset, sampler, device, log):
@@ -123,19 +208,24 @@ class Loader(DataLoader):
             generator=torch.Generator(),
         )
         self.device, self.log = device, log
+        self.said = set()
         self.skip_bad = config.DATA.ON_BAD_IMAGE == "skip"
         # On the device once: as lists they would cross, and be waited for, with every batch.
         self.mean, self.std = (torch.tensor(v, device=device) for v in (config.AUG.MEAN, config.AUG.STD))
 
     def __iter__(self):
-        for batch, errors in super().__iter__():
+        for batch, errors, odd in super().__iter__():
+            for _, text, name in odd:
+                if (kind := warning_kind(text)) not in self.said:
+                    self.said.add(kind)
+                    self.log.warning(f"{name}: {text}; said once, `prepare_mimic.py audit` counts such images")
             if errors and not (self.skip_bad and batch):
                 raise errors[0]
             for error in errors:
                 self.log.warning(f"skipped (DATA.ON_BAD_IMAGE): {error}")
-            images, targets, rows = batch
+            images, targets, indices = batch
             images, targets = (t.to(self.device, non_blocking=True) for t in (images, targets))
-            yield normalize(images, self.mean, self.std), targets, rows
+            yield normalize(images, self.mean, self.std), targets, indices
 
 
 def worker_count(config):

@@ -1,19 +1,26 @@
-"""DICOM file -> grey uint8 array [H, W] in which bright means dense, by one of two recipes. Runs without torch.
+"""DICOM file -> stored values -> grey uint8 [H, W], by one of two recipes (:mod:`dataset.display`). Runs without torch.
 
-Every fault is a ValueError, or whatever pydicom raises; `dataset.images.decode` names the file.
+pydicom parses the header and decodes frames; what it or its decoders would take on trust is looked at before.
+A fault of the file is whatever exception; :class:`dataset.codestreams.Unusable` where another copy would not mend it.
 """
 
 import io
+import logging
 import struct
+import warnings
 
 import numpy as np
-import pydicom
-from pydicom.encaps import get_frame
-from pydicom.filereader import read_dataset, read_preamble
-from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.encaps import encapsulate, generate_fragments
+from pydicom.filereader import read_dataset
+from pydicom.pixels import get_decoder
+from pydicom.tag import Tag
 from pydicom.uid import UID
 
-MAX_PIXELS = 100_000_000  # a chest X-ray has about 10 million; more is a broken header or a bomb
+from dataset.codestreams import MAX_PIXELS, Unusable, check_size, read_jpeg, read_jpeg2000  # noqa: F401
+from dataset.display import RECIPES, photometric
+
+# It repeats its warnings there, and a decoder's failure with a traceback.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 # Deflated files are refused: 261 kB of them can inflate to 268 MB.
 TRANSFER_SYNTAXES = {
@@ -30,136 +37,204 @@ TRANSFER_SYNTAXES = {
     "1.2.840.10008.1.2.4.91": "JPEG 2000",
     "1.2.840.10008.1.2.5": "RLE Lossless",
 }
+IMPLICIT, EXPLICIT, BIG_ENDIAN = list(TRANSFER_SYNTAXES)[:3]
+UNCOMPRESSED = (IMPLICIT, EXPLICIT, BIG_ENDIAN)
 
-
-def check_size(height, width):
-    if height < 1 or width < 1 or height * width > MAX_PIXELS:
-        raise ValueError(f"the header says {height} x {width} pixels; at most {MAX_PIXELS:,} are read")
-
-
-def _usable(dataset, index):
-    """Which VOI LUT or window to apply: number `index`, or else the first that is valid; None without one."""
-    if "VOILUTSequence" in dataset:
-        return index if index < len(dataset.VOILUTSequence) else 0
-    widths = np.atleast_1d(np.asarray(dataset.get("WindowWidth") or [], float))
-    centers = np.atleast_1d(np.asarray(dataset.get("WindowCenter") or [], float))
-    # PS3.3 C.11.2.1.2: a width is at least 1 (LINEAR), or above 0.
-    least = 1 if dataset.get("VOILUTFunction", "LINEAR") == "LINEAR" else np.finfo(float).tiny
-    valid = [k for k in range(min(len(widths), len(centers))) if widths[k] >= least]
-    return index if index in valid else next(iter(valid), None)
-
-
-def _look_up(grey, stored, low):
-    """grey[stored - low] for every pixel; what lies out of the table (padding) takes its ends."""
-    if low < 0:
-        stored = stored - np.int32(low)
-    else:
-        grey = np.concatenate([np.full(low, grey[0]), grey])
-    image = np.empty(stored.shape, np.uint8)
-    for k in range(0, len(stored), 16):  # a few rows at a time stay in the cache: half the time of grey[stored]
-        np.take(grey, stored[k : k + 16], out=image[k : k + 16], mode="clip")
-    return image
-
-
-def _window(stored, dataset, index):
-    """The display pipeline of DICOM (PS3.4, annex N): modality LUT or rescale, then VOI LUT or window.
-
-    The output range of the window or table becomes 0 to 255, so that a wide window stays wide;
-    without one, the image's own range does. Padding is left out of the range and becomes black.
-    """
-    seen, padding = stored, None
-    if dataset.get("PixelPaddingValue") is not None:
-        ends = dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit", dataset.PixelPaddingValue)
-        padding = (stored >= min(ends)) & (stored <= max(ends))
-        if padding.all():
-            raise ValueError("all pixels are padding")
-        seen = stored[~padding]
-    low, high = int(seen.min()), int(seen.max())
-    # Worked out once for each stored value, not for each pixel: a quarter of the time, in float64.
-    values = apply_modality_lut(np.arange(low, high + 1), dataset).astype(np.float64)
-    k = _usable(dataset, index)
-    if k is None:
-        ends = values.min(), values.max()
-    elif "VOILUTSequence" in dataset:
-        item = dataset.VOILUTSequence[k]
-        count, first = item.LUTDescriptor[0] or 65536, item.LUTDescriptor[1]
-        table = apply_voi_lut(np.arange(first, first + count, dtype=np.int32), dataset, k)
-        ends = int(table.min()), int(table.max())
-        # A table is looked up by whole numbers; rescaling makes floats.
-        values = apply_voi_lut(np.round(values).astype(np.int32), dataset, k).astype(np.float64)
-    else:
-        with np.errstate(over="ignore"):  # the lower end of a SIGMOID is 1 / exp(large)
-            ends = apply_voi_lut(np.array([-1e9, 1e9]), dataset, k)
-        values = apply_voi_lut(values, dataset, k)
-    span = max(ends[1] - ends[0], 1e-12)
-    grey = np.round((values - ends[0]) * (255 / span)).astype(np.uint8)
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        grey = 255 - grey
-    image = _look_up(grey, stored, low)
-    if padding is not None:
-        image[padding] = 0
-    return image
-
-
-def _mimic_jpg(stored, dataset, _index):
-    """How the JPG release of MIMIC-CXR was made: stored values to 0..255, inversion, histogram equalisation.
-
-    No rescale, no window, no padding: the release used none (MIMIC-CXR-JPG documentation; the
-    equalisation is OpenCV's equalizeHist).
-    """
-    low, high = int(stored.min()), int(stored.max())
-    levels = (np.arange(high - low + 1) / max(high - low, 1) * 255).astype(np.uint8)
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        levels = 255 - levels
-    grey = _look_up(levels, stored, low)
-    histogram = np.bincount(grey.ravel(), minlength=256)
-    lowest = histogram[np.flatnonzero(histogram)[0]]
-    if lowest == grey.size:
-        return grey
-    table = np.round((np.cumsum(histogram) - lowest) * (255 / (grey.size - lowest))).clip(0, 255).astype(np.uint8)
-    return table[grey]
-
-
-def _compressed_size(frame, syntax):
-    """(height, width) that a compressed frame says it has: a decoder makes room for that, whatever the DICOM says."""
-    if syntax.startswith("1.2.840.10008.1.2.4.9"):  # JPEG 2000 (ISO 15444-1, annex A): the marker SIZ
-        start = frame.index(b"\xff\x4f\xff\x51")
-        return tuple(reversed(struct.unpack_from(">II", frame, start + 8)))
-    position = 2  # JPEG (ISO 10918-1, annex B) and JPEG-LS: segments up to the start of frame
-    while True:
-        marker, length = struct.unpack_from(">xBH", frame, position)
-        if marker == 0xFF:  # a fill byte
-            position += 1
-        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return struct.unpack_from(">HH", frame, position + 5)
-        else:
-            position += 2 + length
-
-
-RECIPES = {"window": _window, "mimic_jpg": _mimic_jpg}
+PIXEL_DATA = 0x7FE00010
+# The elements that are read; the others are skipped.
+NAMES = """
+SamplesPerPixel PhotometricInterpretation NumberOfFrames Rows Columns BitsAllocated BitsStored HighBit
+PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit ModalityLUTSequence RescaleIntercept RescaleSlope
+VOILUTSequence WindowCenter WindowWidth VOILUTFunction
+"""
+HEADER = [Tag(name) for name in NAMES.split()]
+NEEDED = ("Rows", "Columns", "BitsAllocated", "BitsStored")
 
 
 def decode_dicom(data, recipe, window):
-    # The transfer syntax first: reading on would inflate a deflated file.
-    file = io.BytesIO(data)
-    read_preamble(file, force=False)
+    """Bytes of a DICOM file -> uint8 [H, W]; see :func:`dataset.images.decode` for the arguments."""
+    dataset, syntax, pixels = _read(data)
+    _check_kind(dataset)
+    return RECIPES[recipe](_stored_values(dataset, syntax, pixels), dataset, window)
+
+
+# ----------------------------------------------------------------------------------------------- the header
+class _File(io.BytesIO):
+    """Notes whether more was asked of it than it holds: a file that is cut short within its header."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self.size, self.cut = len(data), False
+
+    def read(self, size=-1):
+        data = super().read(size)
+        # Eight bytes are asked for after the last element, too, where none are.
+        self.cut |= len(data) < size and (size != 8 or data != b"" or self.tell() > self.size)
+        return data
+
+
+def begins_as_dicom(data):
+    """Whether a file is a DICOM: it says so, or it is a data set without preamble whose first elements make sense."""
+    if data[128:132] == b"DICM":
+        return True
+    position, last = 0, 0
+    for _ in range(3):
+        if len(data) < position + 12:
+            return False
+        group, element, vr, length = struct.unpack_from("<HH2sH", data, position)
+        start = position + 8
+        if not _is_vr(vr):
+            length = struct.unpack_from("<I", data, position + 4)[0]
+        elif vr in (b"OB", b"OW", b"SQ", b"UN", b"UT"):
+            start, length = position + 12, struct.unpack_from("<I", data, position + 8)[0]
+        tag = group << 16 | element
+        if tag <= last or not (last or group in (0x02, 0x08, 0x10, 0x18, 0x20, 0x28)):
+            return False
+        if length == 0xFFFFFFFF and last:  # a sequence
+            return True
+        if length % 2 or start + length > len(data):
+            return False
+        position, last = start + length, tag
+    return True
+
+
+def _is_vr(letters):
+    return letters.isalpha() and letters.isupper()
+
+
+def _read(data):
+    """(header, transfer syntax, (VR, length as written, bytes) of PixelData), once it is sure that all are there."""
+    file = _File(data)
+    file.seek(132 if data[128:132] == b"DICM" else 0)
+    try:
+        dataset, syntax, pixels = _parse(file)
+    except Exception as error:  # the end of the file can be met anywhere
+        if file.cut:
+            raise ValueError("cut short: the file ends within the header") from error
+        raise
+    if pixels is None and file.cut:
+        raise ValueError("cut short: the file ends within the header")
+    if pixels is None:  # so looks a file that is cut between two elements
+        raise Unusable("the DICOM has no PixelData: cut short, or not an image")
+    if missing := [name for name in NEEDED if dataset.get(name) in (None, "")]:
+        raise Unusable(f"the DICOM has no {' and no '.join(missing)}")
+    vr, length, start = pixels
+    return dataset, syntax, (vr, length, memoryview(data)[start : start + length])
+
+
+def _parse(file):
+    """(header, transfer syntax, (VR, length, position) of PixelData or None)."""
     meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
-    syntax = UID(meta.get("TransferSyntaxUID", ""))
-    if syntax not in TRANSFER_SYNTAXES:
-        raise ValueError(f"transfer syntax {syntax.name or 'missing'} is not supported")
-    dataset = pydicom.dcmread(io.BytesIO(data))
-    for tag in ("Rows", "Columns", "PixelData"):
-        if tag not in dataset:
-            raise ValueError(f"the DICOM has no {tag}")
+    syntax = UID(str(meta.get("TransferSyntaxUID") or ""))
+    if not syntax:
+        letters = file.getvalue()[file.tell() + 4 : file.tell() + 6]
+        syntax = UID(EXPLICIT if _is_vr(letters) else IMPLICIT)
+        warnings.warn(f"no transfer syntax: taken for {syntax.name}", stacklevel=2)
+    if syntax not in TRANSFER_SYNTAXES:  # before reading on, which would inflate a deflated file
+        raise Unusable(f"transfer syntax {syntax.name} is not supported")
+    pixels = None
+
+    def at_pixels(tag, vr, length):
+        nonlocal pixels
+        if tag == PIXEL_DATA:
+            pixels = vr, length, file.tell()
+        return tag >= PIXEL_DATA
+
+    order = syntax == IMPLICIT, syntax != BIG_ENDIAN
+    return read_dataset(file, *order, stop_when=at_pixels, specific_tags=HEADER), syntax, pixels
+
+
+def _integer(dataset, name, default):
+    value = dataset.get(name)
+    return default if value is None or value == "" else int(value)
+
+
+def _check_kind(dataset):
+    """Raises where the header describes something else than one grey image of whole numbers."""
     check_size(dataset.Rows, dataset.Columns)
-    if int(dataset.get("NumberOfFrames") or 1) != 1 or dataset.get("SamplesPerPixel", 1) != 1:
-        raise ValueError("the DICOM is not a single grey image")
-    photometric = dataset.get("PhotometricInterpretation")
-    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ValueError(f"PhotometricInterpretation is {photometric!r}; expected MONOCHROME1 or MONOCHROME2")
-    if syntax.startswith("1.2.840.10008.1.2.4."):
-        size = _compressed_size(get_frame(dataset.PixelData, 0, number_of_frames=1), syntax)
+    frames, samples = (_integer(dataset, name, 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
+    if frames > 1 or samples != 1:
+        raise Unusable(f"the DICOM is not a single grey image: {frames} frame(s), {samples} sample(s) a pixel")
+    kind = photometric(dataset)
+    if kind not in ("MONOCHROME1", "MONOCHROME2"):
+        raise Unusable(f"PhotometricInterpretation is {kind!r}; expected MONOCHROME1 or MONOCHROME2")
+    if dataset.BitsAllocated not in (1, 8, 16, 32) or not 1 <= dataset.BitsStored <= dataset.BitsAllocated:
+        raise Unusable(f"{dataset.BitsStored} of {dataset.BitsAllocated} bits a pixel; all of 1, 8, 16 or 32 are read")
+
+
+# ----------------------------------------------------------------------------------------------- the pixels
+def _stored_values(dataset, syntax, pixels):
+    """Integers [H, W], signed as the header says."""
+    if syntax in UNCOMPRESSED:
+        words, precision = _uncompressed(dataset, syntax, *pixels), dataset.BitsAllocated
+    else:
+        words, precision = _decompressed(dataset, syntax, *pixels)
+    words = words.view(f"{'i' if _integer(dataset, 'PixelRepresentation', 0) == 1 else 'u'}{words.itemsize}")
+    # PS3.5 8.1.1: the value lies in some bits of the word, up to HighBit; the others may hold anything.
+    bits = min(dataset.BitsStored, precision)
+    end = _integer(dataset, "HighBit", bits - 1) + 1
+    if precision == bits or not bits <= end <= precision:
+        end = bits
+    size = 8 * words.itemsize
+    least, most = (-(1 << bits - 1), (1 << bits - 1) - 1) if words.dtype.kind == "i" else (0, (1 << bits) - 1)
+    if end != bits or words.min() < least or words.max() > most:
+        words = (words << (size - end)) >> (size - bits)
+    return words
+
+
+def _uncompressed(dataset, syntax, vr, length, data):
+    """Words [H, W], unsigned."""
+    count, bits = dataset.Rows * dataset.Columns, dataset.BitsAllocated
+    needed = -(-count * bits // 8)
+    if length == 0xFFFFFFFF:
+        raise Unusable(f"the pixels are compressed, the transfer syntax says {syntax.name}")
+    if len(data) < needed:
+        what = f"{len(data):,} of {needed:,} bytes of pixels are there"
+        raise ValueError(f"cut short: {what}") if len(data) < length else Unusable(f"the header is wrong: {what}")
+    if bits == 1:
+        words = np.unpackbits(np.frombuffer(data, np.uint8, needed), count=count, bitorder="little")
+    elif bits == 8 and syntax == BIG_ENDIAN and vr == "OW":  # two in a word, the first in its lower half
+        words = np.frombuffer(data, ">u2", len(data) // 2).astype("<u2").view(np.uint8)[:count]
+    else:
+        order = ">" if syntax == BIG_ENDIAN else "<"
+        words = np.frombuffer(data, f"{order}u{bits // 8}", count).astype(f"u{bits // 8}", copy=False)
+    return words.reshape(dataset.Rows, dataset.Columns)
+
+
+def _decompressed(dataset, syntax, _vr, _length, data):
+    """(words [H, W] of 8, 16 or 32 bits, of how many of these the decoder makes use)."""
+    if bytes(data[:4]) != b"\xfe\xff\x00\xe0":
+        raise Unusable(f"the pixels are not compressed, the transfer syntax says {syntax.name}")
+    # One image: all fragments are of one frame, whatever the table of offsets before them says.
+    _, *fragments = generate_fragments(bytes(data))
+    frame = b"".join(fragments)
+    if not frame.strip(b"\0"):
+        raise ValueError("cut short: there are no compressed pixels")
+    bits, signed = dataset.BitsAllocated, False
+    if syntax != "1.2.840.10008.1.2.5":
+        read = read_jpeg2000 if syntax.startswith("1.2.840.10008.1.2.4.9") else read_jpeg
+        stream = read(frame)
+        size = stream.height, stream.width
         if size != (dataset.Rows, dataset.Columns):
             raise ValueError(f"the pixels are {size}, the header says {(dataset.Rows, dataset.Columns)}")
-    # Inverted once, by this tag alone: PresentationLUTShape only repeats it (PS3.3 C.8.11.3.1.2).
-    return RECIPES[recipe](dataset.pixel_array, dataset, window)
+        if stream.components != 1:
+            raise Unusable(f"the DICOM is not a single grey image: {stream.components} samples a pixel")
+        bits, signed = stream.precision, stream.signed
+    try:
+        words, _ = get_decoder(syntax).as_array(
+            encapsulate([frame], has_bot=False),
+            validate=False,
+            rows=dataset.Rows,
+            columns=dataset.Columns,
+            number_of_frames=1,
+            samples_per_pixel=1,
+            photometric_interpretation="MONOCHROME2",
+            bits_allocated=next(size for size in (8, 16, 32, 64) if bits <= size),
+            bits_stored=bits,
+            pixel_representation=int(signed),
+            correct_unused_bits=False,
+        )
+    except RuntimeError as error:  # a line for each decoder that was tried, after the first
+        reason = str(error).splitlines()[1:2] or [str(error)]
+        raise ValueError(f"the compressed pixels are damaged or cut short: {reason[0].strip()}") from error
+    return words, bits

@@ -7,6 +7,7 @@ import torchvision_shim  # noqa: F401
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
+from config import KNOBS
 from dataset.images import ImageError
 from dataset.transforms import photo_transform
 from errors import UserError
@@ -36,13 +37,18 @@ class ImageNetDataset(ImageFolder):
         except FileNotFoundError as error:  # no class folders, or an empty one
             raise UserError(str(error)) from error
         self.label_names = tuple(self.classes)
-        self.summary = f"{split}: {len(self):,} images in {len(self.classes):,} classes"
+        self.summary, self.warnings = f"{split}: {len(self):,} images in {len(self.classes):,} classes", []
 
-    def rows(self):
-        """Identifiers of the images for tables of predictions: column name -> values [N]."""
+    def ids(self):
+        """What identifies the images in tables of predictions: column name -> values [N]."""
         return {"path": [str(Path(path).relative_to(self.root)) for path, _ in self.samples]}
 
 
-def build(config, split):
-    """The split of the dataset that `config` describes, with augmentation for train."""
-    return ImageNetDataset(config.DATA.DATA_PATH, split, photo_transform(config, train=split == "train"))
+def build(config, *splits):
+    """The datasets of `splits` that `config` describes, with augmentation for train."""
+    datasets = [ImageNetDataset(config.DATA.DATA_PATH, s, photo_transform(config, train=s == "train")) for s in splits]
+    jitter = config.AUG.COLOR_JITTER
+    if "train" in splits and config.AUG.AUTO_AUGMENT and jitter not in (0, KNOBS["AUG.COLOR_JITTER"].default):
+        text = f"AUG.COLOR_JITTER {jitter} has no effect beside AUG.AUTO_AUGMENT {config.AUG.AUTO_AUGMENT!r}"
+        datasets[splits.index("train")].warnings.append(text)
+    return datasets

@@ -1,10 +1,8 @@
-"""The 14 CheXpert labels and what becomes of uncertain and missing ones. Knows only NumPy."""
-
-import difflib
+"""The 14 CheXpert labels, and what uncertain and missing ones become. Needs only NumPy."""
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, did_you_mean
 
 # The order of the MIMIC-CXR label files; targets, logits and tables all follow it.
 LABELS = (
@@ -24,9 +22,11 @@ LABELS = (
     "Support Devices",
 )
 
+BLANK = ("", "nan", "na", "n/a", "null", "none")  # how a value that is not there may be written
+
 # What a policy makes of a label that is not a plain 0 or 1: (-1, not mentioned) -> target. NaN: unknown,
 # masked in loss and metrics. smooth: means of the ranges .55 to .85 and 0 to .3 of Pham et al. 2021
-# ("Interpreting chest X-rays via CNNs ..."); cross-entropy is linear in its target, so the mean does for draws.
+# ("Interpreting chest X-rays via CNNs ..."): cross-entropy is linear in its target, so the mean of the range does.
 POLICIES = {"zeros": (0.0, 0.0), "ones": (1.0, 1.0), "ignore": (np.nan, np.nan), "smooth": (0.7, 0.15)}
 
 
@@ -39,8 +39,7 @@ def by_label(policy, label_names, key):
     given = policy if isinstance(policy, dict) else {"default": policy}
     for name, choice in given.items():
         if name != "default" and name not in label_names:
-            near = difflib.get_close_matches(str(name), label_names, 1, cutoff=0.3)
-            raise UserError(f"{key} names the label {name!r}, which is not there" + (f"; {near[0]}?" if near else ""))
+            raise UserError(f"{key} names the label {name!r}, which is not there{did_you_mean(name, label_names)}")
         if choice not in POLICIES:
             raise UserError(f"{key} is {choice!r}; choose one of {', '.join(POLICIES)}")
     return [given.get(name, given.get("default", "zeros")) for name in label_names]
@@ -52,7 +51,7 @@ def apply_policy(raw, label_names, *, uncertain="zeros", missing="zeros", soft=T
     Args:
         raw: [N, L] of 1 (positive), 0 (negative), -1 (uncertain) and NaN (not mentioned).
         uncertain, missing: for -1 and for NaN, see :func:`by_label`.
-        soft: False for validation and test, where a smooth target is no truth to measure by: it is unknown.
+        soft: False for validation and test: nothing can be measured by a smooth target, so it counts as unknown.
 
     Returns:
         [N, L] float32 of 0, 1, NaN and, where soft, values between.

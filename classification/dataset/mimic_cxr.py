@@ -1,118 +1,264 @@
-"""MIMIC-CXR as a dataset for multi-label classification (DATA.DATASET mimic_cxr)."""
+"""MIMIC-CXR (DATA.DATASET mimic_cxr): its official CSV files, or one of the user's own, as a table and as a dataset.
 
-import torch
-from PIL import Image
+The formats are those of MIMIC-CXR-JPG 2.1.0 (physionet.org): `-split` has one row an image, `-chexpert` one row a
+study with 1.0, 0.0, -1.0 or nothing per label. Columns are read by name: their order differs between releases.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 from dataset import tables
-from dataset.images import decode
-from dataset.labels import LABELS, apply_policy
-from dataset.stores import FileStore, MemoryStore, ZipStore
-from dataset.transforms import radiograph_transform, resized_side
+from dataset.images import ENDINGS, SUFFIXES
+from dataset.labels import LABELS
+from dataset.stores import ZipStore
+from dataset.tables import SPLITS, Table
+from dataset.xrays import RadiographDataset, build_radiographs
 from errors import UserError
 
+RADIOLOGIST = "test-set-labeled"  # mimic-cxr-2.1.0-test-set-labeled.csv: read from the reports by a radiologist
 
-class MIMICCXRDataset(torch.utils.data.Dataset):
+
+def find_folders(root):
+    """(folder holding `files/`, folders in which the CSVs may lie); root is a release or its `files/`."""
+    root = Path(root).expanduser().absolute()
+    if not root.is_dir():
+        raise UserError(f"data path {root} is not a folder; give the release folder with --data-path")
+    base = root.parent if root.name == "files" else root
+    return base, list(dict.fromkeys((root, base, base / "files", base.parent)))
+
+
+def find_csv(folders, kind):
+    """Path of the official table of a kind (split, chexpert, ...), or None."""
+    for folder in folders:
+        for pattern in (f"mimic-cxr-*-{kind}.csv", f"mimic-cxr-*-{kind}.csv.gz"):
+            for path in sorted(folder.glob(pattern)):
+                return path
+    return None
+
+
+def needed_csv(folders, kind):
+    """Path of the official table of a kind; a UserError where it is not there."""
+    path = find_csv(folders, kind)
+    if path is None:
+        raise UserError(
+            f"no mimic-cxr-*-{kind}.csv or .csv.gz in {', '.join(map(str, folders))}; download it from PhysioNet "
+            "into the data folder, or name a CSV of your own with DATA.CSV"
+        )
+    return path
+
+
+def image_stems(images):
+    """Paths of the official layout without their suffixes, from the columns of the split file."""
+    subject, study = images["subject_id"].astype(str), images["study_id"].astype(str)
+    return "files/p" + subject.str[:2] + "/p" + subject + "/s" + study + "/" + images["dicom_id"]
+
+
+def _find_suffix(stems, base, suffixes, allow_missing):
+    """That of `suffixes` which the tree's images have: the release holds either JPG or DICOM.
+
+    An even sample is looked for; where images may be missing and none of these is there, all are.
+    """
+    probes = stems[np.linspace(0, len(stems) - 1, min(len(stems), 20)).astype(int)]
+
+    def there(stems):
+        return [s for s in suffixes if any((base / (stem + s)).is_file() for stem in stems)]
+
+    hits = there(probes) or (there(stems) if allow_missing else [])
+    if not hits:
+        raise UserError(
+            f"no image found: looked for {base / probes[0]} with {', '.join(s or 'no suffix' for s in suffixes)} "
+            f"(and {len(stems if allow_missing else probes) - 1} others); --data-path must be the folder that holds "
+            "files/" + ("" if allow_missing else ", and a part of the images needs DATA.ALLOW_MISSING True")
+        )
+    if len(hits) > 1:
+        raise UserError(
+            f"{base / 'files'} holds both {' and '.join(hits)} images; "
+            f"say which to read: DATA.IMAGE_FORMAT {' or '.join(s[1:].lower() for s in hits)}"
+        )
+    return hits[0]
+
+
+def _read_images(path):
+    """The split file: dicom_id, study_id, subject_id (integers), split (index)."""
+    images = tables.read_csv(path, ("dicom_id", "study_id", "subject_id", "split"))
+    for column in ("subject_id", "study_id"):
+        images[column] = tables.integer_ids(images, column, path)
+    images["dicom_id"] = tables.names(images, "dicom_id", path)
+    tables.no_duplicates(images["dicom_id"], "image", path)
+    return images.assign(split=tables.split_indices(images, path))
+
+
+def _read_labels(path, label_names, studies, no_finding_clears):
+    """(labels [N, L], whether there is a row) of the N `studies`, from a file with one row a study."""
+    frame = tables.read_csv(path, ("study_id",))
+    if "Lung Opacity" not in frame:  # the radiologist's file has an older name for it
+        frame = frame.rename(columns={"Airspace Opacity": "Lung Opacity"})
+    values = tables.label_values(frame, label_names, path, no_finding_clears)
+    ids = tables.integer_ids(frame, "study_id", path)
+    tables.no_duplicates(ids, "study", path)
+    row = pd.Index(ids).get_indexer(studies)
+    return values[row], row >= 0
+
+
+def official_table(
+    base, folders, *, labeler, test_labeler, label_names, no_finding_clears, image_format, allow_missing, in_zip
+):
+    """The table of the official files; arguments as :func:`load_table`'s."""
+    files = {"split": needed_csv(folders, "split")}
+    images = _read_images(files["split"])
+    labels, reasons = np.empty((len(images), 0), np.float32), np.full(len(images), "", object)
+    if labeler:
+        files["labels"] = needed_csv(folders, labeler)
+        labels, read = _read_labels(files["labels"], label_names, images["study_id"], no_finding_clears)
+        reasons[~read] = "study without a label row"
+    if test_labeler == "radiologist":
+        files["test"] = needed_csv(folders, RADIOLOGIST)
+        test = images["split"].to_numpy() == SPLITS.index("test")
+        studies = images["study_id"][test]
+        labels[test], read = _read_labels(files["test"], label_names, studies, no_finding_clears)
+        reasons[test] = np.where(read, "", "test study that the radiologist has not labelled")
+    kept = reasons == ""
+    if not kept.any():
+        raise UserError(f"{files['labels']}: none of the studies of {files['split']} has a row here")
+    images = images[kept]
+    stems = image_stems(images).to_numpy(dtype=object)
+    if in_zip:  # the shards hold the small JPG copy
+        suffix = ".jpg" if image_format == "auto" else "." + image_format
+    elif image_format == "auto":
+        suffix = _find_suffix(stems, base, SUFFIXES, allow_missing)
+    else:
+        endings = ENDINGS[image_format]
+        suffix = _find_suffix(stems, base, [s for s in SUFFIXES if s.lower() in endings], allow_missing)
+    return Table(
+        root=base,
+        sources=tuple(files.values()),
+        label_names=tuple(label_names),
+        path=tables.to_bytes(stem + suffix for stem in stems),
+        dicom_id=tables.to_bytes(images["dicom_id"]),
+        study=tables.to_bytes(images["study_id"].astype(str)),
+        subject=tables.to_bytes(images["subject_id"].astype(str)),
+        split=images["split"].to_numpy(),
+        labels=labels[kept],
+        store=ZipStore(base) if in_zip else None,
+        left_out=dict(pd.Series(reasons[~kept]).value_counts()),
+    )
+
+
+def find_own_csv(root, csv=""):
+    """Path of the user's own table: the one named, or in a folder without official files the only one; else None."""
+    base, folders = find_folders(root)
+    if csv:
+        path = base / Path(csv).expanduser()
+        if not path.is_file():
+            raise UserError(f"DATA.CSV: {path} does not exist")
+        return path
+    if find_csv(folders, "split") is not None:
+        return None
+    headers, found = tables.find_own_tables(folders[0])
+    if len(found) > 1:
+        several = ", ".join(path.name for path in found)
+        raise UserError(f"{folders[0]} holds several tables with a path column ({several}); choose one with DATA.CSV")
+    if not found and headers:
+        there = "; ".join(f"{path.name} has {', '.join(columns)}" for path, columns in headers.items())
+        raise UserError(
+            f"no mimic-cxr-*-split.csv or .csv.gz in {', '.join(map(str, folders))}, and no other table there has a "
+            f"column path ({there})"
+        )
+    return found[0] if found else None
+
+
+def load_table(
+    root,
+    *,
+    csv="",
+    labeler="chexpert",
+    test_labeler="same",
+    views="all",
+    label_names=None,
+    no_finding_clears=False,
+    image_format="auto",
+    allow_missing=False,
+    in_zip=False,
+):
+    """The table of all images under `root`, checked.
+
+    Args:
+        root: the release folder, or its `files/`. The CSVs lie there, beside or above `files/`.
+        csv: instead of the official files, one of the user's own, see :func:`dataset.tables.own_table`.
+        labeler: chexpert or negbio; empty: no labels.
+        test_labeler: same, or radiologist: the labels of the test split from `mimic-cxr-*-test-set-labeled.csv`.
+        views: all, or a key of :data:`dataset.views.VIEWS`.
+        label_names: columns to read; None: the 14 of CheXpert, or what a table of the user's own has instead.
+        no_finding_clears: where No Finding is 1, a blank label is 0, but for Support Devices.
+        image_format: auto, jpg, dcm or png (official layout only).
+        allow_missing: leave out images that are not there instead of an error.
+        in_zip: images lie in zip files (see `dataset.stores.ZipStore`), not in `files/`.
+
+    Raises:
+        UserError: names the file, column or value.
+    """
+    base, folders = find_folders(root)
+    own = find_own_csv(root, csv)
+    if own is None:
+        table = official_table(
+            base,
+            folders,
+            labeler=labeler,
+            test_labeler=test_labeler,
+            label_names=LABELS if label_names is None else label_names,
+            no_finding_clears=no_finding_clears,
+            image_format=image_format,
+            allow_missing=allow_missing,
+            in_zip=in_zip,
+        )
+    elif test_labeler != "same":
+        raise UserError(f"DATA.TEST_LABELER {test_labeler} belongs to the official tables, not to {own}")
+    else:
+        table = tables.own_table(base, own, label_names if labeler else (), no_finding_clears)
+        table.store = ZipStore(base) if in_zip else table.store
+    if own:
+        known = views != "all" or "ViewPosition" in tables.read_csv(own, (), rows=False)
+        metadata, key = own if known else None, "path"
+    else:
+        metadata = needed_csv(folders, "metadata") if views != "all" else find_csv(folders, "metadata")
+        key = "dicom_id"
+    if metadata:
+        table = tables.with_views(table, metadata, key)
+    if views != "all":
+        table = tables.select_views(table, views, metadata)
+    return tables.check_table(table, allow_missing)
+
+
+class MIMICCXRDataset(RadiographDataset):
     """One split of MIMIC-CXR, or of a table of the user's own; item = (image, target).
 
     Args:
-        root: the release folder or its `files/`, see :func:`dataset.tables.load_table`.
-        split: train, validate (or val) or test.
-        transform: PIL image -> anything; None returns the PIL image.
-        mode: of that image, RGB (the grey values three times) or L (grey, a third of the work).
-        uncertain, missing: policy for -1 and for blank labels, or one by label, see :mod:`dataset.labels`.
-        in_zip: read the images from `root/*.zip`.
-        on_memory: read all of them now, see :class:`dataset.stores.MemoryStore`.
-        dicom_recipe, dicom_window, shrink_to: how a file becomes grey, see :func:`dataset.images.decode`.
-        table: further arguments of :func:`dataset.tables.load_table`.
-
-    Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
-
-    Raises:
-        UserError: at construction, for anything wrong with folders, tables or the split;
-        ImageError: from an item, naming the file.
+        root: the release folder or its `files/`.
+        split, transform: see :class:`dataset.xrays.RadiographDataset`, also for further keywords.
+        uncertain, missing: policy for -1 and for blank labels, see :func:`dataset.labels.apply_policy`.
+        keywords: also those of :func:`load_table`.
     """
 
-    task = "multilabel"
-
-    def __init__(
-        self,
-        root,
-        split,
-        transform=None,
-        *,
-        mode="RGB",
-        uncertain="zeros",
-        missing="zeros",
-        in_zip=False,
-        on_memory=False,
-        dicom_recipe="window",
-        dicom_window=0,
-        shrink_to=0,
-        **table,
-    ):
-        whole = tables.load_table(root, in_zip=in_zip, **table)
-        self.store = ZipStore(whole.root) if in_zip else FileStore(whole.root)
-        if in_zip:
-            self.store.check(whole.path)
-        rows = whole.split == tables.split_index(split)
-        if not rows.any():
-            raise UserError(f"{root}: the split {split!r} has no image")
-        self.table = whole.select(rows)
-        if on_memory:
-            self.store = MemoryStore(self.store, self.table.path)
-        self.label_names = whole.label_names
-        targets = apply_policy(whole.labels, whole.label_names, uncertain=uncertain, missing=missing)
-        soft = split == "train"
-        self.targets = apply_policy(
-            self.table.labels, whole.label_names, uncertain=uncertain, missing=missing, soft=soft
-        )
-        self.transform, self.mode = transform, mode
-        self.decoding = {"recipe": dicom_recipe, "window": dicom_window, "shrink_to": shrink_to}
-        self.summary = tables.summary(whole, targets)
-
-    def __len__(self):
-        return len(self.table)
-
-    def __getitem__(self, index):
-        path = self.table.path[index].decode()
-        grey = decode(self.store.read(path), str(self.store.root / path), **self.decoding)
-        image = Image.fromarray(grey).convert(self.mode)
-        if self.transform is not None:
-            image = self.transform(image)
-        return image, torch.from_numpy(self.targets[index])
-
-    def rows(self):
-        """Identifiers of the images for tables of predictions: column name -> values [N]."""
-        return {
-            "dicom_id": [d.decode() for d in self.table.dicom_id],
-            "study_id": self.table.study,
-            "subject_id": self.table.subject,
-        }
+    def __init__(self, root, split, transform=None, *, uncertain="zeros", missing="zeros", **keywords):
+        reading = {name: keywords.pop(name) for name in load_table.__kwdefaults__ if name in keywords}
+        super().__init__(load_table(root, **reading).with_targets(uncertain, missing), split, transform, **keywords)
 
 
-def build(config, split):
-    """The split of the dataset that `config` describes, with augmentation for train."""
+def build(config, *splits):
+    """The datasets of `splits` that `config` describes, over one table."""
     d = config.DATA
-    dataset = MIMICCXRDataset(
+    table = load_table(
         d.DATA_PATH,
-        split,
-        radiograph_transform(config, train=split == "train"),
-        mode="L",
-        uncertain=d.UNCERTAIN,
-        missing=d.MISSING,
-        in_zip=d.ZIP_MODE,
-        on_memory=d.IMG_ON_MEMORY,
-        dicom_recipe=d.DICOM_RECIPE,
-        dicom_window=d.DICOM_WINDOW,
-        shrink_to=2 * resized_side(config),  # so that the resizing after it still has four pixels for each of its own
         csv=d.CSV,
         labeler=d.LABELER,
         test_labeler=d.TEST_LABELER,
         views=d.VIEWS,
-        label_names=tuple(d.LABELS) or LABELS,
+        label_names=tuple(d.LABELS) or None,
+        no_finding_clears=d.NO_FINDING_CLEARS,
         image_format=d.IMAGE_FORMAT,
         allow_missing=d.ALLOW_MISSING,
+        in_zip=d.ZIP_MODE,
     )
-    if split == "train" and config.AUG.HFLIP > 0:
-        dataset.summary += "\nwarning: AUG.HFLIP mirrors X-rays; the heart then lies on either side"
-    return dataset
+    return build_radiographs(config, table, splits)

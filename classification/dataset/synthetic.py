@@ -12,13 +12,16 @@ comes about is told in `dataset.synthetic_drawing`.
 """
 
 import argparse
+import functools
 import gzip
 import json
+import multiprocessing
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -269,29 +272,37 @@ def _write_marker(root, content):
     os.replace(root / (MARKER + ".part"), root / MARKER)  # there as a whole or not at all
 
 
+def _write_image(pair, *, root, size, image_format, seed):
+    """Draws and writes one image of an (image, study) pair; returns its shape."""
+    image, study = pair
+    anatomy = random_anatomy(np.random.default_rng([seed, image.subject_id]))
+    picture = render(study.signs, image.view, anatomy, study.study_seed, image.image_seed, size)
+    folder = root / "files" / f"p{str(image.subject_id)[:2]}" / f"p{image.subject_id}" / f"s{image.study_id}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (image.dicom_id + SUFFIX[image_format])
+    if image_format == "jpg":
+        Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)).save(path, quality=95)
+    else:
+        _save_dicom(path, picture, image, study)
+    return picture.shape
+
+
 def _write_images(root, images, studies, size, image_format, seed, progress):
-    """Draws and writes all images; returns their shapes (rows, columns)."""
-    of_study = {study.study_id: study for study in studies.itertuples()}
+    """Draws and writes all images, on all processors; returns their shapes (rows, columns)."""
+    of_study = {study["study_id"]: SimpleNamespace(**study) for study in studies.to_dict("records")}
+    pairs = [(SimpleNamespace(**image), of_study[image["study_id"]]) for image in images.to_dict("records")]
+    write = functools.partial(_write_image, root=root, size=size, image_format=image_format, seed=seed)
     shapes, start, last, live = [], time.perf_counter(), 0, sys.stdout.isatty()
-    for image in images.itertuples():
-        study = of_study[image.study_id]
-        anatomy = random_anatomy(np.random.default_rng([seed, image.subject_id]))
-        picture = render(study.signs, image.view, anatomy, study.study_seed, image.image_seed, size)
-        folder = root / "files" / f"p{str(image.subject_id)[:2]}" / f"p{image.subject_id}" / f"s{image.study_id}"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / (image.dicom_id + SUFFIX[image_format])
-        if image_format == "jpg":
-            Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)).save(path, quality=95)
-        else:
-            _save_dicom(path, picture, image, study)
-        shapes.append(picture.shape)
-        percent = 100 * len(shapes) // len(images)
-        step = 1 if live else 10
-        if progress and percent // step > last // step:
-            rate = len(shapes) / (time.perf_counter() - start)
-            text = f"synthetic images {percent:3d} % ({len(shapes)} of {len(images)}, {rate:.0f} images/s)"
-            print("\r" + text if live else text, end="" if live and percent < 100 else "\n", flush=True)
-            last = percent
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        for shape in pool.imap(write, pairs, chunksize=4):
+            shapes.append(shape)
+            percent = 100 * len(shapes) // len(images)
+            step = 1 if live else 10
+            if progress and percent // step > last // step:
+                rate = len(shapes) / (time.perf_counter() - start)
+                text = f"synthetic images {percent:3d} % ({len(shapes)} of {len(images)}, {rate:.0f} images/s)"
+                print("\r" + text if live else text, end="" if live and percent < 100 else "\n", flush=True)
+                last = percent
     return shapes
 
 

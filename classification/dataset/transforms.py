@@ -20,17 +20,16 @@ def normalize(images, mean, std):
 
 
 class Erasing:
-    """timm's random erasing (AUG.REPROB, REMODE, RECOUNT) for a uint8 image; its noise has AUG.MEAN and AUG.STD."""
+    """timm's random erasing (AUG.REPROB, REMODE, RECOUNT) of a uint8 image; its noise has AUG.MEAN and AUG.STD."""
 
     def __init__(self, aug):
         self.erase = RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device="cpu")
         self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (aug.MEAN, aug.STD))
 
     def __call__(self, image):
-        channels = len(image)
-        mean, std = (v.mean(0, keepdim=True) if channels == 1 else v for v in (self.mean, self.std))
-        erased = self.erase((image.float() / 255 - mean) / std)
-        return ((erased * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        mean, std = (v.mean(0, keepdim=True) if len(image) == 1 else v for v in (self.mean, self.std))
+        noise = self.erase(torch.full(image.shape, torch.nan))  # NaN where nothing is erased
+        return torch.where(noise.isnan(), image, ((noise * std + mean) * 255).round().clamp(0, 255).to(torch.uint8))
 
 
 class RandomGamma:
@@ -43,9 +42,9 @@ class RandomGamma:
         return v2.functional.adjust_gamma(image, float(((torch.rand(()) * 2 - 1) * self.bound).exp()))
 
 
-def resized_side(config):
-    """Side in pixels to which an X-ray is resized before it is cropped."""
-    return int(config.DATA.IMG_SIZE * 8 / 7)
+def resized_side(size):
+    """Side in pixels to which an image is resized before a crop of `size` is taken."""
+    return int(size * 8 / 7)
 
 
 def _whole(side, interpolation, how):
@@ -56,35 +55,64 @@ def _whole(side, interpolation, how):
 
 
 def _middle(size, interpolation):
-    return [v2.Resize(int(size * 8 / 7), interpolation), v2.CenterCrop(size)]
+    return [v2.Resize(resized_side(size), interpolation), v2.CenterCrop(size)]
+
+
+def _affine(config):
+    aug, bilinear = config.AUG, v2.InterpolationMode.BILINEAR
+    if aug.ROTATION > 0 or aug.SHIFT > 0:
+        return v2.RandomAffine(aug.ROTATION, translate=(aug.SHIFT, aug.SHIFT), interpolation=bilinear)
+
+
+def _crop(config):
+    # The heart's relative width is itself a sign, hence the narrow range of ratios.
+    scale, interpolation = tuple(config.AUG.CROP_SCALE), INTERPOLATION[config.DATA.INTERPOLATION]
+    return v2.RandomResizedCrop(config.DATA.IMG_SIZE, scale=scale, ratio=(0.9, 1.1), interpolation=interpolation)
+
+
+def _jitter(config):
+    if (strength := config.AUG.COLOR_JITTER) > 0:
+        return v2.ColorJitter(brightness=strength, contrast=strength)
+
+
+# The augmentations of X-rays in the order in which they act: config -> step, uint8 tensor [1 or 3, H, W] -> the same,
+# or None where it is off. To add one, write its row.
+RADIOGRAPH_AUGMENTATIONS = [
+    _affine,
+    _crop,
+    lambda config: v2.RandomHorizontalFlip(config.AUG.HFLIP) if config.AUG.HFLIP > 0 else None,
+    _jitter,
+    lambda config: RandomGamma(config.AUG.GAMMA) if config.AUG.GAMMA > 0 else None,
+    lambda config: Erasing(config.AUG) if config.AUG.REPROB > 0 else None,
+]
 
 
 def radiograph_transform(config, train):
-    """For X-rays, grey or RGB: crop, rotation and shift, flip, brightness, contrast and gamma, random erasing.
+    """For X-rays, grey or RGB: resized as a whole, for training with RADIOGRAPH_AUGMENTATIONS.
 
     A tensor from the start: torch resizes uint8 twice as fast as Pillow, to within one grey level of it.
     """
-    aug, size, interpolation = config.AUG, config.DATA.IMG_SIZE, INTERPOLATION[config.DATA.INTERPOLATION]
+    size, interpolation = config.DATA.IMG_SIZE, INTERPOLATION[config.DATA.INTERPOLATION]
+    # A square first, for training and test alike: crops of the original would have other proportions.
+    side = resized_side(size) if train or config.TEST.CROP else size
+    steps = [v2.PILToTensor(), *_whole(side, interpolation, config.DATA.RESIZE)]
     if not train:
-        steps = _middle(size, interpolation) if config.TEST.CROP else _whole(size, interpolation, config.DATA.RESIZE)
-        return v2.Compose([v2.PILToTensor(), *steps])
-    # A square first, as at test time: crops of the original would train on other proportions,
-    # and the heart's relative width is itself a sign. Hence the narrow range of ratios, too.
-    steps = [v2.PILToTensor(), *_whole(resized_side(config), interpolation, config.DATA.RESIZE)]
-    if aug.ROTATION > 0 or aug.SHIFT > 0:
-        bilinear = v2.InterpolationMode.BILINEAR
-        steps.append(v2.RandomAffine(aug.ROTATION, translate=(aug.SHIFT, aug.SHIFT), interpolation=bilinear))
-    scale = tuple(aug.CROP_SCALE)
-    steps.append(v2.RandomResizedCrop(size, scale=scale, ratio=(0.9, 1.1), interpolation=interpolation))
-    if aug.HFLIP > 0:
-        steps.append(v2.RandomHorizontalFlip(aug.HFLIP))
-    if aug.COLOR_JITTER > 0:
-        steps.append(v2.ColorJitter(brightness=aug.COLOR_JITTER, contrast=aug.COLOR_JITTER))
-    if aug.GAMMA > 0:
-        steps.append(RandomGamma(aug.GAMMA))
-    if aug.REPROB > 0:
-        steps.append(Erasing(aug))
-    return v2.Compose(steps)
+        return v2.Compose([*steps, v2.CenterCrop(size)])
+    return v2.Compose([*steps, *filter(None, (augmentation(config) for augmentation in RADIOGRAPH_AUGMENTATIONS))])
+
+
+def placement(config, height, width):
+    """What part of an X-ray of so many pixels the model sees, without augmentation: left, top, right, bottom.
+
+    In pixels of the X-ray; beyond its border where `DATA.RESIZE pad` puts black.
+    """
+    size = config.DATA.IMG_SIZE
+    part = size / resized_side(size) if config.TEST.CROP else 1
+    if config.DATA.RESIZE == "squeeze":
+        across, down = part * width, part * height
+    else:
+        across = down = part * max(height, width)
+    return (width - across) / 2, (height - down) / 2, (width + across) / 2, (height + down) / 2
 
 
 def photo_transform(config, train):

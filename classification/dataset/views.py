@@ -1,8 +1,10 @@
-"""From which side an X-ray was taken, told from the columns of the metadata file. Knows only pandas."""
+"""From which side an X-ray was taken, by the columns of the metadata file. Needs only pandas."""
 
 import numpy as np
 
-# DATA.VIEWS -> the views it keeps. Rare positions (axial, oblique, decubitus) and what cannot be told belong to none.
+from dataset.labels import BLANK
+
+# DATA.VIEWS -> the views it keeps. Rare positions (axial, oblique, decubitus) and unknown ones are in none.
 VIEWS = {"frontal": ("AP", "PA"), "AP": ("AP",), "PA": ("PA",), "lateral": ("lateral",)}
 
 _POSITIONS = {"AP": "AP", "PA": "PA", "LATERAL": "lateral", "LL": "lateral"}
@@ -20,16 +22,17 @@ TEXT_COLUMNS = (
 
 
 def find_views(frame):
-    """View of each row: AP, PA, lateral, other, or an empty text where nothing tells.
+    """View of each row: AP, PA, lateral, other, or an empty text where it is unknown.
 
     `ViewPosition` decides. Where it is blank (15,769 images of MIMIC-CXR), the first of TEXT_COLUMNS that
-    names exactly one view does: "CHEST (PORTABLE AP)" is AP, "CHEST (PA AND LAT)" tells nothing of one image.
+    names exactly one view does: "CHEST (PORTABLE AP)" is AP, "CHEST (PA AND LAT)" does not say which of the two.
     """
-    position = frame["ViewPosition"].astype("string").str.strip().str.upper()
-    views = np.array([_POSITIONS.get(p, "other") if p else "" for p in position.fillna("")], dtype=object)
+    known = {text: _POSITIONS.get(text.strip().upper(), "other") for text in frame["ViewPosition"].unique()}
+    known |= {text: "" for text in known if text.strip().lower() in BLANK}
+    views = np.array([known[text] for text in frame["ViewPosition"]], dtype=object)
     for column in TEXT_COLUMNS:
         if column in frame:
-            text = frame[column].astype("string").str.upper().fillna("")
+            text = frame[column].str.upper()
             named = {view: text.str.contains(pattern).to_numpy(bool) for view, pattern in _TEXTS.items()}
             one = np.sum(list(named.values()), axis=0) == 1
             for view, here in named.items():

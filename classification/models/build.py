@@ -1,12 +1,39 @@
-"""Config -> model. A backbone is a file in this folder with a `build(config)`, found by MODEL.TYPE."""
+"""Config -> model. A backbone is a file in this folder with a `build(config)`, found by MODEL.TYPE.
+
+What it returns, an nn.Module from images [N, 3, S, S] to logits [N, MODEL.NUM_CLASSES], says of itself:
+
+    classifier    the name of its last nn.Linear, which weights of other classes leave as initialised
+    heeds         the config keys it acts on, of MODEL.DROP_RATE, MODEL.DROP_PATH_RATE, TRAIN.USE_CHECKPOINT,
+                  TRAIN.LR_LAYER_DECAY and TRAIN.OPTIMIZER.DCN_LR_MUL; a warning says that the others do nothing
+    lr_scales(decay)    where it heeds TRAIN.LR_LAYER_DECAY: prefix of parameter names -> factor on their rate
+    feature_maps(images), classify(maps)    where it has them: the last features with places, [N, C, H, W], and the
+                  logits that follow from them (what predict.py --explain needs)
+"""
 
 import torch
+from torch import nn
 
 import builders
+from errors import UserError
+from models.classifier import Classifier
 
 
 def build_model(config):
-    """The model of MODEL.TYPE: images [N, 3, S, S] -> logits [N, MODEL.NUM_CLASSES]."""
+    """The model of MODEL.TYPE, see above: images [N, 3, S, S] -> float32 logits [N, MODEL.NUM_CLASSES].
+
+    Raises:
+        UserError: no such backbone, or one that does not say what it must.
+    """
     model = builders.find("models", config.MODEL.TYPE, "MODEL.TYPE")(config)
+    missing = [name for name in ("classifier", "heeds") if not hasattr(model, name)]
+    if missing:
+        raise UserError(f"MODEL.TYPE {config.MODEL.TYPE}: its build() returns a model without `{missing[0]}`")
+    last = dict(model.named_modules()).get(model.classifier)
+    if not isinstance(last, nn.Linear) or last.out_features != config.MODEL.NUM_CLASSES:
+        raise UserError(
+            f"MODEL.TYPE {config.MODEL.TYPE}: its classifier {model.classifier!r} is {last}; expected an nn.Linear "
+            f"with {config.MODEL.NUM_CLASSES} outputs (MODEL.NUM_CLASSES)"
+        )
+    last.__class__ = Classifier  # the same parameters under the same names
     # The weights of convolutions lie in memory as their inputs do, or every step would copy them into that order.
     return model.to(memory_format=torch.channels_last)

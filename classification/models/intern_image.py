@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dcnv3 import DCNv3
 from dcnv3.module import ToChannelsFirst, ToChannelsLast
+from errors import UserError
+from models.classifier import Classifier
 from models.clip_head import AttentionPool
 
 NORM_EPS = 1e-6
@@ -138,6 +140,11 @@ class InternImage(nn.Module):
         use_checkpoint: recompute blocks in the backward pass to save memory.
     """
 
+    classifier = "head"
+    heeds = frozenset(
+        ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TRAIN.USE_CHECKPOINT", "TRAIN.LR_LAYER_DECAY",
+         "TRAIN.OPTIMIZER.DCN_LR_MUL")
+    )  # fmt: skip
     CLS_SCALE = 1.5  # width of the head's convolution relative to the last level
     CLIP_DIM = 1024
 
@@ -207,7 +214,7 @@ class InternImage(nn.Module):
                 nn.Sequential(nn.BatchNorm2d(features)),
                 nn.GELU(),
             )
-        self.head = nn.Linear(features, num_classes)
+        self.head = Classifier(features, num_classes)
         self._init_weights()
 
     def _init_weights(self):
@@ -221,8 +228,11 @@ class InternImage(nn.Module):
             if isinstance(module, DCNv3):
                 module.reset_parameters()
 
-    def forward_features(self, x):
-        """Pooled features before the classifier: [N, 3, H, W] -> [N, F]."""
+    def feature_maps(self, x):
+        """The last features with places, before pooling: [N, 3, H, W] -> [N, F, h, w].
+
+        T to XL: h = H/32, behind `conv_head`; H and G: h = H/16, what the CLIP projector attends to.
+        """
         x = self.pos_drop(self.patch_embed(x))
         outputs = []
         for level in self.levels:
@@ -230,15 +240,19 @@ class InternImage(nn.Module):
             outputs.append(output)
         third, fourth = (t.permute(0, 3, 1, 2) for t in outputs[-2:])
         if self.use_clip_projector:
-            tokens = self.dcnv3_head_x4(fourth) + self.dcnv3_head_x3(third)
-            return self.fc_norm(self.clip_projector(tokens.flatten(2).transpose(1, 2)))
-        return self.conv_head(fourth).mean((2, 3))
+            return self.dcnv3_head_x4(fourth) + self.dcnv3_head_x3(third)
+        return self.conv_head(fourth)
+
+    def classify(self, maps):
+        """Logits of :meth:`feature_maps`: [N, F, h, w] -> [N, num_classes]."""
+        if self.use_clip_projector:
+            features = self.fc_norm(self.clip_projector(maps.flatten(2).transpose(1, 2)))
+        else:
+            features = maps.mean((2, 3))
+        return self.head(features)
 
     def forward(self, x):
-        features = self.forward_features(x)
-        # In full precision also under autocast: logits rounded to bfloat16 tie, and ties move the AUROC.
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(features.to(self.head.weight.dtype))
+        return self.classify(self.feature_maps(x))
 
     def lr_scales(self, decay):
         """Layer-wise learning rate decay: prefix of parameter names -> factor.
@@ -256,8 +270,20 @@ class InternImage(nn.Module):
 
 
 def build(config):
-    """The model that `config` describes (MODEL.TYPE intern_image)."""
+    """The model that `config` describes (MODEL.TYPE intern_image).
+
+    Raises:
+        UserError: channels that do not divide into groups, or an image size that the CLIP projector cannot pool.
+    """
     m = config.MODEL.INTERN_IMAGE
+    if m.USE_CLIP_PROJECTOR and config.DATA.IMG_SIZE % 32:
+        raise UserError(f"DATA.IMG_SIZE is {config.DATA.IMG_SIZE}; with the CLIP projector it must be a multiple of 32")
+    for level, groups in enumerate(m.GROUPS):
+        if groups < 1 or m.CHANNELS * 2**level % groups:
+            raise UserError(
+                f"MODEL.INTERN_IMAGE.GROUPS: level {level} has {m.CHANNELS * 2**level} channels, "
+                f"which do not divide into {groups} groups"
+            )
     return InternImage(
         num_classes=config.MODEL.NUM_CLASSES,
         channels=m.CHANNELS,

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE / "csrc"
 IMITATION = HERE / "tests" / "imitation"
 DTYPES = {"d": "float64", "f": "float32", "Float16": "float16", "BFloat16": "bfloat16"}
-# KiB of shared memory of a multiprocessor. Both have 65536 registers, 2048 threads, and keep 1 KiB a block.
+# KiB of shared memory of a multiprocessor. All have 65536 registers, 2048 threads, and keep 1 KiB of each block.
 SHARED = {"sm_80": 164, "sm_90": 228}
 
 

@@ -26,7 +26,7 @@ TRAIN:
   LR_REFERENCE_BATCH: 16
   EMA: {ENABLE: True, DECAY: 0.9}
 AUG: {COLOR_JITTER: 0.1, AUTO_AUGMENT: "", CROP_SCALE: [0.8, 1.0], HFLIP: 0.0, MIXUP: 0.0, CUTMIX: 0.0, REPROB: 0.3}
-TEST: {CROP: False}
+TEST: {CROP: False, REPORT: False}
 AMP_OPT_LEVEL: O0
 SEED: 7
 """
@@ -93,3 +93,40 @@ def epochs(folder):
     """The lines of metrics.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines]
+
+
+def write_checkpoint(path, *, seed=3, intern_image=(), labels=None, ema_seed=None, domain="", **opts):
+    """A checkpoint of the tiny model with drawn weights, as main.py would write it: (path, model in eval mode).
+
+    intern_image: keys below MODEL.INTERN_IMAGE; opts: further keys with __ for the dot; ema_seed: of an average in it.
+    """
+    import torch
+    import yaml
+
+    import config as config_module
+    from dataset.labels import LABELS
+    from models import build_model
+    from test_model import fill
+
+    content = yaml.safe_load(TINY)
+    content["MODEL"]["INTERN_IMAGE"].update(intern_image)
+    for key, value in {k.replace("__", "."): v for k, v in opts.items()}.items():
+        *parents, name = key.split(".")
+        node = content
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    labels = list(labels or LABELS)
+    content["MODEL"]["NUM_CLASSES"] = len(labels)
+    config = config_module.from_dict(content, "test")
+    weights = {}
+    for name, number in {"model": seed, "model_ema": ema_seed}.items():
+        if number is not None:
+            model = build_model(config).eval()
+            fill(model, number)
+            weights[name] = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(weights["model"])
+    state = {"model_ema": None, **weights, "label_names": labels, "config": config_module.to_dict(config)}
+    state |= {"epoch": 2, "domain": domain}
+    torch.save(state, path)
+    return path, model

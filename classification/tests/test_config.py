@@ -1,10 +1,11 @@
 """Precedence, and a clear error for every mistake in files, --opts and flags."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from config import get_config, parse_args
+from config import from_dict, get_config, lookup, parse_args, to_dict, without_effect
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,10 @@ def test_numbers_in_the_ways_people_write_them(tmp_path):
         (["TRAIN.BASE_LR", "nan"], "TRAIN.BASE_LR is nan; it must be at least 0"),
         (["AUG.REPROB", "1.5"], "AUG.REPROB is 1.5; it must lie between 0 and 1"),
         (["AMP_DTYPE", "half"], "AMP_DTYPE is 'half'; choose one of auto, bfloat16, float16"),
-        (["MODEL.INTERN_IMAGE.GROUPS", "[7,14,28,50]"], "level 3 has 896 channels, which do not divide into 50 groups"),
+        (["MODEL.INTERN_IMAGE.DEPTHS", "[4,4,18.5,4]"], "DEPTHS must be 4 numbers such as"),
+        (["train.epochs", "3"], r"unknown key train.epochs \(did you mean TRAIN.EPOCHS\?\)"),
+        (["TRAIN.POS_WEIGHT_CAP", "0.5"], r"TRAIN.POS_WEIGHT_CAP is 0.5; it must be 0 \(off\), or at least 1"),
+        (["DATA.UNCERTAIN", "{default:", "zeros}"], "--opts: quote the value that begins with '{default:'"),
         (["MODEL.INTERN_IMAGE.DEPTHS", "[4,4]"], "DEPTHS must be 4 numbers such as"),
         (["AUG.CROP_SCALE", "[0.9,0.5]"], r"AUG.CROP_SCALE is \[0.9, 0.5\]; it must be"),
         (["TRAIN.EPOCHS"], "--opts takes pairs KEY VALUE; 'TRAIN.EPOCHS' has no partner"),
@@ -103,14 +107,82 @@ def test_bad_files(tmp_path):
     bad.write_text("")
     with pytest.raises(UserError, match="bad.yaml holds no keys"):
         load(cfg=bad)
+    for section, name in (("TRAIN:\n", "TRAIN"), ("TRAIN: {EMA: 3}\n", "TRAIN.EMA"), ("AUG: []\n", "AUG")):
+        bad.write_text(section)
+        with pytest.raises(UserError, match=f"bad.yaml: the section {name} holds .*; give it keys, or remove it"):
+            load(cfg=bad)
 
 
-def test_an_unknown_flag_names_the_nearest(capsys):
-    with pytest.raises(SystemExit):
+def test_an_unknown_flag_names_the_nearest():
+    with pytest.raises(UserError, match=r"^unknown argument --batchsize \(did you mean --batch-size\?\).*$"):
         load("--batchsize", "3")
-    assert "unknown argument --batchsize (did you mean --batch-size?)" in capsys.readouterr().err
 
 
 def test_opts_given_twice_add_up():
     c = load("--opts", "TRAIN.EPOCHS", "3", "--tag", "x", "--opts", "SEED", "5")
     assert (c.TRAIN.EPOCHS, c.SEED, c.TAG) == (3, 5, "x")
+
+
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("TRAIN.EMA.ENABLE", "true", True),
+        ("TRAIN.EMA.ENABLE", "False", False),
+        ("DATA.LABELS", "[A, B]", ["A", "B"]),
+        ("DATA.LABELS", "['A', 'B']", ["A", "B"]),
+        ("AUG.CROP_SCALE", "[0.5, 1]", [0.5, 1.0]),
+        ("DATA.UNCERTAIN", "{default: zeros, Consolidation: ignore}", {"default": "zeros", "Consolidation": "ignore"}),
+        ("TRAIN.LOSS_OPTIONS", "{gamma: 1.5}", {"gamma": 1.5}),
+        ("MODEL.INTERN_IMAGE.LAYER_SCALE", "null", None),
+        ("MODEL.INTERN_IMAGE.LAYER_SCALE", "None", None),
+        ("MODEL.INTERN_IMAGE.LAYER_SCALE", "1e-5", 1e-5),
+    ],
+)
+def test_opts_take_yaml_and_python(key, text, value):
+    assert lookup(load("--opts", key, text), key) == value
+
+
+def test_the_name_of_a_run_follows_its_backbone(tmp_path):
+    assert load("--opts", "MODEL.TYPE", "other").MODEL.NAME == "other"
+    assert load("--opts", "MODEL.TYPE", "other", "MODEL.NAME", "mine").MODEL.NAME == "mine"
+    (tmp_path / "exp.yaml").write_text(f"BASE: {MIMIC}\nMODEL: {{TYPE: other}}\n")
+    assert load(cfg=tmp_path / "exp.yaml").MODEL.NAME == "other"
+    (tmp_path / "exp.yaml").write_text("MODEL: {TYPE: other}\n")
+    assert load(cfg=tmp_path / "exp.yaml").MODEL.NAME == "exp"
+
+
+def test_a_config_comes_back_from_its_dictionary():
+    config = load("--opts", "DATA.UNCERTAIN", "{default: zeros, Edema: ones}", "SEED", "3")
+    assert from_dict(json.loads(json.dumps(to_dict(config))), "a.pth") == config
+    with pytest.raises(UserError, match="a.pth: unknown key TRAIN.EPOCH .did you mean TRAIN.EPOCHS"):
+        from_dict({"TRAIN": {"EPOCH": 3}}, "a.pth")
+
+
+@pytest.mark.parametrize(
+    "opts, task, heeds, line",
+    [
+        (["TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.EPS", "1e-6"], "multilabel", (), "TRAIN.OPTIMIZER.EPS 1e-06"),
+        (["DATA.ZIP_MODE", "True", "DATA.ALLOW_MISSING", "True"], "multilabel", (), None),  # it acts there too
+        (["DATA.NO_FINDING_CLEARS", "True"], "single_label", (), "DATA.NO_FINDING_CLEARS True"),
+        (["TRAIN.LOSS", "nosuch"], "single_label", (), "TRAIN.LOSS 'nosuch'"),
+        (["MODEL.LABEL_SMOOTHING", "0.2"], "multilabel", (), "MODEL.LABEL_SMOOTHING 0.2"),
+        (["TEST.EMA", "True"], "multilabel", (), "TEST.EMA True"),
+        (["TRAIN.USE_CHECKPOINT", "True"], "multilabel", (), "TRAIN.USE_CHECKPOINT True"),
+        (["TRAIN.LR_LAYER_DECAY_RATIO", "0.5"], "multilabel", (), "TRAIN.LR_LAYER_DECAY_RATIO 0.5"),
+        (["DATA.CSV", "a.csv", "DATA.LABELER", "negbio"], "multilabel", (), "DATA.LABELER 'negbio'"),
+        (["DATA.DICOM_RECIPE", "mimic_jpg", "DATA.DICOM_WINDOW", "1"], "multilabel", (), "DATA.DICOM_WINDOW 1"),
+        (["TRAIN.USE_CHECKPOINT", "True"], "multilabel", ("TRAIN.USE_CHECKPOINT",), None),
+        (["TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", "0.5"], "multilabel", (), None),
+    ],
+)
+def test_settings_without_effect_are_named(opts, task, heeds, line):
+    """Beside what the main configuration sets for a backbone that heeds it and for X-rays."""
+    heeds = {"MODEL.DROP_PATH_RATE", *heeds}
+    before = without_effect(load(), task, heeds)
+    new = [x for x in without_effect(load("--opts", *opts), task, heeds) if x not in before]
+    assert [x.split(" has no effect: ")[0] for x in new] == ([line] if line else [])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*cxr*.yaml")), ids=lambda p: p.stem)
+def test_the_shipped_configurations_set_nothing_in_vain(path):
+    assert without_effect(load(cfg=path), "multilabel", {"MODEL.DROP_PATH_RATE"}) == []

@@ -9,7 +9,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.ops import sigmoid_focal_loss
 
 import utils_multilabel as multilabel
-from analysis.text import auc_table
+from analysis.text import label_table
+from errors import UserError
 from lr_scheduler import Schedule
 
 
@@ -24,9 +25,13 @@ def outputs():
     return logits, targets
 
 
+def measure(logits, targets, names):
+    return multilabel.multilabel_metrics(logits, multilabel.sigmoid(logits), targets, names, multilabel.METRICS)
+
+
 def test_metrics_mask_unknown_targets(outputs):
     logits, targets = outputs
-    m = multilabel.multilabel_metrics(logits, targets, "abcd")
+    m = measure(logits, targets, "abcd")
     known = [~np.isnan(t) for t in targets.T]
     for k, name in enumerate("ab"):
         assert m["auc"][name] == pytest.approx(roc_auc_score(targets[known[k], k], logits[known[k], k]))
@@ -39,14 +44,14 @@ def test_metrics_mask_unknown_targets(outputs):
     p = 1 / (1 + np.exp(-logits[everywhere].astype(float)))
     t = targets[everywhere]
     assert m["loss"] == pytest.approx(-(t * np.log(p) + (1 - t) * np.log(1 - p)).mean(), rel=1e-5)
-    table = auc_table(m).splitlines()
+    table = label_table(m, {"auc": "AUROC", "average_precision": "AP"}).splitlines()
     assert table[3].split() == ["c", "-", "-", str(known[2].sum()), "0"]
     assert table[-1] == "no AUROC (one class only), left out of the mean: c, d"
     assert table[-2].split() == ["mean", f"{m['mean_auc']:.4f}", f"{m['mean_average_precision']:.4f}"]
 
 
 def test_no_label_with_an_auc_has_no_mean():
-    m = multilabel.multilabel_metrics(np.zeros((3, 1), np.float32), np.ones((3, 1), np.float32), "a")
+    m = measure(np.zeros((3, 1), np.float32), np.ones((3, 1), np.float32), "a")
     assert m["mean_auc"] is None
 
 
@@ -86,6 +91,32 @@ def test_losses_against_their_formulas():
     assert multilabel.asymmetric(logits, targets).item() == pytest.approx(expected)
     plain = dict(gamma_positive=0, gamma_negative=0, margin=0)
     torch.testing.assert_close(multilabel.asymmetric(logits, targets, **plain), multilabel.bce(logits, targets))
+
+
+def test_smoothed_targets_by_hand():
+    """-(1 - s/2) log p - s/2 log(1 - p) for a positive; nothing smoothed is the plain loss; unknown stays unknown."""
+    logits, targets = torch.tensor([[0.7, -0.3, 2.0]]), torch.tensor([[1.0, 0.0, float("nan")]])
+    p = torch.sigmoid(logits[0])
+    expected = -(0.85 * p[0].log() + 0.15 * (1 - p[0]).log() + 0.15 * p[1].log() + 0.85 * (1 - p[1]).log()) / 2
+    torch.testing.assert_close(multilabel.smooth_bce(logits, targets, smoothing=0.3), expected)
+    torch.testing.assert_close(multilabel.smooth_bce(logits, targets, smoothing=0), multilabel.bce(logits, targets))
+
+
+def test_options_of_a_loss_come_from_the_config():
+    logits, targets = torch.tensor([[0.7, -0.3]]), torch.tensor([[1.0, 0.0]])
+    loss = multilabel.build_loss("focal", {"gamma": 0})
+    torch.testing.assert_close(loss(logits, targets), multilabel.bce(logits, targets))
+    for name, options, message in (
+        ("focall", {}, r"TRAIN.LOSS is 'focall'; choose one of bce.*\(did you mean focal\?\)"),
+        ("focal", {"gama": 1}, r"TRAIN.LOSS_OPTIONS: focal has no 'gama' \(did you mean gamma\?\); .* are gamma$"),
+        ("bce", {"gamma": 1}, "bce has no 'gamma'; it has no parameters"),
+        ("bce", {"pos_weight": 1}, "bce has no 'pos_weight'"),
+        ("focal", {"gamma": "2"}, "gamma is '2'; expected a number"),
+        ("focal", {"gamma": True}, "gamma is True; expected a number"),
+        ("focal", {"gamma": float("nan")}, "gamma is nan; expected a number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            multilabel.build_loss(name, options)
 
 
 @pytest.mark.parametrize("name", multilabel.LOSSES)

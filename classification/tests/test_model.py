@@ -223,6 +223,54 @@ class TestPretrained:
             checkpoint.load_pretrained(model, tmp_path / "other.pth", LOG)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
+    @pytest.mark.parametrize(
+        "prefix", ["module.", "_orig_mod.", "model.", "backbone.", "module._orig_mod.", "model.backbone."]
+    )
+    def test_known_prefixes_also_beside_other_keys(self, published, tmp_path, prefix):
+        weights = {prefix + k: v for k, v in published.state_dict().items()}
+        weights |= {"criterion.weight": torch.ones(3), "teacher.head.bias": torch.ones(1000)}
+        torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "w.pth")
+        model = self.ours()
+        report = checkpoint.load_pretrained(model, tmp_path / "w.pth", LOG)
+        self.assert_loaded(model, published)
+        assert report["missing"] == report["unexpected"] == []
+
+    def test_a_part_that_the_file_has_not_is_left_as_initialised(self, published, tmp_path):
+        weights = {"backbone." + k: v for k, v in published.state_dict().items() if not k.startswith(("conv_", "head"))}
+        torch.save(weights, tmp_path / "w.pth")
+        model = self.ours()
+        before = model.conv_head[0].weight.clone()
+        report = checkpoint.load_pretrained(model, tmp_path / "w.pth", LOG)
+        assert torch.equal(model.conv_head[0].weight, before)
+        assert torch.equal(model.patch_embed.conv1.weight, published.patch_embed.conv1.weight)
+        assert {k.split(".")[0] for k in report["missing"]} == {"conv_head", "head"}
+
+    def test_an_unknown_prefix_is_told_from_another_architecture(self, published, tmp_path):
+        path = tmp_path / "w.pth"
+        torch.save({"student." + k: v for k, v in published.state_dict().items()}, path)
+        with pytest.raises(UserError, match="w.pth: its names begin with 'student.', which is no known prefix"):
+            checkpoint.load_pretrained(self.ours(), path, LOG)
+        torch.save({"model.layer1.0.conv1.weight": torch.ones(3)}, path)
+        with pytest.raises(UserError, match="w.pth is of another architecture: it has no key of this model"):
+            checkpoint.load_pretrained(self.ours(), path, LOG)
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            (
+                b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+                "is a Git LFS pointer.*git lfs pull",
+            ),
+            (b"<!DOCTYPE html>\n<html><body>404</body></html>", "is a web page, not a checkpoint"),
+            (b"\n<HTML>", "is a web page, not a checkpoint"),
+        ],
+    )
+    def test_what_a_download_left_instead(self, tmp_path, content, message):
+        (tmp_path / "w.pth").write_bytes(content)
+        with pytest.raises(UserError, match=message) as error:
+            checkpoint.read(tmp_path / "w.pth")
+        assert "weights_only" not in str(error.value)
+
     def test_extra_heads_are_reported(self, published, tmp_path):
         torch.save(published.state_dict() | {"meta_head.weight": torch.ones(3)}, tmp_path / "w.pth")
         report = checkpoint.load_pretrained(self.ours(), tmp_path / "w.pth", LOG)

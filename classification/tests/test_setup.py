@@ -1,5 +1,7 @@
 """The set-up script's options and mistakes; what it installs is shown by these tests running at all."""
 
+import atexit
+import functools
 import hashlib
 import http.server
 import os
@@ -7,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -15,8 +18,17 @@ import pytest
 from conftest import ROOT
 
 
+@functools.cache
+def script():
+    """A copy of the script in a folder of its own, without the answers that this checkout's set-up has remembered."""
+    folder = tempfile.mkdtemp(prefix="setup-")
+    atexit.register(shutil.rmtree, folder)
+    shutil.copy(ROOT / "requirements_mimic.txt", folder)
+    return shutil.copy(ROOT / "setup_mimic_env.sh", folder)
+
+
 def setup(*options, **environment):
-    command = ["bash", str(ROOT / "setup_mimic_env.sh"), *map(str, options)]
+    command = ["bash", str(script()), *map(str, options)]
     environment = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
 
@@ -166,6 +178,40 @@ def test_answers_are_kept_and_a_missing_file_is_named(tmp_path):
     assert re.search(rf"weights: +{tmp_path}/b.pth", done.stdout) and re.search(rf"data: +{tmp_path}\n", done.stdout)
 
 
+def test_every_answer_is_remembered(tmp_path):
+    """A set-up with stand-ins: a python that agrees to everything. The next run needs no option."""
+    home, env = tmp_path / "classification", tmp_path / "my env"
+    (home / "ops_dcnv3").mkdir(parents=True)
+    for name in ("setup_mimic_env.sh", "requirements_mimic.txt"):
+        shutil.copy(ROOT / name, home)
+    for path in ("csrc", "dcnv3"):
+        (home / "ops_dcnv3" / path).mkdir()
+    for name in ("setup.py", "pyproject.toml"):
+        (home / "ops_dcnv3" / name).touch()
+    python = tmp_path / "python"
+    make = f"mkdir -p '{env}/bin' && cp '{python}' '{env}/bin/python'"
+    python.write_text(f'#!/bin/sh\n[ "$2" != venv ] || {{ {make}; }}\n')
+    python.chmod(0o755)
+    answers = ("--env-dir", "my env", "--python", python, "--account", "lab", "--data-path", home, "--email", "a@b.c")
+
+    def setup_here(*options):
+        command = ["bash", str(home / "setup_mimic_env.sh"), "--yes", "--no-weights", *map(str, options)]
+        environment = {k: v for k, v in os.environ.items() if k != "MIMIC_ENV_DIR"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        settings = (home / "mimic_settings.sh").read_text()
+        return done.stdout, settings
+
+    said, settings = setup_here(*answers)
+    assert "MIMIC_ACCOUNT=lab\n" in settings and f"MIMIC_VENV_PYTHON={python}\n" in settings
+    shell = ". ./mimic_settings.sh; env | grep SBATCH; echo $MIMIC_ENV_DIR"
+    done = subprocess.run(["bash", "-c", shell], cwd=home, capture_output=True, text=True)
+    assert done.stdout == f"SBATCH_ACCOUNT=lab\n{env}\n"
+    shutil.rmtree(env)
+    again, same = setup_here()
+    assert same == settings and f"making a venv in {env}" in again
+
+
 def test_help_names_every_option():
     cases = re.findall(r"^ +((?:--[a-z-]+(?: \| )?)+)\)", (ROOT / "setup_mimic_env.sh").read_text(), re.MULTILINE)
     options = {option for case in cases for option in case.split(" | ")}
@@ -183,6 +229,7 @@ def test_mistakes_are_named():
             ["--env-dir", "/does/not/exist", "--python", "/bin/false"],
             "--python /bin/false is not a Python 3.10 to 3.13",
         ),
+        (["--python", "/does/not/exist"], "--python /does/not/exist is not there"),
     ):
         done = setup(*options)
         assert done.returncode == 2 and message in done.stderr, (options, done.stderr)

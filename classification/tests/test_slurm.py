@@ -1,15 +1,22 @@
-"""The job scripts as shipped, on a real Slurm of two nodes (tests/slurm/cluster.sh).
+"""The job scripts as shipped, on a real Slurm of four nodes (tests/slurm/cluster.sh).
+
+Nearly all of the time is waiting, so the tests wait side by side: each is a scenario in a thread of its own, and what
+disturbs others (a dead node, a preempting partition) has a node of its own.
 
 Runs where the daemons are installed and the user is root:
 apt-get install --no-install-recommends munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins
 """
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +31,7 @@ pytestmark = [
 
 SCRIPT = str(ROOT / "tests" / "slurm" / "cluster.sh")
 GPU = "--gpus=a100:1"
+YAML = TINY + "PRINT_FREQ: 1\nRESULTS: results/mimic_cxr\n"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")  # NODE_FAIL is passed through on the way to a requeue
 
 
@@ -42,31 +50,71 @@ def cluster(tmp_path_factory):
     del os.environ["SLURM_CONF"]
 
 
-@pytest.fixture
-def house(cluster, tree, tmp_path):
-    """A copy of classification/ with the settings that the set-up would write; jobs are submitted from it."""
-    folder = tmp_path / "classification"
-    skip = shutil.ignore_patterns("tests", "ops_dcnv3", "__pycache__", "output", "results", "logs", "data")
-    shutil.copytree(ROOT, folder, ignore=skip)
-    (folder / "logs").mkdir()
-    (folder / "mimic_settings.sh").write_text(
-        f"MIMIC_PYTHON='{sys.executable}'\nMIMIC_DATA_PATH='{tree}'\nMIMIC_CONFIG=tiny.yaml\n"
-    )
-    (folder / "tiny.yaml").write_text(TINY + "PRINT_FREQ: 1\nRESULTS: results/mimic_cxr\n")
-    return House(folder)
+def side_by_side(scenario):
+    """Makes a test of scenario(house): the scenarios of all selected tests run at once."""
+
+    def test(running):
+        running[scenario].result()
+
+    test.scenario, test.__doc__ = scenario, scenario.__doc__
+    return test
+
+
+@pytest.fixture(scope="module")
+def running(request, cluster, tree, tmp_path_factory):
+    """{scenario: its future} of the selected tests."""
+    items = [item.function for item in request.session.items if hasattr(item.function, "scenario")]
+    with ThreadPoolExecutor(8) as pool:
+        folders = [tmp_path_factory.mktemp(f"house{k}") for k in range(len(items))]
+        yield {
+            item.scenario: pool.submit(lambda item, folder: item.scenario(House(folder, tree)), item, folder)
+            for item, folder in zip(items, folders)
+        }
 
 
 class House:
-    def __init__(self, folder):
-        self.folder = folder
-        self.run = folder / "output" / "tiny" / "default"
+    """A copy of classification/ with the settings that the set-up would write; jobs are submitted from it."""
 
-    def submit(self, script, *arguments, options=(GPU,)):
+    def __init__(self, folder, tree):
+        self.home, self.tree = folder, tree
+        self.folder = folder / "classification"
+        self.run = self.folder / "output" / "tiny" / "default"
+        skip = shutil.ignore_patterns("tests", "ops_dcnv3", "__pycache__", "output", "results", "logs", "data")
+        shutil.copytree(ROOT, self.folder, ignore=skip)
+        (self.folder / "logs").mkdir()
+        self.use_data(tree)
+        (self.folder / "tiny.yaml").write_text(YAML)
+
+    def use_data(self, folder):
+        """Writes the settings."""
+        (self.folder / "mimic_settings.sh").write_text(
+            f"MIMIC_PYTHON='{sys.executable}'\nMIMIC_DATA_PATH='{folder}'\nMIMIC_CONFIG=tiny.yaml\n"
+        )
+
+    def own_tree(self):
+        """A copy of the tree that may be damaged."""
+        shutil.copytree(self.tree, self.home / "tree")
+        return self.home / "tree"
+
+    def submit(self, script, *arguments, options=(GPU,), cwd=None, **environment):
         """Job id of a submitted script."""
         command = ["sbatch", "--parsable", *options, script, *map(str, arguments)]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
+        environment = os.environ | environment
+        done = subprocess.run(command, cwd=cwd or self.folder, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+    def processes(self, **variables):
+        """Ids of the processes of this house's jobs, with these variables in their environment."""
+        wanted = {f"{k}={v}".encode() for k, v in {"SLURM_SUBMIT_DIR": self.folder, **variables}.items()}
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if wanted <= set(path.read_bytes().split(b"\0")):
+                    found.append(int(path.parent.name))
+            except OSError:  # it has ended
+                pass
+        return found
 
     def log(self, job, kind="train"):
         path = self.folder / "logs" / f"{kind}_{job}.out"
@@ -94,9 +142,14 @@ class House:
         return state(job)
 
 
-def state(job):
+def shown(job):
+    """What Slurm shows of a job, as a dictionary of texts."""
     text = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
-    return re.search(r"JobState=(\w+)", text)[1]
+    return dict(re.findall(r"(\S+?)=(\S*)", text))
+
+
+def state(job):
+    return shown(job)["JobState"]
 
 
 def interrupt(house, job, turn):
@@ -123,8 +176,27 @@ def assert_same(one, other):
         assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
 
 
+@side_by_side
+def test_the_time_limit_passes_unnoticed(house):
+    """Slurm's own signal, at most a minute early, in jobs of two minutes; two epochs later the run is at its end."""
+
+    def train_to(epochs):
+        (house.folder / "tiny.yaml").write_text(YAML.replace("EPOCHS: 2\n", f"EPOCHS: {epochs}\n", 1))
+
+    train_to(5000)
+    job = house.submit("train_mimic.sbatch", options=(GPU, "-t", "2", "--signal=B:USR1@45"))
+    house.until(lambda: "in the queue again" in house.log(job), "the limit", job)
+    epoch = int(re.search(r"interrupted (\d+) \d+; the job is in the queue again", house.log(job))[1])
+    train_to(epoch + 2)
+    assert house.wait(job) == "COMPLETED", house.log(job)
+    log = house.log(job)
+    assert log.count("in the queue again") >= 1 and "finished: best" in log and weights(house.run)["epoch"] == epoch + 2
+
+
+@side_by_side
 def test_two_requeues_end_as_an_uninterrupted_run_and_evaluate(house):
-    epochs = ("--opts", "TRAIN.EPOCHS", 40)
+    epochs = ("--opts", "TRAIN.EPOCHS", 24)
+    whole = house.submit("train_mimic.sbatch", *epochs, "--tag", "whole")
     job = house.submit("train_mimic.sbatch", *epochs)
     test = house.submit("eval_mimic.sbatch", *epochs, options=(GPU, f"--dependency=afterok:{job}"))
     interrupt(house, job, 1)
@@ -132,19 +204,19 @@ def test_two_requeues_end_as_an_uninterrupted_run_and_evaluate(house):
     assert house.wait(job) == "COMPLETED", house.log(job)
     log = house.log(job)
     assert log.count("stopped by SIGUSR1") == 2 and log.count("resumed from") == 2 and "finished: best" in log
+    again = house.submit("train_mimic.sbatch", *epochs)
     assert house.wait(test, kind="eval") == "COMPLETED", house.log(test, "eval")
     assert "Atelectasis" in house.log(test, "eval")
     assert list(house.folder.glob("results/mimic_cxr/evaluation_*/metrics.json"))
 
-    whole = house.submit("train_mimic.sbatch", *epochs, "--tag", "whole")
     assert house.wait(whole) == "COMPLETED", house.log(whole)
     assert "stopped by" not in house.log(whole)
     assert_same(house.run, house.run.with_name("whole"))
 
-    again = house.submit("train_mimic.sbatch", *epochs)
     assert house.wait(again) == "COMPLETED" and "already finished" in house.log(again)
 
 
+@side_by_side
 def test_two_nodes_train_as_one_and_a_second_job_is_refused(house):
     nodes = ("--nodes=2", "--gpus=a100:2")
     job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60, options=nodes)
@@ -157,64 +229,97 @@ def test_two_nodes_train_as_one_and_a_second_job_is_refused(house):
     assert "on 2 x cpu" in house.log(job) and house.log(job).count("resumed from") == 1
 
 
-def test_a_truncated_checkpoint_falls_back_to_the_one_before(house):
-    job = house.submit("train_mimic.sbatch")
-    assert house.wait(job) == "COMPLETED", house.log(job)
-    with open(house.run / "last_ckpt.pth", "r+b") as file:
-        file.truncate(1000)
-    again = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 3)
-    assert house.wait(again) == "COMPLETED", house.log(again)
-    log = house.log(again)
-    assert "falling back to the one before" in log and "resumed from" in log and weights(house.run)["epoch"] == 3
+@side_by_side
+def test_where_requeue_is_refused_a_successor_takes_over(house):
+    """Of a job with --no-requeue: another id, the same options, and what waits for the first waits for it."""
+    asked = "-p htc -t 1:30:00 -c 3 --mem=7000M -A lab -C big -x n2 -L mimic:1 --nice=3 --mincpus=5 --contiguous"
+    options = (GPU, "--no-requeue", *asked.split(), "-J", "my run", "--comment=two words", "-o", "logs/own%j_%x.txt")
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 20, options=options)
+    log = house.folder / "logs" / f"own{job}_my run.txt"
+    test = house.submit("eval_mimic.sbatch", options=(GPU, f"--dependency=afterok:{job}"))
+    house.until(lambda: log.exists() and "images per epoch" in log.read_text(), "training", job)
+    time.sleep(1)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
+    assert house.wait(job) == "FAILED", log.read_text()  # not finished: nothing may take it for success
+    assert "a successor is submitted" in log.read_text()
+    successor = re.search(r"Submitted batch job (\d+)", log.read_text())[1]
+    log = house.folder / "logs" / f"own{successor}_my run.txt"
+    assert state(test) == "PENDING" and shown(test)["Dependency"] == f"afterok:{successor}(unfulfilled)"
 
-
-def test_mistakes_are_named(house):
-    (house.folder / "mimic_settings.sh").rename(house.folder / "away.sh")
-    job = house.submit("train_mimic.sbatch")
-    assert house.wait(job) == "FAILED" and "run bash setup_mimic_env.sh first" in house.log(job)
-    settings = (house.folder / "away.sh").read_text()
-    settings = re.sub(r"MIMIC_DATA_PATH=.*", "MIMIC_DATA_PATH=/does/not/exist", settings)
-    (house.folder / "mimic_settings.sh").write_text(settings)
-    job = house.submit("train_mimic.sbatch")
-    assert house.wait(job) == "FAILED" and "'/does/not/exist', is not there" in house.log(job)
-    (house.folder / "elsewhere" / "logs").mkdir(parents=True)
-    command = ["sbatch", "--parsable", GPU, "../train_mimic.sbatch"]
-    done = subprocess.run(command, cwd=house.folder / "elsewhere", capture_output=True, text=True, check=True)
-    job = done.stdout.strip()
-    assert house.wait(job) == "FAILED"
-    assert "change to the folder classification/" in (house.folder / "elsewhere/logs" / f"train_{job}.out").read_text()
-
-
-def test_the_time_limit_passes_unnoticed(house):
-    """Slurm's own signal, at most a minute early, in jobs of two minutes."""
-    job = house.submit(
-        "train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 200, options=(GPU, "-t", "2", "--signal=B:USR1@45")
+    assert house.wait(successor) == "COMPLETED", log.read_text()
+    assert "resumed from" in log.read_text() and "finished: best" in log.read_text()
+    its_own = ("JobId", "Priority", "JobState", "Reason", "ExitCode", "DerivedExitCode", "StdOut", "StdErr")
+    first, second = (
+        {k: v for k, v in shown(j).items() if k not in its_own and not re.search("Time|LastSched|AllocNode", k)}
+        for j in (job, successor)
     )
-    assert house.wait(job, 600) == "COMPLETED", house.log(job)
+    assert first == second
+    assert first["Account"] == "lab" and first["MinMemoryNode"] == "7000M" and first["CPUs/Task"] == "3"
+    assert shown(successor)["TimeLimit"] == "01:30:00"
+    assert house.wait(test, kind="eval") == "COMPLETED", house.log(test, "eval")
+
+
+@side_by_side
+def test_seeds_of_an_array_are_runs_of_their_own(house):
+    """Task 1, whose number is the array's own, is interrupted: it alone is requeued."""
+    epochs = ("--opts", "TRAIN.EPOCHS", 16)
+    named = ("--array=0-1", "--output=logs/train_%A_%a.out")
+    # The variable is what the settings give to the shell that submits.
+    job = house.submit("train_mimic.sbatch", *epochs, options=(GPU, *named), SBATCH_ACCOUNT="lab")
+    assert shown(job)["Account"] == "lab"
+    test = house.submit("eval_mimic.sbatch", *epochs, options=(GPU, "--array=0-1", f"--dependency=aftercorr:{job}"))
+    interrupt(house, f"{job}_1", 1)
+    for k in (1, 0):
+        assert house.wait(f"{job}_{k}") == "COMPLETED", house.log(f"{job}_{k}")
+        assert house.log(f"{job}_{k}").count("resumed from") == k
+        assert weights(house.run.with_name(f"seed{k}"))["config"]["SEED"] == k
+    for k in (0, 1):
+        assert house.wait(f"{test}_{k}") == "COMPLETED"
+    assert len(list(house.folder.glob("results/mimic_cxr/evaluation_*/metrics.json"))) == 2
+
+
+@side_by_side
+def test_a_preempted_job_gives_way_and_goes_on(house):
+    """A partition of higher priority wants its node: the job saves its place, makes room, and continues afterwards."""
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 30, options=(GPU, "-p", "lent"))
+    house.until(lambda: "images per epoch" in house.log(job), "training", job)
+    time.sleep(1)
+    command = ["sbatch", "--parsable", "-p", "owners", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3"]
+    other = subprocess.run(command, cwd=house.folder, capture_output=True, text=True, check=True).stdout.strip()
+    house.until(lambda: state(other) == "COMPLETED", "the other job", job)
+    assert house.wait(job) == "COMPLETED", house.log(job)
     log = house.log(job)
-    assert log.count("in the queue again") >= 1 and "finished: best" in log
+    assert log.count("stopped by") == 1 and log.count("resumed from") == 1 and "finished: best" in log
+    assert weights(house.run)["epoch"] == 30
 
 
-def test_a_killed_node_costs_no_more_than_its_epoch(house, cluster):
+@side_by_side
+def test_a_killed_node_costs_no_more_than_its_epoch(house):
     """slurmd and the job's processes killed: Slurm requeues the job, which goes on from the last checkpoint."""
-    options = (GPU, "--nodelist=n1")
-    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60, options=options)
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 20, options=(GPU, "-p", "frail"))
     house.until(lambda: (house.run / "last_ckpt.pth").exists(), "a checkpoint", job)
-    pid = (cluster / "slurmd.n1.pid").read_text().strip()
+    lab = Path(os.environ["SLURM_CONF"]).parents[1]
+    pid = int((lab / "slurmd.n3.pid").read_text())
     try:
-        subprocess.run(["kill", "-9", pid], check=True)
+        os.kill(pid, signal.SIGKILL)
         # All that a node takes with it. Slurm's stepds first: they would still report that the script has failed.
-        for its in (f"slurmstepd: .{job}[.]", f"{cluster}/spool.n1/job", f"rdzv-id {job}-", "--cfg tiny.yaml"):
-            subprocess.run(["pkill", "-9", "-f", "--", its])
-        subprocess.run(["scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=killed"], check=True)
+        its = house.processes(SLURM_JOB_ID=job)
+        parents = {int(Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[1]) for p in its}
+        stepds = [p for p in parents if b"slurmstepd" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        assert stepds
+        for process in (*stepds, *its):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        subprocess.run(["scontrol", "update", "NodeName=n3", "State=DOWN", "Reason=killed"], check=True)
         house.until(lambda: "start 2" in house.log(job) or state(job) == "PENDING", "a requeue", job)
     finally:
-        subprocess.run(["slurmd", "-N", "n1"], check=True)  # it registers, and its node is up again
+        subprocess.run(["slurmd", "-N", "n3"], check=True)  # it registers, and its node is up again
     assert house.wait(job) == "COMPLETED", house.log(job)
     log = house.log(job)
-    assert log.count("resumed from") == 1 and "finished: best" in log and weights(house.run)["epoch"] == 60
+    assert log.count("resumed from") == 1 and "finished: best" in log and weights(house.run)["epoch"] == 20
 
 
+@side_by_side
 def test_a_full_disk_leaves_the_last_checkpoint_whole(house):
     """Room for two checkpoints and a half: the error names the disk; with more room the run goes on."""
     disk = house.folder / "output"
@@ -240,23 +345,22 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(house):
         subprocess.run(["umount", "-l", disk])
 
 
-def test_where_requeue_is_refused_a_successor_is_submitted(house):
-    """A job submitted with --no-requeue: the second job has another id, and continues to the last epoch."""
-    options = (GPU, "--no-requeue")
-    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60, options=options)
-    house.until(lambda: "images per epoch" in house.log(job), "training", job)
-    time.sleep(1)
-    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
+@side_by_side
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(house):
+    job = house.submit("train_mimic.sbatch")
     assert house.wait(job) == "COMPLETED", house.log(job)
-    assert "a successor is submitted" in house.log(job)
-    successor = re.search(r"Submitted batch job (\d+)", house.log(job))[1]
-    assert house.wait(successor) == "COMPLETED", house.log(successor)
-    assert "resumed from" in house.log(successor) and "finished: best" in house.log(successor)
+    with open(house.run / "last_ckpt.pth", "r+b") as file:
+        file.truncate(1000)
+    again = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 3)
+    assert house.wait(again) == "COMPLETED", house.log(again)
+    log = house.log(again)
+    assert "falling back to the one before" in log and "resumed from" in log and weights(house.run)["epoch"] == 3
 
 
+@side_by_side
 def test_a_turn_without_progress_is_the_last(house):
     """The place at which the turn before stopped is reached again and not left: the job ends with the reason."""
-    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60)
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 20)
     interrupt(house, job, 1)
     status = house.folder / "logs" / f"train_{job}.status"
     place = status.read_text()
@@ -266,52 +370,91 @@ def test_a_turn_without_progress_is_the_last(house):
     assert "two turns ended at the same place" in house.log(job) and "sbatch -t" in house.log(job)
 
 
-def test_data_can_be_staged(house, tree, tmp_path, monkeypatch):
-    monkeypatch.setenv("MIMIC_STAGE", "1")
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "node"))
-    (tmp_path / "node").mkdir()
-    job = house.submit("train_mimic.sbatch")
+@side_by_side
+def test_data_can_be_staged_and_other_data_evaluated(house):
+    node = house.home / "node"
+    node.mkdir()
+    job = house.submit("train_mimic.sbatch", MIMIC_STAGE="1", TMPDIR=str(node))
     assert house.wait(job) == "COMPLETED", house.log(job)
-    assert f"copying {tree} to {tmp_path}/node/mimic_{job}" in house.log(job)
-    assert f"data in {tmp_path}/node/mimic_{job}" in house.log(job)
-    assert not list((tmp_path / "node").glob("mimic_*"))  # the disk is given back
+    assert f"copying {house.tree} to {node}/mimic_{job}" in house.log(job)
+    assert f"data in {node}/mimic_{job}" in house.log(job)
+    assert not list(node.glob("mimic_*"))  # the disk is given back
+
+    house.use_data("/gone")
+    other = house.own_tree()
+    command = ("eval_mimic.sbatch", house.run / "ckpt_epoch_2.pth", "--data-path", other, "--opts", "SEED", 3)
+    test = house.submit(*command)
+    assert house.wait(test, kind="eval") == "COMPLETED", house.log(test, "eval")
+    log = house.log(test, "eval")
+    assert f"data in {other}" in log and "evaluating" in log and "ckpt_epoch_2.pth" in log
 
 
-def test_a_preempted_job_gives_way_and_goes_on(house):
-    """A partition of higher priority wants its node: the job saves its place, makes room, and continues afterwards."""
-    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 60, options=(GPU, "--nodelist=n1"))
-    house.until(lambda: "images per epoch" in house.log(job), "training", job)
-    time.sleep(1)
-    command = ["sbatch", "--parsable", "-p", "owners", "--nodelist=n1", "--exclusive", "--output=/dev/null"]
-    wrap = ["--wrap", "sleep 3"]
-    other = subprocess.run(
-        [*command, *wrap], cwd=house.folder, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    house.until(lambda: state(other) == "COMPLETED", "the other job", job)
-    assert house.wait(job) == "COMPLETED", house.log(job)
-    log = house.log(job)
-    assert log.count("stopped by") == 1 and log.count("resumed from") == 1 and "finished: best" in log
-    assert weights(house.run)["epoch"] == 60
-
-
-def test_srun_may_start_the_ranks_itself(house, tree):
-    """Without torchrun: two tasks on two nodes, told apart by SLURM_*."""
-    wrap = f"srun {sys.executable} main.py --cfg tiny.yaml --data-path {tree}"
-    options = ("-N", "2", "--ntasks-per-node=1", "--output=logs/train_%j.out", "--wrap", wrap)
-    done = subprocess.run(["sbatch", "--parsable", *options], cwd=house.folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    job = done.stdout.strip()
-    assert house.wait(job) == "COMPLETED", house.log(job)
-    assert "on 2 x cpu" in house.log(job) and "finished: best" in house.log(job)
-
-
-def test_a_rank_that_dies_ends_the_job_with_its_message(house, own_tree):
-    """One bad image, on one of two ranks: the other does not wait for it."""
-    settings = house.folder / "mimic_settings.sh"
-    settings.write_text(re.sub(r"MIMIC_DATA_PATH=.*", f"MIMIC_DATA_PATH='{own_tree}'", settings.read_text()))
-    bad = sorted(own_tree.rglob("*.jpg"))
+@side_by_side
+def test_a_rank_that_dies_ends_the_job_with_its_message(house):
+    """One bad image, on one of two ranks: the other does not wait for it, and says no more than a line."""
+    tree = house.own_tree()
+    house.use_data(tree)
+    bad = sorted(tree.rglob("*.jpg"))
     for path in bad[:5]:
         path.write_bytes(b"no image")
     job = house.submit("train_mimic.sbatch", options=("--nodes=2", "--gpus=a100:2"))
     assert house.wait(job, 120) == "FAILED", house.log(job)
-    assert re.search(r"error: \S+\.jpg: cannot be read as an image", house.log(job)), house.log(job)
+    log = house.log(job)
+    assert re.search(r"error: \S+\.jpg: cannot be read as an image", log), log
+    assert "error" in log and log.index("error") == log.index("error: " + str(tree)), log
+    assert "Traceback" not in log and "frame #" not in log, log
+
+
+@side_by_side
+def test_a_killed_rank_is_named(house):
+    """Two GPUs of one node, one process killed as for want of memory; and the same of ranks that srun started."""
+    flags = f"--cfg tiny.yaml --data-path {house.tree} --tag plain --opts TRAIN.EPOCHS 5000"
+    wrap = f"srun {sys.executable} -u main.py {flags}"
+    plain = house.submit("--wrap", wrap, options=("--ntasks=2", "--output=logs/train_%j.out"))
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 5000, options=("--gpus=a100:2",))
+    house.until(lambda: "update" in house.log(job), "training", job)
+    assert "on 2 x cpu" in house.log(job)
+    (its,) = house.processes(SLURM_JOB_ID=job, RANK="1")
+    os.kill(its, signal.SIGKILL)
+    assert house.wait(job, 120) == "FAILED"
+    log = house.log(job)
+    assert re.search(r"error: the process of rank 1 on \S+ was ended by SIGKILL, most often for memory", log), log
+    assert "Traceback" not in log and "frame #" not in log, log
+
+    house.until(lambda: "update" in house.log(plain), "training", plain)
+    (its,) = house.processes(SLURM_JOB_ID=plain, SLURM_PROCID="1")
+    os.kill(its, signal.SIGKILL)
+    assert house.wait(plain, 120) == "FAILED"
+    log = house.log(plain)
+    assert "task 1: Killed" in log and "Traceback" not in log, log
+    for text in (log, (house.run.with_name("plain") / "log_rank0.txt").read_text()):
+        assert text.count("error: another process of this run has ended") == 1, text
+
+
+@side_by_side
+def test_srun_may_start_the_ranks_itself(house):
+    """Without torchrun: two tasks on two nodes, and two on one, told apart by SLURM_*."""
+    wrap = f"srun {sys.executable} main.py --cfg tiny.yaml --data-path {house.tree} --tag $SLURM_JOB_ID"
+    for options in (("-N", "2", "--ntasks-per-node=1"), ("-N", "1", "--ntasks=2")):
+        job = house.submit("--wrap", wrap, options=(*options, "--output=logs/train_%j.out"))
+        assert house.wait(job) == "COMPLETED", house.log(job)
+        assert "on 2 x cpu" in house.log(job) and "finished: best" in house.log(job)
+
+
+@side_by_side
+def test_mistakes_are_named(house):
+    settings = house.folder / "mimic_settings.sh"
+    settings.rename(house.folder / "away.sh")
+    job = house.submit("train_mimic.sbatch")
+    assert house.wait(job) == "FAILED" and "run bash setup_mimic_env.sh first" in house.log(job)
+    house.use_data("/does/not/exist")
+    job = house.submit("train_mimic.sbatch")
+    assert house.wait(job) == "FAILED" and "'/does/not/exist', is not there" in house.log(job)
+    job = house.submit("eval_mimic.sbatch", "--data-path=/nor/this")
+    assert house.wait(job, kind="eval") == "FAILED"
+    assert "--data-path /nor/this is not a folder" in house.log(job, "eval")
+    elsewhere = house.folder / "elsewhere"
+    (elsewhere / "logs").mkdir(parents=True)
+    job = house.submit("../train_mimic.sbatch", cwd=elsewhere)
+    assert house.wait(job) == "FAILED"
+    assert "change to the folder classification/" in (elsewhere / "logs" / f"train_{job}.out").read_text()

@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import checkpoint
+import config as config_module
+import distributed
+import faults
 import main
 from conftest import ROOT, edit_csv, epochs
 from dataset.labels import LABELS
@@ -91,7 +96,9 @@ def test_a_run_leaves_what_is_promised(finished):
 
 def test_the_evaluation_agrees_with_its_own_predictions(finished, tree):
     (folder,) = (finished / "results").glob("evaluation_*")
-    assert {p.name for p in folder.iterdir()} == {"metrics.json", "predictions.csv", "roc.png"}
+    assert {p.name for p in folder.iterdir()} == {
+        "metrics.json", "predictions.csv", "predictions_validate.csv", "metrics.jsonl",
+    }  # fmt: skip
     metrics = json.loads((folder / "metrics.json").read_text())
     rows = pd.read_csv(folder / "predictions.csv")
     split = pd.read_csv(next(tree.glob("*-split.csv.gz")))
@@ -293,7 +300,9 @@ def test_two_ranks_give_the_metrics_of_one(finished, tree, tmp_path):
     assert one["auc"] == two["auc"] and one["mean_auc"] == two["mean_auc"]
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
     a, b = (pd.read_csv(next((tmp_path / n).glob("*/predictions.csv"))) for n in ("one", "two"))
-    assert list(a.dicom_id) == list(b.dicom_id) and np.abs(a.iloc[:, 3:] - b.iloc[:, 3:]).max().max() < 1e-6
+    assert list(a.dicom_id) == list(b.dicom_id) and list(a) == list(b)
+    numbers = [c for c in a if c.endswith(("_target", "_probability"))]
+    assert np.abs(a[numbers] - b[numbers]).max().max() < 1e-6
 
 
 RANKS = """
@@ -595,3 +604,185 @@ def test_a_model_trained_on_jpgs_scores_their_dicoms_alike(run_main, tmp_path):
         tables.append(pd.read_csv(result / "predictions.csv").filter(like="_probability").to_numpy())
     assert abs(scores[1] - scores[0]) < 0.005, scores
     assert np.abs(tables[1] - tables[0]).mean() < 0.3 * np.abs(tables[2] - tables[0]).mean()
+
+
+# ----------------------------------------------------------------------- what would be lost in silence
+def test_a_finished_run_is_not_begun_anew(finished, run_main, tmp_path):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    before = (tmp_path / "out" / "tiny" / "default" / "best_ckpt.pth").read_bytes()
+    with pytest.raises(UserError, match="TRAIN.AUTO_RESUME is False, but .* holds a run"):
+        run_main(TRAIN__AUTO_RESUME=False)
+    assert (tmp_path / "out" / "tiny" / "default" / "best_ckpt.pth").read_bytes() == before
+
+
+def test_an_unknown_tag_is_answered_with_those_there_are(finished, run_main, tmp_path):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    with pytest.raises(UserError, match="nope/best_ckpt.pth does not exist; --tag can be default$"):
+        run_main("--eval", "--tag", "nope")
+    assert [p.name for p in (tmp_path / "out" / "tiny").iterdir()] == ["default"]
+
+
+def test_the_average_inside_a_checkpoint_is_evaluated(finished, run_main, tmp_path):
+    """--ema --resume FILE: the scores of its EMA, which the last epoch validated too; without an average an error."""
+    last = finished / "out" / "tiny" / "default" / "last_ckpt.pth"
+    state = checkpoint.read(last)
+    averaged = state | {"model": state["model_ema"]}
+    torch.save(averaged, tmp_path / "averaged.pth")
+    predictions = []
+    for k, flags in enumerate(
+        (["--ema", "--resume", last], ["--resume", tmp_path / "averaged.pth"], ["--resume", last])
+    ):
+        run_main("--eval", *flags, out=str(k))
+        (path,) = (tmp_path / str(k) / "results").glob("evaluation_*/predictions.csv")
+        predictions.append(path.read_text())
+    assert predictions[0] == predictions[1] != predictions[2]
+    torch.save(state | {"model_ema": None}, tmp_path / "none.pth")
+    with pytest.raises(UserError, match="none.pth has no averaged weights"):
+        run_main("--eval", "--ema", "--resume", tmp_path / "none.pth")
+
+
+def test_scores_of_two_validation_sets_are_not_compared(finished, run_main, tmp_path):
+    """After another label policy the best begins anew, and that is said."""
+    shutil.copytree(finished / "out", tmp_path / "out")
+    run = run_main(TRAIN__EPOCHS=4, DATA__UNCERTAIN="ones")
+    assert "was validated on other images or labels than now" in (run / "log_rank0.txt").read_text()
+    last = epochs(run)[-1]
+    assert last["epoch"] == 4 and last["best_mean_auc"] == last["mean_auc"]
+
+
+def test_other_training_images_begin_the_epoch_anew(run_main, own_tree, monkeypatch):
+    """Stopped after 4 of 9 updates of an epoch; half of the training rows are gone then: 4 updates from the first."""
+    steps, step = [], torch.optim.AdamW.step
+
+    def counted(self, *a, **k):
+        steps.append(0)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, *a, **k)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    run_main(data=own_tree, TRAIN__EPOCHS=1)
+    edit_csv(own_tree, "split", lambda f: f[(f.split != "train") | (f.groupby("split").cumcount() % 2 == 0)])
+    run = run_main(data=own_tree, TRAIN__EPOCHS=1)
+    log = (run / "log_rank0.txt").read_text()
+    assert "was saved within epoch 1 with other training images, not those of now: that epoch begins anew" in log
+    assert len(steps) == 4 + 4 and "update 4/4" in log
+
+
+# -------------------------------------------------------------------------------- faults of the machine
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OUT_OF_MEMORY, "not hold a batch of 16 images of 32 .*--batch-size .*--accumulation-steps.*--use-checkpoint"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried"),
+         "does not hold a batch of 16"),
+        (MemoryError(), "does not hold a batch of 16"),
+        (RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. "), "was killed.*NUM_WORKERS .*--mem"),
+        (RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly"), "was killed.*DATA.NUM_WORKERS"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+                      "workers are out of shared memory."), "no room in shared memory"),
+        (RuntimeError("unable to open shared memory object </torch_1> in read-write mode"), "no room in shared memory"),
+        (ValueError("Expected more than 1 value per channel when training, got input size torch.Size([1, 192, 1, 1])"),
+         "batch normalisation cannot train on one value"),
+    ],
+)  # fmt: skip
+def test_faults_of_the_machine_are_one_line(tiny, error, message):
+    config = config_module.get_config(config_module.parse_args(["--cfg", str(tiny)]))
+    explanation = faults.explain(error, config, distributed.World(0, 1, torch.device("cpu")))
+    assert re.search(message, explanation) and "\n" not in explanation
+
+
+def test_a_fault_leaves_its_traceback_in_the_log_file_only(run_main, monkeypatch, tmp_path):
+    def fails(*_):
+        raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(main.Run, "update", fails)
+    with pytest.raises(UserError, match="does not hold a batch of 16") as raised:
+        run_main()
+    log = (tmp_path / "out" / "tiny" / "default" / "log_rank0.txt").read_text()
+    assert "Traceback" in log and f"error: {raised.value}" in log
+
+
+def test_an_unknown_exception_keeps_its_traceback(run_main, monkeypatch, tmp_path):
+    monkeypatch.setattr(main.Run, "update", lambda *_: {}["no such thing"])
+    with pytest.raises(KeyError):
+        run_main()
+    log = (tmp_path / "out" / "tiny" / "default" / "log_rank0.txt").read_text()
+    assert "Traceback" in log and "no such thing" in log
+
+
+def test_a_batch_of_one_at_the_smallest_size(run_main):
+    """The real exception: at 32 px and batch 1 one value a channel reaches the batch normalisation."""
+    with pytest.raises(UserError, match="batch normalisation cannot train on one value: a batch of 1 images"):
+        run_main(DATA__BATCH_SIZE=1)
+
+
+def test_a_loading_process_that_is_killed(run_main, monkeypatch):
+    """The real exception: a worker that kills itself, as the kernel does for want of memory."""
+    from dataset import build
+
+    item = build.SeededDataset.__getitem__
+
+    def killed(self, key):
+        if torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(self, key)
+
+    monkeypatch.setattr(build.SeededDataset, "__getitem__", killed)
+    with pytest.raises(UserError, match=r"was killed, most likely for want of memory; .*\(now 1\)"):
+        run_main(DATA__NUM_WORKERS=1)
+
+
+def test_another_image_domain_than_in_training_is_said(run_main, own_tree, finished):
+    """Trained on the tree's JPGs, tested on DICOMs by the default recipe: a line of the log, and in metrics.json."""
+    from dicom_writer import image
+
+    checkpoint_path = finished / "out" / "tiny" / "default" / "best_ckpt.pth"
+    assert checkpoint.read(checkpoint_path)["domain"] == "pictures"
+    for path in (own_tree / "files").rglob("*.jpg"):
+        grey = np.asarray(Image.open(path).convert("L")).astype(int)
+        path.with_suffix(".dcm").write_bytes(image(grey, ("WindowCenter", "DS", "100"), ("WindowWidth", "DS", "90")))
+        path.unlink()
+    for recipe, warned in (("window", True), ("mimic_jpg", False)):
+        run = run_main("--eval", "--resume", checkpoint_path, data=own_tree, out=recipe, DATA__DICOM_RECIPE=recipe)
+        metrics = json.loads(next(run.parents[1].glob("results/*/metrics.json")).read_text())
+        assert metrics["domain"] == {"trained": "pictures", "tested": f"dicom {recipe}"}
+        log = (run / "log_rank0.txt").read_text()
+        assert warned == any("DATA.DICOM_RECIPE mimic_jpg" in text for text in metrics["warnings"])
+        assert warned == ("WARNING the model was trained on pictures, these images are dicom window" in log)
+
+
+def test_tensorboard_gets_the_lines_of_the_log_and_a_batch(run_main, monkeypatch):
+    """With a stand-in for its writer; without the package one line says so."""
+    written, batches = {}, []
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, epoch):
+            written[name, epoch] = value
+
+        def add_images(self, name, images, epoch):
+            batches.append(images)
+
+        def flush(self):
+            pass
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert "analysis.tensorboard" not in sys.modules  # nothing has asked for it
+    run = run_main(LOG__TENSORBOARD=True)
+    for line in epochs(run):
+        for name in ("train_loss", "val_loss", "lr", "mean_auc"):
+            assert written[name, line["epoch"]] == line[name]
+        assert written["auc/Edema", line["epoch"]] == line["auc"]["Edema"]
+    assert len(batches) == 2 and batches[0].shape == (8, 3, 32, 32)
+    assert 0 <= batches[0].min() and batches[0].max() <= 1 and batches[0].std() > 0.05
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        run_main(LOG__TENSORBOARD=True, out="other")

@@ -1,0 +1,60 @@
+"""model_card.md: data, split, policy, configuration, numbers with intervals, limits; nothing that they do not carry."""
+
+from analysis import tables
+
+
+def _lines(pairs):
+    return "\n".join(f"- {name}: {value}" for name, value in pairs if value not in (None, "", {}))
+
+
+def _weak(report):
+    """Sentences about what the numbers are too few or too uncertain for."""
+    found = []
+    for name, label in report["labels"].items():
+        if "left_out" in label:
+            found.append(f"{name} has no result: {label['left_out']}.")
+        elif "warning" in label:
+            found.append(f"{name} rests on {label['positives']:,} positive images: {label['warning']}.")
+        elif label["auroc"]["low"] is not None and label["auroc"]["low"] <= 0.5:
+            found.append(
+                f"{name} is not told apart from chance: the interval of its AUROC reaches {label['auroc']['low']:.3f}."
+            )
+    return found
+
+
+def model_card(report):
+    """The card as Markdown."""
+    about, b, flow = report["about"], report["bootstrap"], report["cohort"]
+    parts = [f"# Model card: {about['model'] or about['name']}", tables.headline(report)]
+    parts += ["## Model", _lines([
+        ("name", about["model"]), ("architecture", about["architecture"]), ("parameters", about.get("parameters")),
+        ("image size", about["image_size"]), ("checkpoint", about["checkpoint"]),
+        ("SHA-256", about["checkpoint_sha256"]),
+        ("ensemble of", ", ".join(about["ensemble"] or [])), ("seed", about["seed"]),
+    ]) or "Not recorded: the report was made from a table of predictions alone."]  # fmt: skip
+    splits = "; ".join(
+        f"{tables.SPLIT_NAMES[s]} {found['images']:,} images"
+        + (f" of {found['patients']:,} patients" if found.get("patients") is not None else "")
+        for s, found in flow["splits"].items()
+    )
+    left_out = "; ".join(f"{n:,} {reason}" for reason, n in flow["left_out"].items() if n)
+    parts += ["## Data", _lines([
+        ("data set", about["dataset"]), ("image domain", about["domain"]), ("splits", splits), ("left out", left_out),
+        ("label policy", tables.policy_text(report)),
+    ])]  # fmt: skip
+    shown = [t for key, _, found, _ in tables.sections(report) if key in ("labels", "study", "cohort") for t in found]
+    parts += ["## Results", *(tables.markdown(t) for t in shown)]
+    if "left_out" not in report["thresholds"]:
+        parts.append("Operating points, calibration and subgroups: see summary.md.")
+    limits = [
+        *_weak(report),
+        "Tested on one test split; nothing here says how the model does on images of another hospital or scanner.",
+        "Labels are those of the label file, not a reading of the images for this purpose.",
+        "Research software, not a medical device.",
+    ]
+    if b["unit"] == "image":
+        limits.append("Patients are unknown: images were treated as independent, and the intervals may be too narrow.")
+    for name, section in report["groups"].items():
+        limits.append(f"Not judged by {name}: {section['left_out']}.") if "left_out" in section else None
+    parts += ["## Limits", "\n".join(f"- {line}" for line in limits)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,62 @@
+"""Everything a report consists of, written beside its evaluation."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from analysis import card, figures, page, results, tables
+from analysis.groups import read_table
+from errors import UserError
+
+
+def _write_files(report, fitted, folder, pictures, no_pictures):
+    """Everything the report consists of, into `folder`."""
+    texts = {
+        "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
+        "report.html": page.render(report, pictures, no_pictures),
+        "tables.tex": tables.latex([t for _, _, found, _ in tables.sections(report) for t in found]),
+        "summary.md": tables.summary(report),
+        "model_card.md": card.model_card(report),
+    }
+    if fitted is not None:
+        texts["calibration.json"] = json.dumps(fitted, indent=1) + "\n"
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        if fitted is None:
+            (folder / "calibration.json").unlink(missing_ok=True)  # of an earlier report with other predictions
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        with open(folder / "per_label.csv", "w", newline="") as file:
+            csv.writer(file).writerows([tables.CSV_COLUMNS, *tables.per_label(report)])
+        figures.write_figures(report, folder / "figures")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
+
+
+def write_report(evaluation, options, folder, against=(), seeds=(), with_images=True):
+    """Measure, and write to `folder`; returns the report's dictionary."""
+    if not options.tables:
+        options = replace(options, tables=_patients_table(evaluation))
+    report, fitted = results.collect(evaluation, options, against, seeds)
+    report = {"headline": tables.headline(report), **report}
+    pictures, reason = {}, "--no-images"
+    if with_images:
+        pictures, reason = page.thumbnails(evaluation, report["errors"])
+    _write_files(report, fitted, folder, pictures, reason)
+    return report
+
+
+def _patients_table(evaluation):
+    """patients.csv.gz of MIMIC-IV beside the evaluation's images, if it is there and knows its patients."""
+    root = evaluation.config.get("DATA", {}).get("DATA_PATH")
+    folders = [Path(root).expanduser(), Path(root).expanduser().parent] if root else []
+    for path in (folder / name for folder in folders for name in ("patients.csv.gz", "patients.csv")):
+        if path.is_file():
+            try:
+                read_table(path, evaluation.test)
+            except UserError as error:
+                print(f"not used: {error}")
+                continue
+            return (path,)
+    return ()

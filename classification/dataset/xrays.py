@@ -1,0 +1,110 @@
+"""A table of X-rays -> items (image, target). The module itself needs no torch: tools read tables through it."""
+
+from PIL import Image
+
+from dataset import tables
+from dataset.domain import image_domain
+from dataset.images import decode
+from dataset.stores import MemoryStore
+
+
+class RadiographDataset:
+    """One split of a table of X-rays, see `dataset.build.Dataset`; item = (image, target).
+
+    Args:
+        table: :class:`dataset.tables.Table` of all splits; without targets it gets those of the default policy.
+        split: train, validate (or val) or test.
+        transform: PIL image -> anything; None returns the PIL image.
+        mode: of that image, RGB (the grey values three times) or L (grey, a third of the work).
+        on_memory: read all of them now, see :class:`dataset.stores.MemoryStore`.
+        dicom_recipe, dicom_window, shrink_to: how a file becomes grey, see :func:`dataset.images.decode`.
+
+    Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
+
+    Raises:
+        UserError: at construction, for an unknown or empty split or missing images;
+        ImageError: from an item, naming the file.
+    """
+
+    task = "multilabel"
+
+    def __init__(
+        self,
+        table,
+        split,
+        transform=None,
+        *,
+        mode="RGB",
+        on_memory=False,
+        dicom_recipe="window",
+        dicom_window=0,
+        shrink_to=0,
+    ):
+        if table.targets is None:
+            table = table.with_targets()
+        self.table = table.select(table.split == tables.split_index(split))
+        if not len(self.table):
+            raise tables.EmptySplit(f"{table.root}: the split {split!r} has no image")
+        self.store = MemoryStore(table.store, self.table.path) if on_memory else table.store
+        self.domain = image_domain(self.store, self.table.path, dicom_recipe)
+        self.label_names, self.targets = table.label_names, self.table.targets
+        self.labels, self.cohort = self.table.labels, table.cohort()
+        self.summary, self.warnings = table.summary(), self._unlearnable() if split == "train" else []
+        self.transform, self.mode = transform, mode
+        self.decoding = {"recipe": dicom_recipe, "window": dicom_window, "shrink_to": shrink_to}
+
+    def _unlearnable(self):
+        counts = zip(self.label_names, (self.targets == 1).sum(0), (self.targets == 0).sum(0))
+        return [
+            f"{name} cannot be learnt: the train split has {positive:,} positives and {negative:,} negatives of it; "
+            "see DATA.UNCERTAIN and DATA.MISSING"
+            for name, positive, negative in counts
+            if not (positive and negative)
+        ]
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, index):
+        import torch
+
+        path = self.table.path[index].decode()
+        grey = decode(self.store.read(path), str(self.store.root / path), **self.decoding)
+        image = Image.fromarray(grey).convert(self.mode)
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, torch.from_numpy(self.targets[index])
+
+    def ids(self):
+        """What identifies the images in tables of predictions: column name -> values [N]."""
+        columns = {"dicom_id": self.table.dicom_id, "study_id": self.table.study, "subject_id": self.table.subject}
+        return {name: [text.decode() for text in column.tolist()] for name, column in columns.items()}
+
+    def descriptions(self):
+        """What else a table of predictions tells of the images: column name -> values [N]."""
+        view = {} if self.table.view is None else {"view": self.table.view}
+        return {**view, "path": [path.decode() for path in self.table.path]}
+
+
+def build_radiographs(config, table, splits):
+    """The datasets of `splits` over one table, with the transforms and the label policy that `config` describes."""
+    from dataset.transforms import radiograph_transform, resized_side
+
+    d = config.DATA
+    table = table.with_targets(d.UNCERTAIN, d.MISSING)
+    datasets = [
+        RadiographDataset(
+            table,
+            split,
+            radiograph_transform(config, train=split == "train"),
+            mode="L",
+            on_memory=d.IMG_ON_MEMORY,
+            dicom_recipe=d.DICOM_RECIPE,
+            dicom_window=d.DICOM_WINDOW,
+            shrink_to=2 * resized_side(d.IMG_SIZE),  # resizing then has four pixels or more for each of its own
+        )
+        for split in splits
+    ]
+    if "train" in splits and config.AUG.HFLIP > 0:
+        datasets[splits.index("train")].warnings.append("AUG.HFLIP mirrors X-rays; the heart then lies on either side")
+    return datasets

@@ -1,0 +1,355 @@
+"""predict.py: the values of --eval, every way to name images, going on after a kill, options, and clear errors."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import predict
+import prediction_file
+from conftest import ROOT, write_checkpoint
+from dataset.labels import LABELS
+from dataset.synthetic import write_tree
+from errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_checkpoint(tmp_path_factory.mktemp("model") / "a.pth", ema_seed=4)[0])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twelve images in two folders, four of them damaged or no images; not to be changed."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    (root / "deep" / "er").mkdir(parents=True)
+    for k in range(9):
+        image = Image.fromarray(rng.integers(0, 255, (40 + k, 50), dtype=np.uint8)).resize((80, 70))
+        image.save(root / ("deep/er" if k % 2 else "deep") / f"{k}.{'png' if k % 3 else 'jpg'}")
+    (root / "deep" / "cut.jpg").write_bytes((root / "deep/0.jpg").read_bytes()[:300])
+    (root / "deep" / "empty.png").touch()
+    (root / "deep" / "notes.txt").write_text("no image")
+    (root / "deep" / "noname").write_bytes((root / "deep/0.jpg").read_bytes())
+    (root / "deep" / ".hidden.jpg").touch()
+    (root / "none").mkdir()
+    return root
+
+
+def run(*arguments, output, fails=0):
+    """predict.main -> rows of the table; `fails` is how many errors it must count."""
+    argv = [*map(str, arguments), "--output", str(output), "-j", "0"]
+    if fails:
+        with pytest.raises(SystemExit) as stopped:
+            predict.main(argv)
+        assert stopped.value.code == 1
+    else:
+        assert predict.main(argv) == 0
+    with open(output, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def values(rows):
+    return np.array([[float(row[name]) for name in LABELS] for row in rows])
+
+
+# ------------------------------------------------------------------------------------ the values
+def test_the_probabilities_are_those_of_an_evaluation(run_main, tree, tmp_path):
+    folder = run_main(TRAIN__EPOCHS=1)
+    run_main("--eval", TRAIN__EPOCHS=1)
+    (evaluation,) = (tmp_path / "out" / "results").glob("evaluation_*")
+    truth = pd.read_csv(evaluation / "predictions.csv", dtype=str).set_index("dicom_id")
+    rows = run(folder / "best_ckpt.pth", tree, output=tmp_path / "all.csv")
+    assert list(rows[0]) == ["path", "error", "dicom_id", "study_id", "subject_id", "view", *LABELS]
+    test = [row for row in rows if row["dicom_id"] in truth.index]
+    assert len(test) == len(truth) and len(rows) > len(truth)
+    expected = truth.loc[[row["dicom_id"] for row in test]]
+    for row, (_, other) in zip(test, expected.iterrows()):
+        assert (row["study_id"], row["subject_id"]) == (other["study_id"], other["subject_id"])
+    probabilities = expected[[f"{name}_probability" for name in LABELS]].to_numpy(float)
+    assert probabilities.std() > 0.01
+    np.testing.assert_allclose(values(test), probabilities, atol=1e-6)
+
+
+def test_dicom_png_and_jpg_of_one_image(model, tmp_path):
+    """The format is told from the content: each file also lies there under the name of another format."""
+    write_tree(tmp_path / "dicom", patients=10, size=64, image_format="dicom", progress=False)
+    dicom = sorted((tmp_path / "dicom").rglob("*.dcm"))[:4]
+    from dataset.images import decode
+
+    for k, path in enumerate(dicom):
+        grey = Image.fromarray(decode(path.read_bytes(), str(path)))
+        grey.save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}_png.dcm").write_bytes((tmp_path / f"{k}.png").read_bytes())
+        (tmp_path / f"{k}_dicom.jpg").write_bytes(path.read_bytes())
+    rows = run(model, *dicom, output=tmp_path / "dicom.csv")
+    for names in (["{}.png"], ["{}_png.dcm"], ["{}_dicom.jpg"]):
+        others = run(model, *(tmp_path / names[0].format(k) for k in range(4)), output=tmp_path / f"{names[0]}.csv")
+        np.testing.assert_allclose(values(others), values(rows), atol=1e-6)
+    assert {row["view"] for row in rows} <= {"PA", "AP", "lateral"}
+    assert [row["dicom_id"] for row in rows] == [path.stem for path in dicom]
+
+
+def test_ema_tta_and_several_checkpoints(model, pictures, tmp_path):
+    path = pictures / "deep/0.jpg"
+    plain = values(run(model, path, output=tmp_path / "plain.csv"))
+    ema = values(run(model, path, "--ema", output=tmp_path / "ema.csv"))
+    other, network = write_checkpoint(tmp_path / "other.pth", seed=4, DATA__IMG_SIZE=64)
+    write_checkpoint(tmp_path / "same.pth", seed=4)
+    np.testing.assert_allclose(ema, values(run(tmp_path / "same.pth", path, output=tmp_path / "same.csv")), atol=1e-7)
+    assert np.abs(ema - plain).max() > 0.01
+    # Models of other sizes are each given the image in their own size.
+    second = values(run(other, path, output=tmp_path / "second.csv"))
+    both = values(run(model, other, path, output=tmp_path / "both.csv"))
+    np.testing.assert_allclose(both, (plain + second) / 2, atol=1e-7)
+
+    # The mean over crops, each computed here by hand.
+    crops = values(run(other, path, "--tta", output=tmp_path / "tta.csv"))
+    loaded = predict.trained.load(other)
+    whole = loaded.normalize(loaded.reader()(path.read_bytes(), "x")[None])
+    assert predict.TTA[0] == (0, 0, 1) and (0.05, 0.05, 0.9) in predict.TTA
+    expected = []
+    for left, top, side in predict.TTA:
+        x, y, n = round(64 * left), round(64 * top), round(64 * side)
+        part = torch.nn.functional.interpolate(whole[..., y : y + n, x : x + n], size=(64, 64), mode="bilinear")
+        with torch.no_grad():
+            expected.append(torch.sigmoid(network(part).double()).numpy())
+    np.testing.assert_allclose(crops, np.mean(expected, 0), atol=1e-6)
+    assert np.abs(crops - second).max() > 1e-3
+
+
+def test_calibration_and_thresholds(model, pictures, tmp_path):
+    pytest.importorskip("analysis.calibration")
+    plain = values(run(model, pictures / "deep/0.jpg", output=tmp_path / "plain.csv"))[0]
+    platt = {name: {"slope": 0.5, "intercept": -0.2} for name in LABELS} | {"Edema": None}
+    (tmp_path / "e").mkdir()
+    content = {"platt": platt, "temperature": 2.0, "checkpoint_sha256": "0" * 64, "label_names": list(LABELS)}
+    (tmp_path / "e/calibration.json").write_text(json.dumps(content))
+    cuts = {name: {"threshold": None if k == 0 else float(plain[k])} for k, name in enumerate(LABELS)}
+    cuts["Fracture"]["threshold"] = float(plain[LABELS.index("Fracture")]) + 1e-6
+    report = {"thresholds": {"youden": {"rule": "x", "labels": cuts}}}
+    (tmp_path / "e/report.json").write_text(json.dumps(report))
+    flags = ("--calibrated", tmp_path / "e", "--thresholds", tmp_path / "e")
+    (row,) = run(model, pictures / "deep/0.jpg", *flags, output=tmp_path / "c.csv")
+    z = np.log(plain / (1 - plain))
+    expected = 1 / (1 + np.exp(-(0.5 * z - 0.2)))
+    expected[LABELS.index("Edema")] = 1 / (1 + np.exp(-z[LABELS.index("Edema")] / 2))
+    np.testing.assert_allclose(values([row])[0], expected, atol=1e-6)
+    # At the threshold is positive, just below it not; calibration does not move an operating point.
+    called = {name: row[f"{name}_positive"] for name in LABELS}
+    assert called == dict.fromkeys(LABELS, "1") | {LABELS[0]: "", "Fracture": "0"}
+    for flag, name, message in [
+        ("--calibrated", "absent", "absent: No such file.*report.py"),
+        ("--thresholds", "absent", "absent: No such file.*report.py"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(model, pictures / "deep/0.jpg", flag, tmp_path / name, output=tmp_path / "x.csv")
+    with pytest.raises(UserError, match="no thresholds by the rule 'f1': choose one of youden"):
+        run(model, pictures, "--thresholds", tmp_path / "e", "--rule", "f1", output=tmp_path / "x.csv")
+
+
+# ------------------------------------------------------------------------------------ the inputs
+def test_files_folders_patterns_and_tables(model, pictures, tmp_path):
+    rows = run(model, pictures, output=tmp_path / "folder.csv", fails=2)
+    deep = pictures / "deep"
+    expected = {str(p) for p in deep.rglob("*") if p.suffix in (".jpg", ".png", "") and p.is_file()}
+    expected -= {str(deep / ".hidden.jpg")}
+    assert {row["path"] for row in rows} == expected and len(rows) == len(expected) == 12
+    bad = {row["path"]: row for row in rows if row["error"]}
+    assert set(bad) == {str(deep / "cut.jpg"), str(deep / "empty.png")}
+    assert all("cut.jpg" in r["error"] or "empty.png" in r["error"] for r in bad.values())
+    assert all(r[name] == "" for r in bad.values() for name in LABELS)
+    good = {row["path"]: row for row in rows if not row["error"]}
+    # The same image by another way has the same values, whatever else is in its batch.
+    pattern = run(model, deep / "**/*.png", output=tmp_path / "pattern.csv", fails=1)
+    assert {r["path"] for r in pattern} == {p for p in expected if p.endswith(".png")}
+    for row in pattern:
+        if not row["error"]:
+            np.testing.assert_allclose(values([row]), values([good[row["path"]]]), atol=1e-6)
+    names = ["er/1.png", "0.jpg", "absent.jpg", "0.jpg"]
+    table = pd.DataFrame({"path": names, "study_id": ["5", None, "7", "8"], "ViewPosition": ["PA", "LL", None, None]})
+    table.to_csv(deep / "table.csv", index=False)
+    try:
+        rows = run(model, deep / "table.csv", deep / "0.jpg", output=tmp_path / "table.csv", fails=1)
+    finally:
+        (deep / "table.csv").unlink()
+    assert [r["path"] for r in rows] == ["er/1.png", "0.jpg", "absent.jpg", str(deep / "0.jpg")]
+    assert [r["view"] for r in rows] == ["PA", "", "", ""] and rows[0]["study_id"] == "5"
+    assert "absent.jpg: No such file" in rows[2]["error"]
+    np.testing.assert_allclose(values(rows[1::2]), values([good[str(deep / "0.jpg")]] * 2), atol=1e-6)
+
+
+def test_json_holds_the_same(model, pictures, tmp_path):
+    rows = run(model, pictures, output=tmp_path / "a.csv", fails=2)
+    with pytest.raises(SystemExit):
+        predict.main([model, str(pictures), "--output", str(tmp_path / "a.json"), "--format", "json"])
+    objects = json.loads((tmp_path / "a.json").read_text())
+    assert [{k: "" if v is None else str(v) for k, v in o.items()} for o in objects] == rows
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert set(content) == {"a.csv", "a.json"}
+    entry = content["a.json"]
+    assert entry["command"]["checkpoints"] == [predict.trained.digest(model)]
+    assert (entry["images"], entry["errors"]) == (12, 2) and entry["versions"]["torch"] == torch.__version__
+
+
+def test_another_domain_and_view_are_said(tmp_path, capsys):
+    write_tree(tmp_path / "dicom", patients=10, size=64, image_format="dicom", progress=False)
+    path, _ = write_checkpoint(tmp_path / "a.pth", domain="pictures", DATA__VIEWS="frontal")
+    rows = run(path, tmp_path / "dicom", output=tmp_path / "a.csv")
+    lateral = sum(row["view"] == "lateral" for row in rows)
+    said = capsys.readouterr().out
+    assert f"note, {len(rows)} image(s): the model was trained on pictures, these images are dicom window" in said
+    assert "use --dicom-recipe mimic_jpg" in said
+    assert lateral and f"note, {lateral} image(s): the model was trained on DATA.VIEWS frontal" in said
+    run(path, tmp_path / "dicom", "--dicom-recipe", "mimic_jpg", output=tmp_path / "b.csv")
+    assert "--dicom-recipe" not in capsys.readouterr().out
+    assert (tmp_path / "a.csv").read_bytes() != (tmp_path / "b.csv").read_bytes()
+
+
+# ------------------------------------------------------------------------------------- going on
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_a_table_cut_anywhere_becomes_the_whole_one(form, tmp_path):
+    names = [f'a,{k}\n"x' for k in range(7)]
+
+    def write(path, batches=99):
+        table = prediction_file.PredictionFile(
+            path, ["path", "error", "p"], names, command={"a": (1, 2)}, about={}, batch=3, form=form
+        )
+        for k in range(table.done, 7, 3)[:batches]:
+            table.add([{"path": n, "error": "x" if n == names[1] else "", "p": k / 7} for n in names[k : k + 3]])
+        table.finish()
+        return table
+
+    write(tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    write(tmp_path / "cut", batches=1)
+    for length in range(len(whole)):
+        (tmp_path / "cut").write_bytes(whole[:length])
+        assert write(tmp_path / "cut").errors == 1
+        assert (tmp_path / "cut").read_bytes() == whole, length
+
+
+def test_killed_and_gone_on_equals_the_whole(model, tree, tmp_path, capsys):
+    whole = tmp_path / "whole.csv"
+    assert predict.main([model, str(tree), "--output", str(whole), "-b", "4"]) == 0
+    killed = tmp_path / "killed.csv"
+    argv = [model, str(tree), "--output", str(killed), "-b", "4", "-j", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "predict.py", *argv], cwd=ROOT, env=environment)
+    deadline = time.time() + 120
+    while time.time() < deadline and not (killed.exists() and killed.read_bytes().count(b"\n") > 9):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rows = killed.read_bytes().count(b"\n") - 1
+    assert 8 < rows < whole.read_bytes().count(b"\n") - 1, "killed too late to show anything"
+    assert predict.main(argv) == 0
+    assert killed.read_bytes() == whole.read_bytes()
+    assert "rows are there already" in capsys.readouterr().out
+    before = killed.stat().st_size
+    assert predict.main(argv) == 0 and killed.stat().st_size == before
+
+
+def test_the_output_of_another_command_is_left_alone(model, pictures, tmp_path):
+    image = pictures / "deep/0.jpg"
+    run(model, image, output=tmp_path / "a.csv")
+    before = (tmp_path / "a.csv").read_bytes()
+    other, _ = write_checkpoint(tmp_path / "other.pth", seed=9)
+    for arguments, message in [
+        ((model, image, "--tta"), "tta was False, now True"),
+        ((other, image), "begun by another command: checkpoints was"),
+        ((model, pictures / "deep"), "paths was"),
+        ((model, image, "--format", "json"), "format was 'csv', now 'json'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(*arguments, output=tmp_path / "a.csv")
+        assert (tmp_path / "a.csv").read_bytes() == before
+    (tmp_path / "mine.csv").write_text("my own table\n")
+    with pytest.raises(UserError, match="mine.csv is there already, and not by predict.py"):
+        run(model, image, output=tmp_path / "mine.csv")
+    assert (tmp_path / "mine.csv").read_text() == "my own table\n"
+    with pytest.raises(UserError, match="cannot be written"):
+        run(model, image, output=tmp_path / "a.csv" / "b.csv")
+
+
+def test_files_that_came_since_are_said(model, pictures, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("b.jpg", "c.jpg"):
+        (tmp_path / "in" / name).write_bytes((pictures / "deep/0.jpg").read_bytes())
+    run(model, tmp_path / "in", output=tmp_path / "a.csv")
+    (tmp_path / "in" / "a.jpg").write_bytes((pictures / "deep/0.jpg").read_bytes())
+    with pytest.raises(UserError, match="holds other images than are asked for now"):
+        run(model, tmp_path / "in", "-b", "1", output=tmp_path / "a.csv")
+
+
+# ------------------------------------------------------------------------------------ bad input
+def test_bad_input_is_one_line(model, pictures, tmp_path):
+    image, out = pictures / "deep/0.jpg", tmp_path / "out.csv"
+    whole = torch.load(model, weights_only=True)
+    config = whole["config"]
+
+    def checkpoint(name, content):
+        torch.save(content, tmp_path / name)
+        return tmp_path / name
+
+    (tmp_path / "cut.pth").write_bytes(open(model, "rb").read()[:5000])
+    pd.DataFrame({"file": ["a.jpg"]}).to_csv(tmp_path / "nopath.csv", index=False)
+    pd.DataFrame({"path": []}).to_csv(tmp_path / "norows.csv", index=False)
+    huge = {**config, "MODEL": {**config["MODEL"], "INTERN_IMAGE": {**config["MODEL"]["INTERN_IMAGE"]}}}
+    huge["MODEL"]["INTERN_IMAGE"]["CHANNELS"] = 2**20
+    bent = {**config, "MODEL": {**config["MODEL"], "INTERN_IMAGE": 7}}
+    few, _ = write_checkpoint(tmp_path / "few.pth", labels=("Edema", "Fracture"))
+    no_average, _ = write_checkpoint(tmp_path / "plain.pth")
+    nan = {k: v * float("nan") if v.is_floating_point() else v for k, v in whole["model"].items()}
+    for arguments, message in [
+        ((tmp_path / "absent.pth", image), "absent.pth does not exist"),
+        ((tmp_path / "cut.pth", image), "cut.pth is not a whole checkpoint"),
+        ((image, image), "0.jpg is not a whole checkpoint"),
+        ((checkpoint("bare.pth", whole["model"]), image), "bare.pth is not a checkpoint of this project: it holds no"),
+        ((checkpoint("l.pth", {**whole, "label_names": []}), image), "holds no label_names"),
+        ((checkpoint("n.pth", {**whole, "label_names": list(range(14))}), image), "no list of names"),
+        ((checkpoint("m.pth", {**whole, "label_names": ["a"]}), image), "1 labels for a model of MODEL.NUM_CLASSES 14"),
+        ((checkpoint("t.pth", torch.ones(3)), image), "t.pth is not a checkpoint of this project"),
+        ((checkpoint("w.pth", {**whole, "model": {"a": 1}}), image), "no dictionary of tensors"),
+        ((checkpoint("c.pth", {**whole, "config": "x"}), image), "its config is no dictionary"),
+        ((checkpoint("h.pth", {**whole, "config": huge}), image), "h.pth is a checkpoint of another model"),
+        ((checkpoint("b.pth", {**whole, "config": bent}), image), "b.pth: .*INTERN_IMAGE"),
+        ((checkpoint("nan.pth", {**whole, "model": nan}), image), "not finite"),
+        ((model, few, image), "few.pth has other labels than"),
+        ((no_average, image, "--ema"), "--ema: .*plain.pth holds no average"),
+        ((model, tmp_path / "gone"), "gone: does not exist"),
+        ((model, str(tmp_path / "*.gone")), "nothing matches this pattern"),
+        ((model, pictures / "none"), "none: no image in this folder"),
+        ((model, tmp_path / "nopath.csv"), "nopath.csv.*path"),
+        ((model, tmp_path / "norows.csv"), "norows.csv"),
+        ((model, model), "no image is named"),
+        ((model, image, "--labels", "Edema"), "--labels .* give --explain"),
+        ((model, image, "--explain", tmp_path / "e", "--labels", "Edma"), "no label 'Edma' .did you mean Edema"),
+        ((model, no_average, image, "--explain", tmp_path / "e"), "--explain takes one checkpoint"),
+        ((model, image, "--explain", image), "--explain .* cannot be written"),
+        ((model, image, "--device", "gpu"), "--device gpu"),
+        ((model, image, "-b", "0"), "-b is 0"),
+    ]:
+        with pytest.raises(UserError, match=message) as raised:
+            run(*arguments, output=out)
+        assert "\n" not in str(raised.value), message
+        assert not out.exists() or message == "not finite"
+        out.unlink(missing_ok=True)
+
+
+def test_the_command_ends_with_one_line(model, tmp_path):
+    process = subprocess.run(
+        [sys.executable, "predict.py", model, str(tmp_path / "gone"), "--output", str(tmp_path / "a.csv")],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert process.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in process.stderr

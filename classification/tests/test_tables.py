@@ -1,0 +1,212 @@
+"""Tables as people have them: ids that are names, other kinds of CSV, and what the tools make of own tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import prepare_mimic
+from conftest import edit_csv
+from dataset import tables
+from dataset.mimic_cxr import MIMICCXRDataset, load_table
+from errors import UserError
+
+
+@pytest.fixture
+def own(tmp_path):
+    """own(frame or text, ...) -> a folder with six images and this table: train 0 to 3, validate 4, test 5."""
+    root = tmp_path / "own"
+    (root / "im").mkdir(parents=True)
+    for k in range(6):
+        Image.fromarray(np.full((40, 40), 40 * k, np.uint8)).save(root / "im" / f"{k}.png")
+
+    def make(text, name="mine.csv", encoding="utf-8"):
+        for path in root.glob("*.?sv"):
+            path.unlink()
+        (root / name).write_bytes(text.encode(encoding))
+        return root
+
+    return make
+
+
+def rows(header, line, separator=","):
+    """A table with `header` and for image k the line that `line(k, split)` gives."""
+    splits = ["train"] * 4 + ["validate", "test"]
+    lines = [separator.join(map(str, line(k, split))) for k, split in enumerate(splits)]
+    return "\n".join([separator.join(header), *lines]) + "\n"
+
+
+PLAIN = rows(["path", "split", "A", "B"], lambda k, split: (f"im/{k}.png", split, k % 2, 1 - k % 2))
+
+
+# -------------------------------------------------------------------------------------------- ids
+IDS = {
+    "36 digits": lambda k: 216840111366964012819207061112010281093053754 * 10 + k,
+    "20 digits": lambda k: 18446744073709551616 + k,
+    "above 2^53": lambda k: 9007199254740992 + k,
+    "negative": lambda k: -7 - k,
+    "with a dash": lambda k: f"anon-{k}",
+    "CheXpert's": lambda k: f"patient{k:05d}",
+    "leading zeros": lambda k: f"00{k}",
+    "hexadecimal": lambda k: f"1e{k}",
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_ids_of_an_own_table_are_names(own, name):
+    """Six patients are six; one who is in train and test is found, whatever the ids look like."""
+    ids = [str(IDS[name](k)) for k in range(6)]
+    line = lambda ids: lambda k, split: (f"im/{k}.png", split, ids[k], k % 2)  # noqa: E731
+    root = own(rows(["path", "split", "subject_id", "A"], line(ids)))
+    table = load_table(root)
+    assert [subject.decode() for subject in table.subject] == ids
+    assert MIMICCXRDataset(root, "test").ids()["subject_id"] == [ids[5]]
+    leaked = [*ids[:5], ids[0]]
+    root = own(rows(["path", "split", "subject_id", "A"], line(leaked)))
+    with pytest.raises(UserError, match=f"1 patient.s. are in more than one split, such as subject_id {ids[0]} in"):
+        load_table(root)
+
+
+def test_ids_that_differ_in_zeros_or_fractions_are_other_patients(own):
+    """1, 01 and 1.0 are three names; the same name in two splits is found beside them."""
+    ids = ["1", "01", "1.0", "1.00", "001", "0001"]
+    root = own(rows(["path", "split", "subject_id", "A"], lambda k, split: (f"im/{k}.png", split, ids[k], k % 2)))
+    assert len(np.unique(load_table(root).subject)) == 6
+
+
+def test_the_official_layout_wants_integers(own_tree):
+    edit_csv(own_tree, "split", lambda f: f.assign(subject_id="anon-" + f.subject_id))
+    with pytest.raises(UserError, match="subject_id is 'anon-.*' in data row 1; expected an integer id"):
+        load_table(own_tree)
+
+
+# ---------------------------------------------------------------------------------- forms of a CSV
+@pytest.mark.parametrize(
+    "change, options",
+    [
+        (lambda text: text, {}),
+        (lambda text: text.replace(",", ";"), {}),
+        (lambda text: text.replace(",", "\t"), {"name": "mine.tsv"}),
+        (lambda text: text, {"encoding": "utf-16"}),
+        (lambda text: text, {"encoding": "utf-8-sig"}),
+        (lambda text: text.replace("path,split", "path ,split").replace("A,B", " A , B"), {}),
+        (lambda text: "\n".join(line + "," for line in text.splitlines()), {}),  # every row, and the header
+        (lambda text: text.replace("\n", ",\n").replace("A,B,", "A,B", 1), {}),  # every row, but not the header
+        (lambda text: text.replace("\n", "\r\n"), {}),
+        (lambda text: text.replace("train", " train ").replace("validate", "val"), {}),
+        (lambda text: text.replace("im/0.png", '"im/0.png"'), {}),
+    ],
+    ids=["plain", "semicolons", "tabs", "UTF-16", "mark", "spaces", "commas", "shifted", "CRLF", "alias", "quotes"],
+)
+def test_the_same_table_in_other_forms(own, change, options):
+    root = own(change(PLAIN), **options)
+    table = load_table(root, label_names=("A", "B"))
+    assert [p.decode() for p in table.path] == [f"im/{k}.png" for k in range(6)]
+    assert table.labels.tolist() == [[k % 2, 1 - k % 2] for k in range(6)]
+    assert table.split.tolist() == [0, 0, 0, 0, 1, 2]
+
+
+def test_values_beyond_the_columns_are_named(own):
+    root = own(PLAIN.replace("im/2.png,train,0,1", "im/2.png,train,0,1,9"))
+    with pytest.raises(UserError, match="mine.csv: data row 3 has more values than there are columns .4."):
+        load_table(root, label_names=("A",))
+
+
+def test_an_own_table_without_labels_asked_for_gives_its_own(own):
+    table = load_table(own(PLAIN))
+    assert table.label_names == ("A", "B")
+    assert "labels: the columns of mine.csv that hold 1, 0 or -1" in table.with_targets().summary()
+
+
+def test_no_finding_may_clear_the_others(own):
+    """Blank findings of a healthy image become 0, but not its devices; 1 and -1 stay, and so do other images."""
+    header = ["path", "split", "Edema", "Pneumonia", "Support Devices", "No Finding"]
+    lines = [
+        ("", "", "", "1"),
+        ("1", "-1", "", "1"),
+        ("", "", "", ""),
+        ("", "0", "1", "0"),
+        ("", "", "", ""),
+        ("",) * 4,
+    ]
+    root = own(rows(header, lambda k, split: (f"im/{k}.png", split, *lines[k])))
+    labels = load_table(root, label_names=tuple(header[2:]), no_finding_clears=True).labels
+    nan = np.nan
+    expected = [[0, 0, nan, 1], [1, -1, nan, 1], [nan] * 4, [nan, 0, 1, 0], [nan] * 4, [nan] * 4]
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(load_table(root, label_names=tuple(header[2:])).labels[0], [nan, nan, nan, 1])
+
+
+# ------------------------------------------------------------------------------------ trees, tools
+def test_a_small_part_of_a_tree_is_found(own_tree):
+    """All but one of the images are gone: with DATA.ALLOW_MISSING the one is found, wherever it lies."""
+    images = sorted((own_tree / "files").rglob("*.jpg"))
+    kept = images[37]
+    for path in images:
+        if path != kept:
+            path.unlink()
+    table = load_table(own_tree, allow_missing=True)
+    assert [own_tree / p.decode() for p in table.path] == [kept]
+
+
+def test_the_audit_follows_links_without_running_in_circles(own_tree, tmp_path):
+    first = sorted((own_tree / "files").iterdir())[0]
+    first.rename(tmp_path / "elsewhere")
+    first.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(own_tree / "files")
+    problems = prepare_mimic.auditing.audit(own_tree, tmp_path / "audit", workers=1, log=lambda *_: None)
+    assert set(problems["problem"]) <= {"extra", "duplicate pixels"} and "missing" not in set(problems["problem"])
+
+
+def test_two_images_that_would_become_one_are_refused(own, tmp_path):
+    """Before anything is written."""
+    root = own(PLAIN.replace("im/1.png", "im/0.jpg"))
+    Image.fromarray(np.full((40, 40), 9, np.uint8)).save(root / "im" / "0.jpg")
+    with pytest.raises(UserError, match="im/0.jpg and im/0.png would both become im/0.jpg"):
+        prepare_mimic.main(["build", "--data-path", str(root), "--output", str(tmp_path / "copy")])
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("change", [lambda text: text, lambda text: text.replace("path,", "path ,", 1)])
+def test_own_tables_go_through_every_tool(own, tmp_path, capsys, change):
+    """Audit and copy, with labels of its own; the copy trains as the tree does."""
+    root = own(change(PLAIN))
+    assert prepare_mimic.main(["labels", "--data-path", str(root)]) == 0
+    assert capsys.readouterr().out.split() == ["A", "B"]
+    prepare_mimic.main(["audit", "--data-path", str(root), "--output", str(tmp_path / "audit"), "--workers", "1"])
+    found = pd.read_csv(tmp_path / "audit" / "audit.csv")
+    assert set(found["problem"]) <= {"constant"} and "6 rows" in (tmp_path / "audit" / "audit.txt").read_text()
+    assert prepare_mimic.main(["build", "--data-path", str(root), "--output", str(tmp_path / "copy")]) == 0
+    copy = load_table(tmp_path / "copy")
+    assert copy.label_names == ("A", "B") and len(copy) == 6
+    assert copy.labels.tolist() == load_table(root).labels.tolist()
+
+
+def test_a_partial_tree_is_copied_when_asked(own, tmp_path):
+    root = own(PLAIN)
+    (root / "im" / "3.png").unlink()
+    argv = ["build", "--data-path", str(root), "--output", str(tmp_path / "copy")]
+    with pytest.raises(UserError, match="image missing: .*3.png .*--allow-missing"):
+        prepare_mimic.main(argv)
+    assert prepare_mimic.main([*argv, "--allow-missing"]) == 0
+    assert len(load_table(tmp_path / "copy", allow_missing=True)) == 5
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["build", "--output", "x", "--quality", "101"], "--quality is 101; it must lie between 1 and 100"),
+        (["build", "--output", "x", "--quality", "0"], "--quality is 0; it must lie between 1 and 100"),
+        (["audit", "--workers", "0"], "--workers is 0; it must lie between 1 and"),
+        (["audit", "--wrokers", "2"], r"unknown argument --wrokers"),
+    ],
+)
+def test_numbers_out_of_range(tree, argv, message):
+    with pytest.raises(UserError, match=message):
+        prepare_mimic.main([*argv, "--data-path", str(tree)])
+
+
+def test_reading_is_one_function_for_all(own):
+    """Its columns are texts: nothing is made a number on the way."""
+    root = own("path,split,A\nim/0.png,train,007\n")
+    assert tables.read_csv(root / "mine.csv", ("path",)).iloc[0].tolist() == ["im/0.png", "train", "007"]
