@@ -1,15 +1,21 @@
 """Times the operator against others that do the same: `python ops_dcnv3/benchmark.py [--check] [--quick]`.
 
-On a CPU: the levels of InternImage-T and B at 224 pixels, batch 2, float32, and InternImage-T end to
-end. On a GPU: batch 32, bfloat16 and float32, summed over all 33 blocks of InternImage-B, beside the
-bytes that must move. Medians of one run, as Markdown. Columns whose package does not load are left out,
-and it says why.
+On a CPU: the levels of InternImage-T and B at 224 pixels, batch 2, float32. On a GPU: batch 32, bfloat16 and float32,
+summed over all 33 blocks of InternImage-B, every backward kernel that fits, beside the bytes that must move. Medians of
+one run, as Markdown. Columns whose package does not load are left out, and it says why.
 
---check   first the operator tests, on a GPU also compute-sanitizer where it is found
+--check   all that the first hour on a GPU is for, in six parts, most important first: correctness; capture, streams,
+          determinism; atomic adds; times; sanitizers; what to do next. A part that fails stops no other, and after each
+          all that there is so far is in dcnv3_check.md and dcnv3_check.json. Figures of an operator that failed part 1
+          are figures of a wrong operator: the last part says so.
+--dry     with --check: tiny shapes on a CPU, to try the command itself where no GPU is
 """
 
 import argparse
+import contextlib
 import importlib.metadata
+import io
+import json
 import os
 import platform
 import shutil
@@ -18,9 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -30,6 +38,7 @@ import dcnv3  # noqa: E402
 
 HERE = Path(__file__).parent
 SIZES = (56, 28, 14, 7)
+BACKWARD_KERNELS = ("atomic", "owning", "ordered")  # what DCNV3_BACKWARD takes
 VARIANTS = {"T": (64, 4, (4, 4, 18, 4)), "B": (112, 7, (4, 4, 21, 4))}  # channels, groups, depths
 
 
@@ -304,108 +313,8 @@ def memory_line():
     )
 
 
-def model_table(device, dtype, batch, variant, modes, repeats):
-    """InternImage end to end with the operator, and with others in its place."""
-    sys.path.insert(0, str(HERE.parent))
-    try:
-        import torchvision_shim  # noqa: F401  (before timm)
-
-        from models.intern_image import InternImage
-    except ImportError as error:
-        print(f"InternImage-{variant} is not timed: {error}\n")
-        return
-
-    channels, groups, depths = VARIANTS[variant]
-    torch.manual_seed(0)
-    model = InternImage(
-        num_classes=14,
-        channels=channels,
-        groups=tuple(groups << i for i in range(4)),
-        depths=depths,
-        layer_scale=None if variant == "T" else 1e-5,
-        post_norm=variant != "T",
-    ).to(device, memory_format=torch.channels_last)
-    for name, parameter in model.named_parameters():  # a fresh model has no offsets
-        if ".dcn.offset.weight" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    x = torch.randn(batch, 3, 224, 224, device=device)
-
-    def slow(input, offset, mask, *, group, mask_is_logits=False, **_):
-        if mask_is_logits:
-            mask = mask.unflatten(-1, (group, 9)).softmax(-1).flatten(-2)
-        return grid_sample_reference(input, offset.contiguous(), mask.contiguous(), group)
-
-    rows = []
-    for mode in modes:
-        dcnv3.module.dcnv3 = slow if mode == "grid_sample" else dcnv3.dcnv3
-        model.eval()
-        run = torch.compile(model) if mode == "compiled" else model
-
-        def infer(run=run):
-            with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                run(x)
-
-        def step(run=run):
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                loss = run(x).float().square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-        inference = milliseconds(infer, device, repeats)
-        model.train()
-        training = milliseconds(step, device, repeats)
-        share = "" if mode == "grid_sample" else f"{operator_share(step, device):.0%}"
-        rows.append([mode, f"{inference:.1f}", f"{training:.1f}", share])
-    dcnv3.module.dcnv3 = dcnv3.dcnv3
-    print(f"InternImage-{variant}, 224 pixels, batch {batch}, {str(dtype).removeprefix('torch.')}, ms\n")
-    table(["", "forward", "training step (AdamW)", "of which the operator"], rows)
-
-
-def operator_share(step, device):
-    """The part of a step's time that the operator's calls, forward and backward, take."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profile(activities=activities) as recorded:
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    operator = total = 0
-    for event in recorded.key_averages():
-        if device == "cpu":
-            total += event.self_cpu_time_total
-        # Kernels only: the calls that started them have the same time once more.
-        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            total += event.self_device_time_total
-        # Outermost calls, with all that they call; autograd's own names hold the same once more.
-        if event.key in ("dcnv3::forward", "dcnv3::backward"):
-            operator += event.device_time_total if device == "cuda" else event.cpu_time_total
-    return operator / total
-
-
-def check():
-    """The tests, and compute-sanitizer where it is found. Ends the run where something fails."""
-    command = [sys.executable, "-m", "pytest", "-q", str(HERE / "tests")]
-    if subprocess.run(command).returncode:
-        sys.exit("benchmark: the operator tests fail: no figures for an operator that is wrong")
-    sanitizer = shutil.which("compute-sanitizer")
-    if torch.cuda.is_available() and sanitizer:
-        script = HERE / "tests" / "test_operator.py"
-        # Without torch's cache every tensor is memory of its own, and a step beyond it is seen.
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        for tool in ("memcheck", "racecheck", "initcheck"):
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
-            tests = "cuda and (any_kernel or (any_width and (16 or 7)) or low_precision or views)"
-            if subprocess.run([*command, str(script), "-k", tests], env=environment).returncode:
-                sys.exit(f"benchmark: compute-sanitizer {tool} reports errors")
-    elif torch.cuda.is_available():
-        print("compute-sanitizer is not found: memory and races on the GPU are not checked\n")
-
-
 def describe(device):
-    print(f"Command: `{' '.join(['python', 'ops_dcnv3/benchmark.py', *sys.argv[1:]])}`")
+    print(f"Command: `{' '.join(['python', *sys.argv])}`")
     if device == "cuda":
         print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     else:
@@ -417,19 +326,237 @@ def describe(device):
     print(f"dcnv3 {importlib.metadata.version('dcnv3')}, kernels for {', '.join(dcnv3.kernels()) or 'no device'}\n")
 
 
-def main():
+@contextlib.contextmanager
+def backward_kernel(name):
+    """On a GPU, the backward kernel of that name; "": what suits the shape."""
+    before = os.environ.get("DCNV3_BACKWARD", "")
+    os.environ["DCNV3_BACKWARD"] = name
+    try:
+        yield
+    finally:
+        os.environ["DCNV3_BACKWARD"] = before
+
+
+class Check:
+    """The parts of --check. `figures` is what dcnv3_check.json holds; `dry`: tiny, on a CPU."""
+
+    def __init__(self, dry, quick, folder):
+        self.device, self.dry, self.folder = "cpu" if dry else "cuda", dry, Path(folder)
+        self.repeats = 1 if dry else 5 if quick else 50
+        self.figures = {"failures": [], "levels": [], "seconds": {}}
+
+    def run(self):
+        """Every part, whatever becomes of the others. Returns how many reported a failure."""
+        written = io.StringIO()
+        parts = (
+            ("1. Correctness", self.correctness),
+            ("2. Capture, streams, determinism, a second device, 64-bit indices", self.behaviour),
+            ("3. Atomic adds", self.atomics),
+            ("4. Forward and backward by level", self.levels),
+            ("5. Sanitizers", self.sanitizers),
+            ("6. What to do next", self.advice),
+        )
+        with contextlib.redirect_stdout(Tee(sys.stdout, written)):
+            describe(self.device)
+            for title, part in parts:
+                print(f"## {title}\n", flush=True)
+                start = time.perf_counter()
+                try:
+                    part()
+                except Exception as error:  # the other parts do not depend on this one
+                    self.fail(f"part {title[0]} stopped: {last_line(error)}")
+                    traceback.print_exc()
+                self.figures["seconds"][title] = round(time.perf_counter() - start, 1)
+                print(flush=True)
+                (self.folder / "dcnv3_check.md").write_text(written.getvalue())
+                (self.folder / "dcnv3_check.json").write_text(json.dumps(self.figures, indent=1) + "\n")
+        return len(self.figures["failures"])
+
+    def fail(self, what):
+        self.figures["failures"].append(what)
+        print(f"FAILED: {what}\n", flush=True)
+
+    def correctness(self):
+        """Golden values, then random ones by backward kernel, dtype and layout, against the definition in float64."""
+        if self.device not in dcnv3.kernels():
+            self.fail(f"no kernels for {self.device} are loaded, see `python -m dcnv3`")
+            return
+        golden, worst = np.load(HERE / "tests" / "dcnv3_op.npz"), 0.0
+        for case in json.loads(str(golden["cases"])):
+            names = ("input", "offset", "mask", "grad_output", "output", "grad_input", "grad_offset", "grad_mask")
+            t = [torch.from_numpy(golden[f"{case['name']}.{name}"]).to(self.device) for name in names]
+            shape = {key: tuple(case[key]) for key in ("kernel", "stride", "dilation")}
+            rest = {key: case[key] for key in ("group", "offset_scale", "remove_center")}
+            leaves = [x.requires_grad_() for x in t[:3]]
+            output = dcnv3.dcnv3(*leaves, **shape, padding=tuple(case["pad"]), **rest)
+            got = [output, *torch.autograd.grad(output, leaves, t[3])]
+            worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(got, t[4:])))
+        print(f"Golden cases: largest difference {worst:.1e}\n")
+        if not worst <= 1e-10:  # NaN too
+            self.fail(f"golden cases differ by {worst:.1e}")
+        rows = []
+        for kernel in ("", *BACKWARD_KERNELS):
+            for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.03)):
+                for layout in ("dense", "slices", "off any border"):
+                    what = f"{kernel or 'by shape'}, {str(dtype).removeprefix('torch.')}, {layout}"
+                    try:
+                        error = self.largest_error(kernel, dtype, layout)
+                        rows.append([what, f"{error:.1e}"])
+                        if not error <= allowed:
+                            self.fail(f"{what}: relative error {error:.1e}, allowed are {allowed:.0e}")
+                    except (ValueError, RuntimeError) as error:
+                        rows.append([what, last_line(error)])
+                        self.fail(f"{what}: {last_line(error)}")
+        table(["backward kernel, dtype, layout", "largest error, of the largest value"], rows)
+
+    def largest_error(self, kernel, dtype, layout):
+        """Of output and gradients, as a fraction of the largest number of each."""
+        sample = [t.detach() for t in level_tensors(2, 5, 6, 7, 16, dtype, self.device)]
+        if layout == "slices":
+            wide = torch.cat([*sample[1:], sample[2]], -1)
+            sample[1:] = wide.split([t.shape[-1] for t in (*sample[1:], sample[2])], -1)[:2]
+        elif layout == "off any border":
+            sample = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in sample]
+        leaves, exact = [t.requires_grad_() for t in sample], [t.detach().double().requires_grad_() for t in sample]
+        with backward_kernel(kernel):
+            output = dcnv3.dcnv3(*leaves, group=7, mask_is_logits=True)
+            got = [output, *torch.autograd.grad(output.sum(), leaves)]
+        expected = dcnv3.reference(*exact, group=7, mask_is_logits=True)
+        expected = [expected, *torch.autograd.grad(expected.sum(), exact)]
+        errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(got, expected)]
+        return max(errors, key=lambda e: float("inf") if e != e else e)
+
+    def command(self, what, command, seconds, **variables):
+        """Runs a program of tests and prints its last lines."""
+        try:
+            run = subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds, env={**os.environ, **variables}
+            )
+        except subprocess.TimeoutExpired:
+            self.fail(f"{what}: not over after {seconds} s")
+            return
+        print("\n".join(f"    {line}" for line in (run.stdout + run.stderr).strip().splitlines()[-12:]) + "\n")
+        if run.returncode:
+            self.fail(f"{what}: exit status {run.returncode}")
+
+    def behaviour(self):
+        which = "capture or deterministic_mode or current_one or beyond_2_to or one_accumulator or weight_0"
+        tests = [HERE / "tests" / name for name in ("test_torch.py", "test_operator.py")]
+        command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *tests, "-k", which]
+        self.command("tests of behaviour", command, 300)
+
+    def atomics(self):
+        if self.device == "cuda":
+            atomics_table(32)
+        else:
+            print("Not on a CPU.\n")
+
+    def levels(self):
+        """Forward and backward of InternImage-B's levels, backward by every kernel that fits; then the others."""
+        shapes = [(1, 4, 2), (1, 3, 4)] if self.dry else [(32, size, 7 << i) for i, size in enumerate(SIZES)]
+        for dtype in (torch.bfloat16, torch.float32):
+            name, rows = str(dtype).removeprefix("torch."), []
+            for batch, size, group in shapes:
+                sets = [
+                    level_tensors(batch, size, size, group, 16, dtype, self.device, i)
+                    for i in range(1 if self.dry else 4)
+                ]
+                times = {}
+                for kernel in ("", *BACKWARD_KERNELS):
+                    try:
+                        with backward_kernel(kernel), self.stream():
+                            taken = forward_and_backward_times(logits, sets, group, self.device, self.repeats)
+                    except ValueError:  # this kernel does not fit this shape
+                        continue
+                    times["forward"] = min(taken[0], times.get("forward", taken[0]))
+                    times[kernel or "by shape"] = taken[-1]  # on a CPU with the forward pass
+                self.figures["levels"].append({"dtype": name, "size": size, "ms": times})
+                columns = ("forward", "by shape", *BACKWARD_KERNELS)
+                rows.append([f"{size}x{size} G {group}", *(f"{times[c]:.3f}" if c in times else "" for c in columns)])
+            print(f"ms, {name}, batch {shapes[0][0]}\n")
+            table(["level", "forward", "backward by shape", *BACKWARD_KERNELS], rows)
+        if self.dry:
+            return
+        rate = copy_rate(self.repeats)
+        for dtype in (torch.bfloat16, torch.float32):
+            with self.stream():
+                totals = levels_table("cuda", dtype, 32, ("B",), self.repeats)
+            bytes_table(rate, dtype, 32, totals)
+        memory_line()
+
+    def stream(self):
+        """Graphs are recorded on a stream of their own, and gradients run on the stream of their forward pass."""
+        return torch.cuda.stream(torch.cuda.Stream()) if self.device == "cuda" else contextlib.nullcontext()
+
+    def sanitizers(self):
+        sanitizer = shutil.which("compute-sanitizer")
+        if self.device == "cpu" or not sanitizer:
+            print("compute-sanitizer is not found: memory and races on the GPU are not checked\n")
+            return
+        tests = "cuda and (any_kernel or (any_width and (16 or 7)) or low_precision or views)"
+        for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
+            command += ["-p", "no:cacheprovider", HERE / "tests" / "test_operator.py", "-k", tests]
+            for kernel in ("atomic", ""):  # by shape, small images go to the owning kernel where there are enough
+                variables = {"DCNV3_BACKWARD": kernel, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor its memory
+                self.command(f"{tool}, backward kernel {kernel or 'by shape'}", command, 600, **variables)
+
+    def advice(self):
+        for failure in self.figures["failures"]:
+            print(f"- Mend first: {failure}")
+        for level in self.figures["levels"]:
+            ms = level["ms"]
+            named = {name: ms[name] for name in ("atomic", "owning") if name in ms}
+            if not named or "by shape" not in ms:
+                continue
+            best = min(named, key=named.get)
+            kept = ms["by shape"] <= 1.05 * named[best]
+            verdict = (
+                "the dispatch takes it" if kept else f"the dispatch takes {ms['by shape']:.3f}: let it take this one"
+            )
+            print(f"- {level['dtype']}, {level['size']}x{level['size']}: {best}, {named[best]:.3f} ms; {verdict}")
+        print()
+
+
+class Tee:
+    """Writes to several files at once."""
+
+    def __init__(self, *files):
+        self.files = files
+
+    def write(self, text):
+        for file in self.files:
+            file.write(text)
+
+    def flush(self):
+        for file in self.files:
+            file.flush()
+
+
+def logits(input, offset, mask, group):
+    return dcnv3.dcnv3(input, offset, mask, group=group, mask_is_logits=True)
+
+
+def last_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="run the tests first")
+    parser.add_argument("--check", action="store_true", help="all that the first hour on a GPU is for, in six parts")
+    parser.add_argument("--dry", action="store_true", help="with --check: tiny shapes on a CPU")
+    parser.add_argument("--output", default=".", help="folder for dcnv3_check.md and .json (default: here)")
     parser.add_argument("--quick", action="store_true", help="few repeats: whether it runs, not how fast")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU; 1 is steadier on a busy machine (default 2)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message=".*plain PyTorch.*")
     if arguments.check:
-        check()
+        if not arguments.dry and not torch.cuda.is_available():
+            sys.exit("benchmark: --check is for a GPU, and torch finds none; --check --dry tries the command on a CPU")
+        sys.exit(1 if Check(arguments.dry, arguments.quick, arguments.output).run() else 0)
     if torch.cuda.is_available():
         repeats = 5 if arguments.quick else 50
         describe("cuda")
-        atomics_table(32)
         rate = copy_rate(repeats)
         # Graphs are recorded on a stream of their own, and gradients run on the stream of their forward pass.
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -437,15 +564,11 @@ def main():
                 totals = levels_table("cuda", dtype, 32, ("T", "B"), repeats)
                 if "cuda" in dcnv3.kernels():
                     bytes_table(rate, dtype, 32, totals)
-        if "cuda" in dcnv3.kernels():
-            memory_line()
-        model_table("cuda", torch.bfloat16, 32, "B", ("dcnv3", "compiled"), repeats)
     else:
         repeats = 3 if arguments.quick else 15
         torch.set_num_threads(arguments.threads)
         describe("cpu")
         levels_table("cpu", torch.float32, 2, ("T", "B"), repeats)
-        model_table("cpu", torch.float32, 2, "T", ("grid_sample", "dcnv3"), repeats)
 
 
 if __name__ == "__main__":
