@@ -156,15 +156,14 @@ def find_own_csv(root, csv=""):
         return path
     if find_csv(folders, "split") is not None:
         return None
-    headers, found = tables.find_own_tables(folders[0])
+    there, found = tables.find_own_tables(folders[0])
     if len(found) > 1:
         several = ", ".join(path.name for path in found)
         raise UserError(f"{folders[0]} holds several tables with a path column ({several}); choose one with DATA.CSV")
-    if not found and headers:
-        there = "; ".join(f"{path.name} has {', '.join(columns)}" for path, columns in headers.items())
+    if not found and there:
         raise UserError(
-            f"no mimic-cxr-*-split.csv or .csv.gz in {', '.join(map(str, folders))}, and no other table there has a "
-            f"column path ({there})"
+            f"no mimic-cxr-*-split.csv or .csv.gz in {', '.join(map(str, folders))}, and no other table there has "
+            f"the columns path and split ({'; '.join(there.values())})"
         )
     return found[0] if found else None
 
@@ -218,14 +217,9 @@ def load_table(
     else:
         table = tables.own_table(base, own, label_names if labeler else (), no_finding_clears)
         table.store = ZipStore(base) if in_zip else table.store
-    if own:
-        known = views != "all" or "ViewPosition" in tables.read_csv(own, (), rows=False)
-        metadata, key = own if known else None, "path"
-    else:
-        metadata = needed_csv(folders, "metadata") if views != "all" else find_csv(folders, "metadata")
-        key = "dicom_id"
-    if metadata:
-        table = tables.with_views(table, metadata, key)
+    metadata = own or (needed_csv(folders, "metadata") if views != "all" else find_csv(folders, "metadata"))
+    if views != "all" or (metadata and "ViewPosition" in tables.read_csv(metadata, (), rows=False)):
+        table = tables.with_views(table, metadata, "path" if own else "dicom_id")
     if views != "all":
         table = tables.select_views(table, views, metadata)
     return tables.check_table(table, allow_missing)

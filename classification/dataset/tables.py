@@ -6,6 +6,8 @@ Runs without torch. A release has a module of its own that reads it into a :clas
 import csv
 import dataclasses
 import gzip
+import os
+import re
 import warnings
 from pathlib import Path
 
@@ -158,8 +160,8 @@ def _open(path):
 
 
 def _read_header(file):
-    """(names of the columns, separator) from the first line."""
-    line = file.readline()
+    """(names of the columns, separator) from the first line that is not blank, nor a spreadsheet's `sep=;`."""
+    line = next((line for line in iter(file.readline, "") if line.strip() and not line.startswith("sep=")), "")
     separator = max(",;\t", key=line.count)
     return [name.strip() for name in next(csv.reader([line], delimiter=separator), [])], separator
 
@@ -167,7 +169,7 @@ def _read_header(file):
 def read_csv(path, required, *, rows=True):
     """A CSV file as a table of texts, with at least the columns `required`: the one reader of tables.
 
-    Separated by commas, semicolons or tabs. A value that is not there is an empty text.
+    Separated by commas, semicolons or tabs. A value that is not there is an empty text; rows of such alone are none.
 
     rows: False reads the header alone.
 
@@ -187,22 +189,30 @@ def read_csv(path, required, *, rows=True):
         frame = pd.DataFrame(columns=range(len(columns) + 1))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as CSV (it is not UTF-8 text; save it as such)") from error
-    except (OSError, ValueError, EOFError, pd.errors.ParserWarning, csv.Error) as error:
-        more = "; are there separators within values that are not in quotes?" if "fields" in str(error) else ""
-        raise UserError(f"{path}: cannot be read as CSV ({str(error).strip()}){more}") from error
+    except pd.errors.ParserWarning as error:
+        raise _too_many(path, "a row", columns, separator) from error
+    except (OSError, ValueError, EOFError, csv.Error) as error:
+        if longer := re.search(r"Expected \d+ fields in line (\d+)", str(error)):
+            raise _too_many(path, f"data row {longer[1]}", columns, separator) from error
+        raise UserError(f"{path}: cannot be read as CSV ({str(error).strip()})") from error
     frame = frame.fillna("")
     beyond = frame.pop(len(columns)).str.strip() != ""
     if beyond.any():
-        row = first_row(beyond)
-        raise UserError(
-            f"{path}: data row {row + 1} has more values than there are columns ({len(columns)}): a value that holds "
-            f"{separator!r} must be in quotes, and each column must have a name"
-        )
+        raise _too_many(path, f"data row {first_row(beyond) + 1}", columns, separator)
     frame.columns = columns
+    if columns and (blank := frame.iloc[:, 0] == "").any():
+        frame = frame[~(blank & (frame == "").all(axis=1))].reset_index(drop=True)
     need_columns(frame, required, path)
     if frame.empty:
         raise UserError(f"{path}: the file has no rows")
     return frame
+
+
+def _too_many(path, row, columns, separator):
+    return UserError(
+        f"{path}: {row} has more values than there are columns ({len(columns)}): a value that holds {separator!r} must "
+        "be in quotes, and each column must have a name"
+    )
 
 
 def need_columns(frame, required, path):
@@ -321,16 +331,21 @@ OWN_COLUMNS = ("path", "split", "dicom_id", "study_id", "subject_id", "ViewPosit
 
 
 def find_own_tables(folder):
-    """({path: its columns}, those of them with a column `path`) of the CSV files in a folder."""
-    headers = {}
+    """({path: what it has, or why it cannot be read} of the CSV files in a folder, those that are tables of images).
+
+    They have the columns `path` and `split`, or where none has both, `path`; what the tools write has no `split`.
+    """
+    found, headers = {}, {}
     for path in sorted(path for kind in ("csv", "tsv") for path in folder.glob(f"*.{kind}*")):
         # cxr-record-list: of the DICOM release, paths without splits and labels
         if path.suffix in (".csv", ".tsv", ".gz") and not path.name.startswith("cxr-record-list"):
             try:
                 headers[path] = list(read_csv(path, (), rows=False).columns)
-            except UserError:
-                continue  # not a CSV after all: the caller says what was looked for
-    return headers, [path for path, columns in headers.items() if "path" in columns]
+                found[path] = f"{path.name} has {', '.join(headers[path])}"
+            except UserError as error:
+                found[path] = str(error)
+    named = [path for path, columns in headers.items() if "path" in columns]
+    return found, [path for path in named if "split" in headers[path]] or named
 
 
 def own_table(root, csv, label_names=None, no_finding_clears=False):
@@ -347,7 +362,7 @@ def own_table(root, csv, label_names=None, no_finding_clears=False):
             notes = (f"labels: the columns of {csv.name} that hold 1, 0 or -1, since DATA.LABELS names none",)
     labels = label_values(frame, label_names, csv, no_finding_clears)
     path, unknown = names(frame, "path", csv), np.full(len(frame), b"")
-    no_duplicates(path, "image", csv)
+    no_duplicates(path.map(os.path.normpath), "image", csv)
     remedy = "; give every row one, or leave the column out"
     return Table(
         root=root,

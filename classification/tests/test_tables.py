@@ -95,8 +95,24 @@ def test_the_official_layout_wants_integers(own_tree):
         (lambda text: text.replace("\n", "\r\n"), {}),
         (lambda text: text.replace("train", " train ").replace("validate", "val"), {}),
         (lambda text: text.replace("im/0.png", '"im/0.png"'), {}),
+        (lambda text: "\n" + text + ",,,\n,,,\n", {}),  # as spreadsheets end
+        (lambda text: "sep=;\n" + text.replace(",", ";"), {}),
     ],
-    ids=["plain", "semicolons", "tabs", "UTF-16", "mark", "spaces", "commas", "shifted", "CRLF", "alias", "quotes"],
+    ids=[
+        "plain",
+        "semicolons",
+        "tabs",
+        "UTF-16",
+        "mark",
+        "spaces",
+        "commas",
+        "shifted",
+        "CRLF",
+        "alias",
+        "quotes",
+        "blank rows",
+        "separator named",
+    ],
 )
 def test_the_same_table_in_other_forms(own, change, options):
     root = own(change(PLAIN), **options)
@@ -107,9 +123,36 @@ def test_the_same_table_in_other_forms(own, change, options):
 
 
 def test_values_beyond_the_columns_are_named(own):
-    root = own(PLAIN.replace("im/2.png,train,0,1", "im/2.png,train,0,1,9"))
-    with pytest.raises(UserError, match="mine.csv: data row 3 has more values than there are columns .4."):
+    for more, row in ((",9", "data row 3"), (",9,9", "data row 3"), (",9,9,9", "data row 3")):
+        root = own(PLAIN.replace("im/2.png,train,0,1", "im/2.png,train,0,1" + more))
+        with pytest.raises(UserError, match=f"mine.csv: {row} has more values than there are columns .4.: a value"):
+            load_table(root, label_names=("A",))
+    root = own(PLAIN.replace("\n", ",,\n").replace("A,B,,", "A,B", 1))  # every row alike
+    with pytest.raises(UserError, match="mine.csv: .* has more values than there are columns .4.: a value"):
         load_table(root, label_names=("A",))
+
+
+def test_a_table_that_cannot_be_read_is_named_with_its_fault(own):
+    """Also where it was not asked for by name: it may be the one that is meant."""
+    with pytest.raises(UserError, match="mine.csv: cannot be read as CSV .it is not UTF-8 text; save it as such"):
+        load_table(own(PLAIN.replace("A,B", "Ä,B"), encoding="latin-1"))
+    with pytest.raises(UserError, match="no other table there has the columns path and split .*mine.csv has Path,"):
+        load_table(own(PLAIN.replace("path", "Path")))
+
+
+def test_an_image_named_in_two_ways_is_one(own):
+    """Else it could lie in two splits unseen."""
+    with pytest.raises(UserError, match="image im/0.png has more than one row"):
+        load_table(own(PLAIN.replace("im/5.png", "./im//0.png")))
+
+
+def test_what_the_tools_write_is_no_table_of_images(own):
+    """Their tables name images by path too, and may lie in the data folder."""
+    root = own(PLAIN)
+    (root / "bad_images.csv").write_text("path,fault\nim/1.png,broken\n")
+    (root / "audit.csv").write_text("problem,path,detail\nmissing,im/1.png,\n")
+    (root / "predictions.csv").write_text("dicom_id,path,A_target\n1,im/1.png,1\n")
+    assert len(load_table(root)) == 6
 
 
 def test_an_own_table_without_labels_asked_for_gives_its_own(own):
@@ -190,6 +233,24 @@ def test_a_partial_tree_is_copied_when_asked(own, tmp_path):
         prepare_mimic.main(argv)
     assert prepare_mimic.main([*argv, "--allow-missing"]) == 0
     assert len(load_table(tmp_path / "copy", allow_missing=True)) == 5
+
+
+@pytest.mark.parametrize("flags", [[], ["--zip"]], ids=["files", "zip"])
+def test_a_copy_without_its_bad_images_trains_as_advised(own, tmp_path, capsys, flags):
+    root = own(PLAIN)
+    (root / "im" / "3.png").write_bytes(b"no image")
+    argv = ["build", "--data-path", str(root), "--output", str(tmp_path / "copy"), "--skip-bad", *flags]
+    assert prepare_mimic.main(argv) == 0
+    assert "DATA.ALLOW_MISSING True" in capsys.readouterr().out
+    copy = load_table(tmp_path / "copy", allow_missing=True, in_zip=bool(flags))
+    assert [p.decode() for p in copy.path] == [f"im/{k}.jpg" for k in (0, 1, 2, 4, 5)]
+
+
+def test_metadata_without_views_matter_only_where_views_are_asked_for(own_tree):
+    edit_csv(own_tree, "metadata", lambda f: f.drop(columns="ViewPosition"))
+    assert load_table(own_tree).view is None
+    with pytest.raises(UserError, match="metadata.csv.gz: column 'ViewPosition' is missing"):
+        load_table(own_tree, views="PA")
 
 
 @pytest.mark.parametrize(
