@@ -12,6 +12,7 @@ Read `predict` first.
 
 import argparse
 import os
+import re
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -46,7 +47,7 @@ def parse_args(argv):
         prog="predict.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="of main.py; what follows and ends in .pth is averaged with it")
+    add("checkpoint", metavar="CHECKPOINT", help="of main.py; a PATH that ends in .pth is one to average with it")
     add("paths", nargs="+", metavar="PATH", help="image, folder, pattern, or CSV with a column path")
     add("--output", required=True, metavar="FILE", help="the table to write; run.json beside it says how it was made")
     add("--format", choices=list(FORMATS), default="csv", help="of the table")
@@ -76,10 +77,8 @@ def _device(name):
 
 def _models(args, device):
     """The checkpoints, and the paths that are left."""
-    paths = list(args.paths)
-    checkpoints = [args.checkpoint]
-    while paths and paths[0].endswith(CHECKPOINT_SUFFIXES):
-        checkpoints.append(paths.pop(0))
+    paths = [path for path in args.paths if not path.endswith(CHECKPOINT_SUFFIXES)]
+    checkpoints = [args.checkpoint, *(path for path in args.paths if path.endswith(CHECKPOINT_SUFFIXES))]
     if not paths:
         raise UserError("no image is named: give files, folders, patterns or a CSV behind the checkpoint")
     models = [trained.load(path, ema=args.ema, device=device, dicom_recipe=args.dicom_recipe) for path in checkpoints]
@@ -91,7 +90,7 @@ def _models(args, device):
     return models, paths
 
 
-def _explained(args, models):
+def _explained(args, models, paths):
     """Indices of the labels to explain."""
     if not args.explain:
         if args.labels:
@@ -100,14 +99,21 @@ def _explained(args, models):
     if len(models) > 1:
         raise UserError("--explain takes one checkpoint: the maps of several models have no common scale")
     explain.check(models[0].model, models[0].path)
-    try:
-        Path(args.explain).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--explain {args.explain} cannot be written ({error.strerror}); choose another") from error
     names = models[0].label_names
     for name in args.labels or []:
         if name not in names:
             raise UserError(f"--labels: the model has no label {name!r}{did_you_mean(name, names)}")
+    folder = Path(args.explain).resolve()
+    for path in paths:
+        if os.path.isdir(path) and folder.is_relative_to(Path(path).resolve()):
+            raise UserError(
+                f"--explain {args.explain} lies in {path}: its pictures would be predicted the next time; choose "
+                "another folder"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--explain {args.explain} cannot be written ({error.strerror}); choose another") from error
     return [names.index(name) for name in args.labels or names]
 
 
@@ -203,11 +209,14 @@ def _draw(args, model, listed, number, tensor, row, labels):
     levels = explain.sampling_points(model.model, images.expand(len(labels), -1, -1, -1), places)
     for k, label in enumerate(labels):
         name = model.label_names[label]
-        path = Path(args.explain) / f"{number:06d}_{Path(listed.path).stem}_{name.replace(' ', '_')}.png"
-        explain.draw_overlay(
-            path, grey, placement(model.config, *grey.shape), maps[k], [(p[k], w[k]) for p, w in levels],
-            f"{name}: {row[name]:.3f}",
-        )  # fmt: skip
+        file = re.sub(r"[^\w.-]+", "_", f"{number:06d}_{Path(listed.path).stem[:100]}_{name}.png")
+        try:
+            explain.draw_overlay(
+                Path(args.explain) / file, grey, placement(model.config, *grey.shape), maps[k],
+                [(p[k], w[k]) for p, w in levels], f"{name}: {row[name]:.3f}",
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"--explain: {error.filename or file} cannot be written ({error.strerror})") from error
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -216,7 +225,7 @@ def predict(args):
     device = _device(args.device)
     models, paths = _models(args, device)
     names, first = models[0].label_names, models[0]
-    labels = _explained(args, models)
+    labels = _explained(args, models, paths)
     batch = first.config.DATA.BATCH_SIZE if args.batch_size is None else args.batch_size
     cpus = len(os.sched_getaffinity(0))
     workers = (1 if device.type == "cpu" else min(8, cpus)) if args.workers is None else args.workers

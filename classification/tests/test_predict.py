@@ -327,7 +327,7 @@ def test_bad_input_is_one_line(model, pictures, tmp_path):
         ((model, few, image), "few.pth has other labels than"),
         ((no_average, image, "--ema"), "--ema: .*plain.pth holds no average"),
         ((model, tmp_path / "gone"), "gone: does not exist"),
-        ((model, str(tmp_path / "*.gone")), "nothing matches this pattern"),
+        ((model, str(tmp_path / "*.gone")), "no image matches this pattern"),
         ((model, pictures / "none"), "none: no image in this folder"),
         ((model, tmp_path / "nopath.csv"), "nopath.csv.*path"),
         ((model, tmp_path / "norows.csv"), "norows.csv"),
