@@ -99,7 +99,7 @@ KNOBS = {
     "DATA.ZIP_MODE": Knob(False, "read the images from <DATA_PATH>/*.zip (uncompressed)", acts=XRAYS, flag="--zip"),
     "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node", acts=XRAYS),
     "DATA.BATCH_SIZE": Knob(128, "images per GPU and forward pass", at_least(1), flag="--batch-size"),
-    "DATA.IMG_SIZE": Knob(224, "side in pixels of what the model sees", at_least(32)),
+    "DATA.IMG_SIZE": Knob(224, "side in pixels of what the model sees", between(32, 4096)),
     "DATA.INTERPOLATION": Knob("bicubic", "how images are resized", one_of("bicubic", "bilinear")),
     "DATA.RESIZE": Knob("squeeze", "(new) how an X-ray becomes a square: squeeze, or pad (aspect kept, black beside)",
                         one_of("squeeze", "pad"), acts=XRAYS),

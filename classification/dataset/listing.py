@@ -4,6 +4,7 @@ import glob
 import io
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class Listed:
     def read(self):
         """Bytes of the file; an ImageError where it cannot be read."""
         try:
+            if not stat.S_ISREG(self.file.stat().st_mode):  # to read a pipe could take for ever
+                raise ImageError(f"{self.file}: is no file")
             return self.file.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a table may hold a path that no system takes
             raise ImageError(f"{self.file}: {getattr(error, 'strerror', None) or error}") from error
@@ -41,7 +44,9 @@ class Listed:
 def _looks_like_an_image(path):
     # A broken image is known by its name only, one without a suffix by its content only.
     if path.suffix and path.suffix.lower() in SUFFIXES:
-        return True
+        return path.is_file() or path.is_symlink()
+    if not path.is_file():
+        return False
     try:
         with open(path, "rb") as file:
             return sniff(file.read(4096)) != ""
@@ -62,8 +67,8 @@ def _images_below(folder):
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (Path(where, name) for name in sorted(names) if not name.startswith("."))
-        found += [Listed(str(path), path) for path in paths if path.is_file() or path.is_symlink()]
-    return [image for image in found if _looks_like_an_image(image.file)]
+        found += [Listed(str(path), path) for path in paths if _looks_like_an_image(path)]
+    return found
 
 
 def _is_table(name):

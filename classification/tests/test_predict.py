@@ -316,7 +316,7 @@ def test_bad_input_is_one_line(model, pictures, tmp_path):
         ((image, image), "0.jpg is not a whole checkpoint"),
         ((checkpoint("bare.pth", whole["model"]), image), "bare.pth is not a checkpoint of this project: it holds no"),
         ((checkpoint("l.pth", {**whole, "label_names": []}), image), "holds no label_names"),
-        ((checkpoint("n.pth", {**whole, "label_names": list(range(14))}), image), "no list of names"),
+        ((checkpoint("n.pth", {**whole, "label_names": list(range(14))}), image), "no list of different names"),
         ((checkpoint("m.pth", {**whole, "label_names": ["a"]}), image), "1 labels for a model of MODEL.NUM_CLASSES 14"),
         ((checkpoint("t.pth", torch.ones(3)), image), "t.pth is not a checkpoint of this project"),
         ((checkpoint("w.pth", {**whole, "model": {"a": 1}}), image), "no dictionary of tensors"),
