@@ -64,11 +64,11 @@ def sampling_points(model, images, places):
     levels = []
     for (height, width), (layer, features) in sorted(found.items(), reverse=True):
         size = torch.tensor([width, height])
-        cell = (places * size).long().clamp(min=torch.zeros(2, dtype=torch.long), max=size - 1)  # x, y
+        cell = (places.cpu() * size).long().clamp(min=torch.zeros(2, dtype=torch.long), max=size - 1)  # x, y
         features = features[torch.arange(len(cell)), cell[:, 1], cell[:, 0]]  # [N, C]
         shape = (len(cell), layer.group, layer.points)
-        offset = layer.offset(features).float().view(*shape, 2)
-        weights = layer.mask(features).float().view(shape).softmax(-1) / layer.group
+        offset = layer.offset(features).float().cpu().view(*shape, 2)
+        weights = layer.mask(features).float().cpu().view(shape).softmax(-1) / layer.group
         grid = torch.tensor(kernel_points((layer.kernel_size,) * 2, layer.remove_center)) - layer.kernel_size // 2
         pixels = cell.view(-1, 1, 1, 2) + (grid + offset) * layer.offset_scale
         levels.append((((pixels + 0.5) / size).flatten(1, 2).numpy(), weights.flatten(1).numpy()))
@@ -96,12 +96,12 @@ def draw_overlay(path, grey, extent, cam, levels, title):
     left, top, right, bottom = extent
     height, width = grey.shape
     panel = 4.6
-    size = (2 * panel * width / height + 1.5, panel + 0.75)
+    size = (2 * panel * width / height + 1.5, panel + 1.0)
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", facecolor="white")
     for axis in axes:
         axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
         axis.set_axis_off()
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, parse_math=False)
 
     highest = float(cam.max()) or 1.0
     scale = colors.Normalize(0, highest)
@@ -109,7 +109,7 @@ def draw_overlay(path, grey, extent, cam, levels, title):
         torch.from_numpy(cam)[None, None], size=(256, 256), mode="bilinear", align_corners=False
     )[0, 0].numpy()
     axes[0].imshow(
-        fine, cmap="inferno", norm=scale, alpha=0.65 * np.sqrt(fine / highest), extent=(left, right, bottom, top)
+        fine, cmap="inferno", norm=scale, alpha=0.55 * np.sqrt(fine / highest), extent=(left, right, bottom, top)
     )
     x, y = maximum(cam)
     here = left + x * (right - left), top + y * (bottom - top)
@@ -126,14 +126,16 @@ def draw_overlay(path, grey, extent, cam, levels, title):
         spots = np.array([left, top]) + points * [right - left, bottom - top]
         strength = weights / weights.max()
         axes[1].scatter(
-            *spots.T, s=4 + 26 * strength, c=[colors.to_rgba(COLOURS[k % 4], 0.15 + 0.75 * a) for a in strength],
-            linewidths=0, label=f"level {k + 1}",
+            *spots.T, s=7 + 38 * strength, c=[colors.to_rgba(COLOURS[k % 4], 0.3 + 0.7 * a) for a in strength],
+            edgecolors=[(0, 0, 0, 0.3 + 0.7 * a) for a in strength], linewidths=0.5, label=f"level {k + 1}",
         )  # fmt: skip
     for axis in axes:
         axis.plot(*here, "+", color="white", markersize=11, markeredgewidth=1.6)
         axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    if levels:
-        axes[1].legend(*(list(reversed(t)) for t in axes[1].get_legend_handles_labels()), loc="lower right",
-                       fontsize=7, markerscale=1.2, framealpha=0.6)  # fmt: skip
+    if levels:  # outside: sampling points may lie anywhere
+        handles, labels = axes[1].get_legend_handles_labels()
+        figure.legend(
+            handles[::-1], labels[::-1], loc="outside lower right", ncols=len(levels), fontsize=8, frameon=False
+        )
     figure.savefig(path, dpi=110)
     plt.close(figure)

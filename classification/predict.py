@@ -221,7 +221,7 @@ def _draw(args, model, listed, number, tensor, row, labels):
     device = next(model.model.parameters()).device
     images = model.normalize(tensor[None].to(device))
     maps = explain.grad_cam(model.model, images, labels)[0].cpu().numpy()
-    places = torch.tensor([explain.maximum(cam) for cam in maps], device=device)
+    places = torch.tensor([explain.maximum(cam) for cam in maps])
     levels = explain.sampling_points(model.model, images.expand(len(labels), -1, -1, -1), places)
     for k, label in enumerate(labels):
         name = model.label_names[label]

@@ -188,6 +188,49 @@ def test_files_folders_patterns_and_tables(model, pictures, tmp_path):
     np.testing.assert_allclose(values(rows[1::2]), values([good[str(deep / "0.jpg")]] * 2), atol=1e-6)
 
 
+def test_any_name_and_a_circle_of_links(model, pictures, tmp_path):
+    """Names with commas, line ends and bytes that are no UTF-8; links that lead back; a pipe, which is never read."""
+    folder, content = tmp_path / "in", (pictures / "deep/0.jpg").read_bytes()
+    (folder / "sub").mkdir(parents=True)
+    names = [
+        "a,b.jpg",
+        "new\nline.jpg",
+        "car\rriage.jpg",
+        'quo"te.jpg',
+        "[1].jpg",
+        os.fsdecode(b"\xff.jpg"),
+        "sub/x.jpg",
+    ]
+    for name in names:
+        (folder / name).write_bytes(content)
+    (folder / "circle").symlink_to(folder)
+    os.mkfifo(folder / "pipe.jpg")
+    expected = [str(folder / name) for name in sorted(names[:-1]) + names[-1:]]
+    argv = [model, str(folder), "--output", str(tmp_path / "a.csv"), "-b", "2", "-j", "0"]
+    assert predict.main(argv) == 0
+    whole = (tmp_path / "a.csv").read_bytes()
+    with open(tmp_path / "a.csv", newline="", errors="surrogateescape") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == expected
+    (tmp_path / "a.csv").write_bytes(whole[: len(whole) // 2])
+    assert predict.main(argv) == 0 and (tmp_path / "a.csv").read_bytes() == whole
+    (row,) = run(model, folder / "[1].jpg", output=tmp_path / "b.csv")
+    (row,) = run(model, folder / "pipe.jpg", output=tmp_path / "c.csv", fails=1)
+    assert row["error"].endswith("pipe.jpg: is no file")
+
+
+def test_tables_of_two_folders_may_call_images_alike(model, pictures, tmp_path):
+    for folder, image in (("a", "deep/0.jpg"), ("b", "deep/er/1.png")):
+        (tmp_path / folder / "files/p10/p10000001/s50000001").mkdir(parents=True)
+        (tmp_path / folder / "files/p10/p10000001/s50000001/x.jpg").write_bytes((pictures / image).read_bytes())
+        path = "files/p10/p10000001/s50000001/x.jpg"
+        (tmp_path / folder / "list.tsv").write_text(f"path\tstudy_id\tview\n {path} \t\tPA\n{path}\t\tPA\n")
+    rows = run(model, tmp_path / "a/list.tsv", tmp_path / "b/list.tsv", output=tmp_path / "o.csv")
+    assert [(row["path"], row["study_id"], row["view"]) for row in rows] == [(path, "50000001", "PA")] * 2
+    alone = [run(model, pictures / image, output=tmp_path / f"{k}.csv")[0] for k, image in
+             enumerate(("deep/0.jpg", "deep/er/1.png"))]  # fmt: skip
+    np.testing.assert_allclose(values(rows), values(alone), atol=1e-6)
+
+
 def test_json_holds_the_same(model, pictures, tmp_path):
     rows = run(model, pictures, output=tmp_path / "a.csv", fails=2)
     with pytest.raises(SystemExit):
@@ -304,6 +347,9 @@ def test_bad_input_is_one_line(model, pictures, tmp_path):
     (tmp_path / "cut.pth").write_bytes(open(model, "rb").read()[:5000])
     pd.DataFrame({"file": ["a.jpg"]}).to_csv(tmp_path / "nopath.csv", index=False)
     pd.DataFrame({"path": []}).to_csv(tmp_path / "norows.csv", index=False)
+    (tmp_path / "blank.csv").write_text("path,view\na.jpg,PA\n,AP\n")
+    (tmp_path / "odd.json").write_text('{"platt": [1]}')
+    (tmp_path / "odder.json").write_text('{"platt": {}, "temperature": "warm"}')
     huge = {**config, "MODEL": {**config["MODEL"], "INTERN_IMAGE": {**config["MODEL"]["INTERN_IMAGE"]}}}
     huge["MODEL"]["INTERN_IMAGE"]["CHANNELS"] = 2**20
     bent = {**config, "MODEL": {**config["MODEL"], "INTERN_IMAGE": 7}}
@@ -336,7 +382,16 @@ def test_bad_input_is_one_line(model, pictures, tmp_path):
         ((model, image, "--explain", tmp_path / "e", "--labels", "Edma"), "no label 'Edma' .did you mean Edema"),
         ((model, no_average, image, "--explain", tmp_path / "e"), "--explain takes one checkpoint"),
         ((model, image, "--explain", image), "--explain .* cannot be written"),
+        ((model, pictures / "deep", "--explain", pictures / "deep/e"), "e lies in .*deep: its pictures would be"),
         ((model, image, "--device", "gpu"), "--device gpu"),
+        ((model, image, "--device", "meta"), "--device meta: the models run on cpu and cuda"),
+        ((model, image, "--rule", "f1"), "--rule .* give --thresholds"),
+        ((model, image, "--calibrated", tmp_path / "odd.json"), "odd.json is not a calibration.json"),
+        ((model, image, "--calibrated", tmp_path / "odder.json"), "odder.json .* its values are no numbers"),
+        ((model, tmp_path / "blank.csv"), "path is empty in data row 2"),
+        ((tmp_path, image), "is a folder"),
+        ((checkpoint("d.pth", {**whole, "label_names": ["a"] * 14}), image), "no list of different names"),
+        ((checkpoint("v.pth", {**whole, "label_names": ["view", *LABELS[1:]]}), image), "label 'view' has the name of"),
         ((model, image, "-b", "0"), "-b is 0"),
     ]:
         with pytest.raises(UserError, match=message) as raised:
@@ -344,6 +399,12 @@ def test_bad_input_is_one_line(model, pictures, tmp_path):
         assert "\n" not in str(raised.value), message
         assert not out.exists() or message == "not finite"
         out.unlink(missing_ok=True)
+
+
+def test_outputs_that_are_refused(model, pictures, tmp_path):
+    for output, message in [(tmp_path / "run.json", "choose another name"), ("/dev/null", "it is no file")]:
+        with pytest.raises(UserError, match=message):
+            run(model, pictures / "deep/0.jpg", output=output)
 
 
 def test_the_command_ends_with_one_line(model, tmp_path):
