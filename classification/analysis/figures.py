@@ -12,6 +12,7 @@ from analysis.training_log import read_metrics
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
+SERIES = [(color, marker) for marker in "osD" for color in (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", "black")]
 STYLE = {
     "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
     "axes.titleweight": "bold", "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none", "svg.hashsalt": "report",
@@ -154,11 +155,56 @@ def write_figures(report, folder):
             "cooccurrence": _cooccurrence(report),
             "training": _training(epochs, "mean_auc") if epochs else None,
         }
-        for name, figure in drawn.items():
-            for suffix in ("png", "svg"):
-                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-                if figure is not None:
-                    metadata = {"Date": None} if suffix == "svg" else None  # the same numbers, the same file
-                    figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=metadata)
+        _save(drawn, folder)
+
+
+def _save(drawn, folder):
+    for name, figure in drawn.items():
+        for suffix in ("png", "svg"):
+            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
             if figure is not None:
-                plt.close(figure)
+                metadata = {"Date": None} if suffix == "svg" else None  # the same numbers, the same file
+                figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=metadata)
+        if figure is not None:
+            plt.close(figure)
+
+
+def _forest(panels):
+    """AUROC with its interval by label, and the mean of the common labels; a panel a title, a colour a column.
+
+    panels: [(title, [(name, section of analysis.comparison)])].
+    """
+    labels = list(dict.fromkeys(n for _, series in panels for _, found in series for n in found["labels"]))
+    most = max(len(series) for _, series in panels)
+    height = (len(labels) + 1) * max(0.24, 0.11 * most + 0.08) + 1.0
+    figure, axes = plt.subplots(1, len(panels), figsize=(1.6 + 3.8 * len(panels), height), layout="constrained",
+                                sharex=True, sharey=True, squeeze=False)  # fmt: skip
+    lowest = 0.5
+    for axis, (title, series) in zip(axes.flat, panels):
+        for k, (name, found) in enumerate(series):
+            color, marker = SERIES[k % len(SERIES)]
+            shift = 0.7 * ((k + 0.5) / len(series) - 0.5)
+            drawn = [(y, found["labels"][n]["auroc"]) for y, n in enumerate(labels) if n in found["labels"]]
+            drawn.append((len(labels), found["mean_common"]["auroc"]))
+            drawn = [(y + shift, a) for y, a in drawn if a["value"] is not None]
+            for y, a in drawn:
+                if a["low"] is not None:
+                    axis.plot([a["low"], a["high"]], [y, y], color=color, lw=1.5, solid_capstyle="butt")
+                    lowest = min(lowest, a["low"])
+            xs, ys = [a["value"] for _, a in drawn], [y for y, _ in drawn]
+            lowest = min([lowest, *xs])
+            axis.plot(xs, ys, marker, color=color, ms=4, label=name)
+        axis.axvline(0.5, color="grey", lw=0.7, ls="--")
+        axis.axhline(len(labels) - 0.5, color="grey", lw=0.7)
+        axis.set(title=title, xlabel="AUROC, 95% interval", xlim=(max(0, lowest - 0.02), 1))
+        axis.grid(axis="y", visible=False)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=2, fontsize=7)
+    axes[0, 0].set_yticks(range(len(labels) + 1), [*labels, "mean of the common"])
+    axes[0, 0].set_ylim(len(labels) + 0.5, -0.5)
+    return figure
+
+
+def write_forest(panels, folder):
+    """auroc.png and auroc.svg of several evaluations in `folder`, see :func:`_forest`."""
+    with plt.rc_context(STYLE):
+        _save({"auroc": _forest(panels)}, folder)

@@ -8,7 +8,7 @@ import jinja2
 from markupsafe import Markup, escape
 from PIL import Image
 
-from analysis import tables
+from analysis import comparison_tables, tables
 from analysis.evaluation import Evaluation
 from dataset.images import SUFFIXES, ImageError, decode
 from dataset.mimic_cxr import find_folders, image_stems
@@ -197,18 +197,24 @@ def _facts(report):
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
 
 
+def _fill(template, **values):
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    return environment.get_template(template).render(interval_bar=interval_bar, **values)
+
+
 def render(report, pictures, no_pictures):
     """The page as text.
 
     pictures: row -> data URI, see :func:`thumbnails`; no_pictures: the reason where there are none.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
     largest = max((n for row in report["cooccurrence"]["counts"] for n in row), default=0)
-    return environment.get_template("page.html.j2").render(
+    return _fill(
+        "page.html.j2",
         report=report,
+        title=report["about"]["name"],
         headline=tables.headline(report),
         mean=report["mean"]["auroc"],
         facts=_facts(report),
@@ -221,5 +227,17 @@ def render(report, pictures, no_pictures):
         pictures=pictures,
         no_pictures=no_pictures,
         number=tables.number,
-        interval_bar=interval_bar,
+    )
+
+
+def render_comparison(report, forest):
+    """The page of several evaluations as text; forest: the SVG file of the figure."""
+    drawn = "data:image/svg+xml;base64," + base64.b64encode(forest.read_bytes()).decode()
+    return _fill(
+        "comparison.html.j2",
+        title=comparison_tables.title(report),
+        headlines=comparison_tables.headline(report),
+        facts=comparison_tables.facts(report),
+        sections=comparison_tables.sections(report),
+        forest=drawn,
     )
