@@ -207,9 +207,7 @@ def collect(evaluations, options, names=None):
         _check_apart(members, found, models)
     _check_labels([found[0] for found in tables], [members[0].given for members, _ in parts])
     done = [_one_set(members, models, found, options) for (members, models), found in zip(parts, tables)]
-    defined = [
-        [n for n, value in zip(m.names, m.auroc) if not np.isnan(value)] for _, ms in done for m in ms.values()
-    ]
+    defined = [[n for n, value in zip(m.names, m.auroc) if not np.isnan(value)] for _, ms in done for m in ms.values()]
     common = [n for n in defined[0] if all(n in found for found in defined)]
     for section, measured in done:
         for model, found in section["models"].items():

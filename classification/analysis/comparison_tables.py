@@ -16,12 +16,12 @@ def columns(report):
 
 
 def by_label_groups(report):
-    """What is set side by side: [(title, columns)], a model on its test sets; all where no model has several."""
+    """What is set side by side: [(model, columns)], a model on its test sets; ("", all) where no model has several."""
     everything = columns(report)
     of_model = [(m, [c for c in everything if c[1] == m]) for m in report["models"]]
     if max(len(found) for _, found in of_model) > 1:
-        return [(f"AUROC of {m} by label", found) for m, found in of_model]
-    return [("AUROC by label", everything)]
+        return of_model
+    return [("", everything)]
 
 
 def headings(report, chosen):
@@ -43,13 +43,14 @@ def _listed(pairs):
     return "; ".join(f"{', '.join(names)}: {text}" for text, names in said.items())
 
 
-def _approximate(found):
+def approximate(found):
+    """The labels of one evaluation that are another data set's nearest."""
     return {n: kind for n, kind in found["mapping"].items() if kind.get("kind") == "approximate"}
 
 
 def _marked(names, sections):
     """Names of labels, with a dagger those that are approximate in any of the sections."""
-    marked = {n for found in sections for n in _approximate(found)}
+    marked = {n for found in sections for n in approximate(found)}
     return ", ".join(n + APPROXIMATE * (n in marked) for n in names)
 
 
@@ -57,7 +58,7 @@ def _approximate_remark(names, sections, labels):
     """'† approximate label: nih: Lung Lesion from Mass or Nodule', or nothing."""
 
     def sources(found):
-        kinds = _approximate(found).items()
+        kinds = approximate(found).items()
         return ", ".join(f"{n} from {' or '.join(kind.get('from', []))}" for n, kind in kinds if n in labels)
 
     said = _listed((name, sources(found)) for name, found in zip(names, sections))
@@ -158,7 +159,7 @@ def _models(name, part, k):
     return Table(f"models-{k}", f"Models on {name}", text, heads, rows, remarks)
 
 
-def _by_label(report, title, chosen, k):
+def _by_label(report, model, chosen, k):
     """Labels by test set (or model), and the mean over the labels that all evaluations of the report know."""
     names, sections, common = headings(report, chosen), [c[2] for c in chosen], report["common_labels"]
 
@@ -166,7 +167,7 @@ def _by_label(report, title, chosen, k):
         if label not in found["labels"] or not found["labels"][label]["images"]:
             return Cell(DASH)
         c = figure(found["labels"][label]["auroc"], line=True)
-        return c._replace(text=c.text + APPROXIMATE * (label in _approximate(found)))
+        return c._replace(text=c.text + APPROXIMATE * (label in approximate(found)))
 
     labels = list(dict.fromkeys(n for found in sections for n in found["labels"]))
     rows = [[Cell(n, n), *(cell(found, n) for found in sections)] for n in labels]
@@ -190,6 +191,7 @@ def _by_label(report, title, chosen, k):
         remarks.append(f"the models differ: {_listed(zip(names, (c[1] for c in chosen)))}")
     if len({c[0] for c in chosen}) > 1 and names == [c[1] for c in chosen]:
         remarks.append(f"test sets: {_listed(zip(names, (c[0] for c in chosen)))}")
+    title = f"AUROC of {model} by label" if model else "AUROC by label"
     return Table(f"labels-{k}", title, text, ["label", *names], rows + total, remarks, len(total))
 
 
@@ -206,8 +208,8 @@ def _overview(report):
         f"{_note(sections)} Mean AUROC over the {len(common)} labels that have one in every evaluation: "
         f"{_marked(common, sections) or 'none'}."
     )
-    approximate = _approximate_remark([c[0] for c in everything], sections, common)
-    return Table("overview", "Models by test set", text, ["model", *sets], rows, [approximate] if approximate else [])
+    remark = _approximate_remark([c[0] for c in everything], sections, common)
+    return Table("overview", "Models by test set", text, ["model", *sets], rows, [remark] if remark else [])
 
 
 def _differences(part, k):
@@ -220,8 +222,8 @@ def _differences(part, k):
 def panels(report):
     """For figures.write_forest: the columns of the tables by label."""
     return [
-        (title, list(zip(headings(report, chosen), (found for _, _, found in chosen))))
-        for title, chosen in by_label_groups(report)
+        (model, list(zip(headings(report, chosen), (found for _, _, found in chosen))))
+        for model, chosen in by_label_groups(report)
     ]
 
 

@@ -8,11 +8,12 @@ matplotlib.use("Agg")  # compute nodes have no display
 import numpy as np
 from matplotlib import pyplot as plt
 
+from analysis.comparison_tables import approximate
 from analysis.training_log import read_metrics
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
-SERIES = [(color, marker) for marker in "osD" for color in (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", "black")]
+COLORS, MARKERS = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", "black"), "osD^vPX"
 STYLE = {
     "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
     "axes.titleweight": "bold", "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none", "svg.hashsalt": "report",
@@ -170,35 +171,38 @@ def _save(drawn, folder):
 
 
 def _forest(panels):
-    """AUROC with its interval by label, and the mean of the common labels; a panel a title, a colour a column.
+    """AUROC with its interval by label, and the mean over the common labels; hollow where a label is approximate.
 
-    panels: [(title, [(name, section of analysis.comparison)])].
+    panels: [(title, [(name, section of analysis.comparison)])]; in a panel every name has a colour and a marker.
     """
     labels = list(dict.fromkeys(n for _, series in panels for _, found in series for n in found["labels"]))
     most = max(len(series) for _, series in panels)
     height = (len(labels) + 1) * max(0.24, 0.11 * most + 0.08) + 1.0
     figure, axes = plt.subplots(1, len(panels), figsize=(1.6 + 3.8 * len(panels), height), layout="constrained",
                                 sharex=True, sharey=True, squeeze=False)  # fmt: skip
-    lowest = 0.5
+    lowest, hollow = 0.5, False
     for axis, (title, series) in zip(axes.flat, panels):
         for k, (name, found) in enumerate(series):
-            color, marker = SERIES[k % len(SERIES)]
+            style = {"color": COLORS[k % len(COLORS)], "marker": MARKERS[k % len(MARKERS)], "ms": 4}
+            rows = [found["labels"].get(n, {}).get("auroc") for n in labels] + [found["mean_common"]["auroc"]]
             shift = 0.7 * ((k + 0.5) / len(series) - 0.5)
-            drawn = [(y, found["labels"][n]["auroc"]) for y, n in enumerate(labels) if n in found["labels"]]
-            drawn.append((len(labels), found["mean_common"]["auroc"]))
-            drawn = [(y + shift, a) for y, a in drawn if a["value"] is not None]
-            for y, a in drawn:
+            for y, (label, a) in enumerate(zip([*labels, ""], rows)):
+                if a is None or a["value"] is None:
+                    continue
                 if a["low"] is not None:
-                    axis.plot([a["low"], a["high"]], [y, y], color=color, lw=1.5, solid_capstyle="butt")
-                    lowest = min(lowest, a["low"])
-            xs, ys = [a["value"] for _, a in drawn], [y for y, _ in drawn]
-            lowest = min([lowest, *xs])
-            axis.plot(xs, ys, marker, color=color, ms=4, label=name)
+                    axis.plot([a["low"], a["high"]], [y + shift] * 2, color=style["color"], lw=1.5)
+                rough = label in approximate(found)
+                axis.plot(a["value"], y + shift, **style, **({"mfc": "white"} if rough else {}))
+                lowest, hollow = min(lowest, a["value"], a["low"] or a["value"]), hollow or rough
+            axis.plot([], [], ls="", label=name, **style)
         axis.axvline(0.5, color="grey", lw=0.7, ls="--")
         axis.axhline(len(labels) - 0.5, color="grey", lw=0.7)
-        axis.set(title=title, xlabel="AUROC, 95% interval", xlim=(max(0, lowest - 0.02), 1))
+        axis.set_title(title)
         axis.grid(axis="y", visible=False)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=2, fontsize=7)
+    for axis in axes.flat:
+        text = "AUROC, 95% interval" + "; hollow: approximate label" * hollow
+        axis.set(xlabel=text, xlim=(max(0, lowest - 0.02), 1))
     axes[0, 0].set_yticks(range(len(labels) + 1), [*labels, "mean of the common"])
     axes[0, 0].set_ylim(len(labels) + 0.5, -0.5)
     return figure
