@@ -137,7 +137,7 @@ KNOBS = {
     "MODEL.INTERN_IMAGE.REMOVE_CENTER": Knob(False, "no sampling point in the middle", acts=INTERN_IMAGE),
     "MODEL.TIMM.NAME": Knob("", "(new) which backbone: a name of timm's, such as densenet121 or resnet50.a1_in1k",
                             acts=TIMM),
-    "MODEL.TIMM.DOWNLOAD": Knob(False, "(new) start from the weights that timm names, fetched from the Hugging Face hub",
+    "MODEL.TIMM.DOWNLOAD": Knob(False, "(new) start from the weights that timm names, fetched from Hugging Face",
                                 acts=TIMM | {"MODEL.PRETRAINED": ""}),
     # --------------------------------------------------------------------------------- training
     "TRAIN.EPOCHS": Knob(300, "passes over the train split", at_least(1)),

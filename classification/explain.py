@@ -90,7 +90,7 @@ COLOURS = ("#4cc9f0", "#80ed99", "#ffd166", "#ef476f")  # of the levels, from th
 
 
 def draw_overlay(path, grey, extent, cam, levels, title):
-    """Grad-CAM over the X-ray with its scale; beside it, where there are any, the sampling points seen from its maximum.
+    """Grad-CAM over the X-ray with its scale; beside it, if there are any, the sampling points seen from its maximum.
 
     Args:
         grey: the X-ray, uint8 [H, W].

@@ -452,6 +452,7 @@ def evaluate(config, world, folder, log):
         return None
     metrics = {k: v for k, v in predicted[TEST][1].items() if k not in ("probabilities", "targets", "rows")}
     skipped = len(dataset) - metrics["images"]
+    processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
     about = {
         "checkpoint": str(path),
         "checkpoint_sha256": digest(path),
@@ -459,7 +460,7 @@ def evaluate(config, world, folder, log):
         "parameters": sum(p.numel() for p in model.parameters()),
         "gmacs": round(count_gmacs(model, config.DATA.IMG_SIZE), 3),
         "images_per_s": round(metrics["images"] / seconds, 1),
-        "device": f"{world.size} x {device_name(world.device)}, {dtype}, batch {config.DATA.BATCH_SIZE}".removeprefix("1 x "),
+        "device": f"{processors}, {dtype}, batch {config.DATA.BATCH_SIZE}",
         "domain": {"trained": trained_on, "tested": domain},
         "warnings": warnings,
         "config": config_module.to_dict(config),

@@ -13,7 +13,7 @@ from errors import UserError, did_you_mean
 
 
 class TimmBackbone(nn.Module):
-    """One of timm's models as a backbone of this project (see `models/build.py`): [N, 3, S, S] -> logits [N, classes].
+    """One of timm's models as a backbone (see `models/build.py`): [N, 3, S, S] -> logits [N, classes].
 
     Args:
         network: as `timm.create_model` returns it. Its parameters are called `backbone.` and timm's name here.
@@ -27,8 +27,8 @@ class TimmBackbone(nn.Module):
         name = next((name for name, module in network.named_modules() if module is head), None)
         if not isinstance(head, nn.Linear) or name is None:
             raise UserError(
-                f"MODEL.TIMM.NAME: the head of {network.pretrained_cfg['architecture']} is a {type(head).__name__}, not "
-                "one linear layer; choose another backbone"
+                f"MODEL.TIMM.NAME: the head of {network.pretrained_cfg['architecture']} is a {type(head).__name__}, "
+                "not one linear layer; choose another backbone"
             )
         self.classifier = f"backbone.{name}"
 
@@ -167,20 +167,21 @@ def build(config):
         "drop_rate": config.MODEL.DROP_RATE,
         "drop_path_rate": config.MODEL.DROP_PATH_RATE,
     }
-    own = cfg.input_size[-1]
-    if cfg.fixed_input_size and size != own:
+    if cfg.fixed_input_size:
         wanted["img_size"] = size
-    another = f"MODEL.TIMM.NAME {name} is for images of {own} px and cannot be built for DATA.IMG_SIZE {size}"
     try:
         network, taken = _create(name, wanted)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        if "img_size" not in wanted:
-            raise
-        raise UserError(f"{another} ({error or type(error).__name__}); set DATA.IMG_SIZE {own}") from error
-    if "img_size" in wanted and "img_size" not in taken:
-        raise UserError(f"{another}; set DATA.IMG_SIZE {own}")
+        with torch.no_grad():  # many show only here which sizes they do not take
+            network.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"MODEL.TIMM.NAME {name} does not take images of DATA.IMG_SIZE {size} ({reason}); "
+            f"its own size is {cfg.input_size[-1]}"
+        ) from error
     heeds = {"TRAIN.LR_LAYER_DECAY"}
-    heeds |= {"MODEL.DROP_RATE"} if "drop_rate" in taken else set()
+    if "drop_rate" in taken:
+        heeds.add("MODEL.DROP_RATE")
     if any(isinstance(module, DropPath) for module in network.modules()):
         heeds.add("MODEL.DROP_PATH_RATE")
     if config.TRAIN.USE_CHECKPOINT:
@@ -189,4 +190,4 @@ def build(config):
             heeds.add("TRAIN.USE_CHECKPOINT")
         except (AssertionError, AttributeError):  # timm's way to say that it cannot
             pass
-    return TimmBackbone(network, heeds)
+    return TimmBackbone(network.train(), heeds)
