@@ -45,7 +45,7 @@ def _listed(pairs):
 
 def approximate(found):
     """The labels of one evaluation that are another data set's nearest."""
-    return {n: kind for n, kind in found["mapping"].items() if kind.get("kind") == "approximate"}
+    return {n: kind for n, kind in found["label_mapping"].items() if kind.get("kind") == "approximate"}
 
 
 def _marked(names, sections):
@@ -90,21 +90,33 @@ def _remarks(names, sections, labels):
         return _listed((name, text(found)) for name, found in zip(names, sections))
 
     def unlike(what, text):
-        values = [text(found) or "not recorded" for found in sections]
-        return f"{what} differs: {_listed(zip(names, values))}" if len(set(values)) > 1 else ""
+        values = [text(found) for found in sections]
+        if len(set(values)) == 1:
+            return ""
+        shown = _listed((name, value or "not recorded") for name, value in zip(names, values))
+        return f"{what} {'differs' if all(values) else 'not known of all'}: {shown}"
 
     def without_patients(found):
         drawn = found["bootstrap"]
         return "no subject_id: images were drawn, too narrow where a patient has several" * (drawn["unit"] == "image")
 
+    def policy(found):
+        return found["policy"] and policy_text(found).removeprefix("Labels: ").removesuffix(".")
+
+    def external(found):
+        trained = found["trained_on"]
+        known = trained and found["about"]["dataset"] and found["about"]["dataset"] not in trained
+        return f"external, the model was trained on {', '.join(trained)}" if known else ""
+
     def label_remarks(found):
         return "; ".join(tables.label_remarks({n: f for n, f in found["labels"].items() if f["images"]}))
 
     said = [
-        unlike("label policy", lambda found: policy_text(found).removeprefix("Labels: ").removesuffix(".")),
+        unlike("label policy", policy),
         unlike("image domain", lambda found: found["about"]["domain"]),
         unlike("image size", lambda found: found["about"]["image_size"] and f"{found['about']['image_size']} px"),
         _approximate_remark(names, sections, labels),
+        each(external),
         (unknown := each(lambda found: ", ".join(_unknown(found)))) and f"not known: {unknown}",
         each(label_remarks),
         each(without_patients) if len({unit_text(found) for found in sections}) > 1 else "",
@@ -148,9 +160,9 @@ def _models(name, part, k):
     speeds = [(m, f["cost"]["device"] or "device not recorded") for m, f in part["models"].items()
               if f["cost"]["images_per_s"] is not None]  # fmt: skip
     devices = {device for _, device in speeds}
-    remarks = [f"images/s on {devices.pop()}"] if len(devices) == 1 else []
+    remarks = [f"images/s: {devices.pop()}"] if len(devices) == 1 else []
     if devices:
-        remarks = [f"Warning: images/s do not compare, they are of different devices: {_listed(speeds)}"]
+        remarks = [f"Warning: images/s do not compare, they were not measured alike: {_listed(speeds)}"]
     remarks += _remarks(names, sections, labels)
     lacking = _listed((m, ", ".join(found)) for m, found in part["left_out_labels"].items())
     remarks += [f"left out, since not every model has them: {lacking}"] if lacking else []

@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")  # compute nodes have no display
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from analysis.comparison_tables import approximate
 from analysis.training_log import read_metrics
@@ -33,8 +34,10 @@ def _training(epochs, score):
     axes[1].set_title(f"validation {score}")
     axes[2].plot(x, [e["lr"] for e in epochs], color=BLUE)
     axes[2].set_title("learning rate at the epoch's end")
+    axes[2].yaxis.set_major_formatter("{x:g}")  # a power of ten above the axis would run into the title
     for axis in axes:
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend()
     axes[1].legend()
     return figure

@@ -21,15 +21,14 @@ DASHES = ("", "5 3", "2 2", "7 2 2 2")
 
 
 # ----------------------------------------------------------------------------------------- charts
-def chart(
-    lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, diagonal=False, labels=("", ""), log=False, title=""
-):
+def chart(lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, diagonal=False, labels=("", ""), left=34, title=""):
     """A small SVG chart.
 
-    lines: [(xs, ys)] or [(xs, ys, name)]; band: (xs, low, high); x, y: the axes' ends; title: for screen readers.
+    lines: [(xs, ys)] or [(xs, ys, name)]; band: (xs, low, high); x, y: the axes' ends; left: room for the
+    label and the ticks of y; title: for screen readers.
     """
     width, height = size
-    left, right, top, bottom = 34, width - 8, 8, height - 26
+    right, top, bottom = width - 8, 8, height - 26
 
     def px(v):
         return left + (right - left) * (v - x[0]) / ((x[1] - x[0]) or 1)
@@ -47,7 +46,7 @@ def chart(
         parts.append(f'<path class="grid" d="M{left} {py(at[1]):.1f}H{right}M{px(at[0]):.1f} {top}V{bottom}"/>')
         anchor = ("start", "middle", "end")[k]
         parts.append(f'<text x="{px(at[0]):.1f}" y="{bottom + 11}" text-anchor="{anchor}">{at[0]:.2g}</text>')
-        text = f"{at[1]:.0e}" if log else f"{at[1]:.2g}"
+        text = f"{at[1]:.2g}".replace("e-0", "e-")
         parts.append(f'<text x="{left - 4}" y="{py(at[1]) + 3:.1f}" text-anchor="end">{text}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">{labels[0]}</text>')
     parts.append(
@@ -125,17 +124,17 @@ def _training_charts(report):
         return []
     x = [e["epoch"] for e in epochs]
     found = []
-    for names, title, log in (
-        ({"train_loss": "train", "val_loss": "validation"}, "loss", False),
-        ({"mean_auc": "validation"}, "mean AUROC", False),
-        ({"lr": "rate"}, "learning rate", True),
+    for names, title, left in (
+        ({"train_loss": "train", "val_loss": "validation"}, "loss", 34),
+        ({"mean_auc": "validation"}, "mean AUROC", 34),
+        ({"lr": "rate"}, "learning rate", 46),
     ):
         values = [e[k] for e in epochs for k in names if e[k] is not None]
         if values:
             lines = [(x, [e[k] for e in epochs], name) for k, name in names.items()]
             span = (x[0], x[-1] if len(x) > 1 else x[0] + 1)
             ends = (min(values), max(values) if max(values) > min(values) else min(values) + 1e-6)
-            found.append(chart(lines, size=(260, 170), x=span, y=ends, labels=("epoch", title), log=log, title=title))
+            found.append(chart(lines, size=(260, 170), x=span, y=ends, labels=("epoch", title), left=left, title=title))
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import report
-from analysis import statistics
+from analysis import comparison, comparison_tables, statistics
 from analysis.evaluation import read_evaluation
 from analysis.results import Options, collect
 from errors import UserError
@@ -44,6 +44,12 @@ def run(tmp_path, *argv):
     out = tmp_path / "out"
     report.main([*map(str, argv), "--output", str(out), "--resamples", str(RESAMPLES)])
     return json.loads((out / "report.json").read_text()), (out / "summary.md").read_text()
+
+
+def compare(*folders, names=None):
+    """The same without the files."""
+    found = comparison.collect([read_evaluation(f) for f in folders], Options(resamples=RESAMPLES), names)
+    return found, comparison_tables.summary(found)
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +129,12 @@ def test_models_on_the_same_images_are_compared_in_pairs(four, tmp_path):
     first, second = (next(x for x in text.splitlines() if x.startswith(f"| net_{m}/run1 | intern")) for m in "ab")
     assert first.startswith("| net_a/run1 | intern_image | 28.1 | 4.61 | 812 |") and first.endswith("| – | – |")
     assert second.startswith("| net_b/run1 | intern_image | – | – | – |") and f"{b - a:+.3f}" in second
-    assert "images/s on A100" in text and "on the same images" in text and "180 test images" in text
+    assert "images/s: A100" in text and "on the same images" in text and "180 test images" in text
     assert "net_b/run1 compared with net_a/run1" in text  # the differences by label
 
 
 def test_models_by_test_sets_give_both_tables(four, tmp_path, capsys):
-    r, text = run(tmp_path, *four)
+    r, text = run(tmp_path, *four, "--names", *["net_a/run1"] * 2, *["net_b/run1"] * 2)
     printed = capsys.readouterr().out
     assert list(r["models"]) == ["net_a/run1", "net_b/run1"] and list(r["sets"]) == ["mimic_cxr", "nih"]
     for title in ("Models by test set", "Models on mimic_cxr", "Models on nih", "AUROC of net_a/run1 by label"):
@@ -143,7 +149,7 @@ def test_models_by_test_sets_give_both_tables(four, tmp_path, capsys):
 
 def test_three_models_are_adjusted_by_holm(four, tmp_path):
     third = evaluation(tmp_path / "c", model="c", noise=1.2)
-    r, text = run(tmp_path, four[0], four[2], third)
+    r, text = compare(four[0], four[2], third)
     p, holm = ([d["mean"][k] for d in r["sets"]["mimic_cxr"]["differences"].values()] for k in ("p", "p_holm"))
     assert min(holm) == pytest.approx(min(1, 2 * min(p))) and max(holm) == max(*p, min(holm)) and "p (Holm)" in text
 
@@ -155,31 +161,35 @@ def test_what_differs_between_columns_is_said(tmp_path):
     other = evaluation(
         tmp_path / "other", "nih", label_policy={"uncertain": "ones", "missing": "zeros"},
         domain={"trained": "pictures", "tested": "dicom window"}, warnings=["trained on pictures"],
-        change=lambda rows: rows.drop(columns="subject_id"),
+        trained_on=["mimic_cxr"], change=lambda rows: rows.drop(columns="subject_id"),
     )  # fmt: skip
     slow = evaluation(tmp_path / "slow", model="b", noise=2.0, images_per_s=5.0, device="A100")
-    _, text = run(tmp_path, one, other, slow)
+    _, text = compare(one, other, slow)
     assert (
         "label policy differs: mimic_cxr: uncertain (-1) counted as negative, blank counted as negative; nih:" in text
     )
     assert "image domain differs: mimic_cxr: pictures; nih: dicom window, trained on pictures" in text
     assert "Warning: nih: trained on pictures" in text
+    assert "nih: external, the model was trained on mimic_cxr" in text
     assert "nih: no subject_id: images were drawn" in text
-    assert "Warning: images/s do not compare" in text and "net_a/run1: H100; net_b/run1: A100" in text
+    assert (
+        "Warning: images/s do not compare, they were not measured alike" in text
+        and "net_a/run1: H100; net_b/run1: A100" in text
+    )
 
 
 def test_names_and_other_models_on_other_sets(four, tmp_path):
-    r, text = run(tmp_path, four[0], four[3])
+    r, text = compare(four[0], four[3])
     assert "| label | mimic_cxr | nih |" in text and "the models differ: mimic_cxr: net_a/run1; nih: net_b/run1" in text
-    r, text = run(tmp_path, four[0], four[3], "--names", "Boston", "Bethesda")
+    r, text = compare(four[0], four[3], names=["Boston", "Bethesda"])
     assert "| label | Boston | Bethesda |" in text and "test sets: Boston: mimic_cxr; Bethesda: nih" in text
-    r, text = run(tmp_path, *four, "--names", "big", "big", "small", "small")
+    r, text = compare(*four, names=["big", "big", "small", "small"])
     assert list(r["models"]) == ["big", "small"] and "AUROC of big by label" in text
     again = evaluation(tmp_path / "c_mimic", model="c", noise=1.2)
     written = json.loads((again / "metrics.json").read_text())
     written["config"]["MODEL"]["NAME"] = "net_a"  # another checkpoint of the same name
     (again / "metrics.json").write_text(json.dumps(written))
-    assert list(run(tmp_path, four[0], again)[0]["models"]) == ["net_a/run1 (a_mimic)", "net_a/run1 (c_mimic)"]
+    assert list(compare(four[0], again)[0]["models"]) == ["net_a/run1 (a_mimic)", "net_a/run1 (c_mimic)"]
 
 
 def test_tables_of_predictions_alone_and_a_model_with_other_labels(four, tmp_path):
@@ -189,13 +199,15 @@ def test_tables_of_predictions_alone_and_a_model_with_other_labels(four, tmp_pat
     rows = pd.read_csv(csv[1])
     rows[["Hernia_target", "Hernia_probability"]] = 0.0
     rows.drop(columns=["Fracture_target", "Fracture_probability", "Fracture_label"]).to_csv(csv[1], index=False)
-    r, text = run(tmp_path, *csv)
+    r, text = compare(*csv)
     assert r["sets"]["deep"]["label_names"] == ["Edema", "Lung Lesion", "Pneumonia"]
     assert "left out, since not every model has them: deep: Fracture; wide: Hernia" in text
     assert "policy for uncertain and blank labels: not recorded" in text
+    text = compare(csv[0], four[1])[1]
+    assert "label policy not known of all: deep: not recorded; nih: uncertain (-1) counted as negative" in text
     for path in csv:  # without ids the same targets, row for row, are the same images
         pd.read_csv(path).sort_values("dicom_id").drop(columns="dicom_id").to_csv(path, index=False)
-    again, _ = run(tmp_path, *csv)
+    again, _ = compare(*csv)
     found = [x["sets"]["deep"]["differences"]["wide"]["mean"] for x in (r, again)]
     for key in ("difference", "low", "high", "p"):
         assert found[1][key] == pytest.approx(found[0][key], abs=1e-12)
@@ -244,6 +256,7 @@ def test_mistakes_are_named(four, tmp_path):
         ([a, b, "--seeds-of", a_nih], "--seeds-of is for one evaluation"),
         ([a, b, "--study-by", "max"], "--study-by is for one evaluation"),
         ([a, b, "--names", "x"], "--names has 1 names for 2 evaluations"),
+        ([a, b, "--names", "x", " "], "--names: the name of .*b_mimic is blank"),
         ([a, "--names", "x"], "--names is for several evaluations"),
         ([a, b, "--output", a], "--output .*a_mimic is one of the evaluations"),
     ):
