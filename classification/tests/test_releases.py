@@ -228,3 +228,206 @@ def test_the_same_real_images_as_nih_and_as_mimic():
     ours, theirs = ours.with_targets().targets, other.with_targets().targets[rows]
     np.testing.assert_array_equal(ours[:, compared], theirs[:, compared])
     assert (ours[:, compared] == 1).sum() > 60
+
+
+# ------------------------------------------------------------------------------------------------ PadChest
+PADCHEST = (
+    ",ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,ViewPosition_DICOM,Projection,"
+    "MethodProjection,Pediatric,MethodLabel,Labels,Localizations"
+)
+LONG = 216840111366964012487858717522009210095150  # beyond any float; patients differ in the last digits alone
+
+
+@pytest.fixture
+def padchest_at(tmp_path):
+    """make(place) -> a folder of 40 images of 20 patients and a few oddities; place: how the images lie."""
+
+    def make(place="{dir}/{image}"):
+        root = tmp_path / "padchest"
+        kinds = {
+            "['pleural effusion', 'cardiomegaly']": "Physician",
+            "['laminar atelectasis', ' NSG tube ']": "Physician",
+            "['normal']": "Physician",
+            "['no pneumothorax seen', 'pseudonodule']": "Physician",  # no term of these is one that is mapped
+        }
+        rows = [
+            (f"{LONG + k}_00-{k:03d}-x.png", k % 3, f"{LONG}{k // 2}", f"{LONG + k // 2}", *list(kinds.items())[k % 4])
+            for k in range(40)
+        ]
+        rows += [
+            ("net.png", 1, "s1", "p1", "['pneumonia']", "RNN_model"),
+            ("blank.png", 1, "s2", "p2", "", "Physician"),
+            ("excluded.png", 1, "s3", "p3", "['exclude', 'unchanged']", "Physician"),
+        ]
+        projections = ["PA", "AP_horizontal", "L", "COSTAL"]
+        lines = [
+            f'{k},{image},{folder},20110101,{study},{patient},1950,M,,{projections[k % 4]},Manual,No,{by},"{terms}",[]'
+            for k, (image, folder, study, patient, terms, by) in enumerate(rows)
+        ]
+        write(root / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", PADCHEST, *lines)
+        for k, (image, folder, *_) in enumerate(rows):
+            draw(root / place.format(dir=folder, image=image), k)
+        return root
+
+    return make
+
+
+@pytest.mark.parametrize("place", ["{dir}/{image}", "{image}", "images/{image}"])
+def test_padchest(padchest_at, place):
+    table = padchest.load_table(padchest_at(place))
+    assert len(table) == 40 and set(splits_of(table).values()) == {"test"}
+    assert table.left_out == {
+        "image labelled by a network (DATA.LABELLED_BY physicians)": 1, "image without labels": 1,
+        "image labelled exclude": 1,
+    }  # fmt: skip
+    assert len(set(table.subject)) == 20 and table.subject[-1].decode() == str(LONG + 19)
+    assert table.view.tolist()[:4] == ["PA", "AP", "lateral", "other"]
+    first = [f"{LONG + k}_00-{k:03d}-x.png" for k in range(4)]
+    for label, values in {
+        "Pleural Effusion": [1, 0, 0, 0], "Cardiomegaly": [1, 0, 0, 0], "Atelectasis": [0, 1, 0, 0],
+        "Support Devices": [0, 1, 0, 0], "No Finding": [0, 0, 1, 0], "Pneumothorax": [0] * 4, "Lung Lesion": [0] * 4,
+    }.items():  # fmt: skip
+        found = by_image(table, label)
+        assert [found[image] for image in first] == values, label
+    own = padchest.load_table(table.root, label_names=("pseudonodule", "normal"), labelled_by="all")
+    assert len(own) == 41 and own.labels.sum(0).tolist() == [10, 10]
+
+
+def test_a_release_without_splits_is_split_by_patient_to_train_on(padchest_at):
+    table = padchest.load_table(padchest_at(), split_seed=3)
+    counts = pd.Series({s.decode(): k for s, k in zip(table.subject, table.split)}).value_counts()
+    assert counts.to_dict() == {0: 14, 1: 2, 2: 4}  # of 20 patients
+    assert any("drawn by DATA.SPLIT_SEED 3: 70 % of the patients train" in note for note in table.notes)
+
+
+@pytest.mark.parametrize("text", ["pneumonia", "['pneumonia'", "{'pneumonia'}", "[1]", "__import__('os')"])
+def test_padchest_labels_that_are_no_list(padchest_at, text):
+    root = padchest_at()
+    path = next(root.glob("*.csv"))
+    path.write_text(path.read_text().replace("['normal']", text, 1))
+    with pytest.raises(UserError, match="Labels is .* in data row 3; expected a list"):
+        padchest.load_table(root)
+
+
+# ------------------------------------------------------------------------------------------------ VinDr
+@pytest.fixture
+def vindr_at(tmp_path):
+    """make(suffix, other) -> 20 images of train read by three, 3 of test."""
+
+    def make(suffix=".dicom", other="Other disease", place="annotations"):
+        root = tmp_path / "vindr"
+        names = [other if name == "Other disease" else name for name in vindr.FINDINGS]
+        # How many of the three see (Edema, Rib fracture) in images 0 to 3; No finding else.
+        votes = {0: (3, 0), 1: (2, 1), 2: (1, 3), 3: (0, 0)}
+        lines = []
+        for k in range(20):
+            for reader in (2, 0, 1):
+                edema, rib = (reader < n for n in votes.get(k, (0, 0)))
+                marked = {"Edema": edema, "Rib fracture": rib, "No finding": not (edema or rib), other: k == 5}
+                lines.append(f"{k:032x},R{reader + 8}," + ",".join(str(int(marked.get(n, 0))) for n in names))
+        write(root / place / "image_labels_train.csv", "image_id,rad_id," + ",".join(names), *lines)
+        lines = [f"{100 + k:032x}," + ",".join(str(int(n == "Edema" and k == 0)) for n in names) for k in range(3)]
+        write(root / place / "image_labels_test.csv", "image_id," + ",".join(names), *lines)
+        for k in range(20):
+            draw(root / f"train/{k:032x}{suffix}", k)
+        for k in range(100, 103):
+            draw(root / f"test/{k:032x}{suffix}", k)
+        return root
+
+    return make
+
+
+@pytest.mark.parametrize("suffix", [".dicom", ".dcm", ".png", ""])
+def test_vindr(vindr_at, suffix):
+    root = vindr_at(suffix)
+    table = vindr.load_table(root)
+    assert len(table) == 23 and table.path[0].decode() == f"train/{0:032x}{suffix}"
+    assert pd.Series(splits_of(table)).value_counts().to_dict() == {"train": 18, "test": 3, "validate": 2}
+    assert (table.subject == b"").all() and table.view is None
+    assert any("a tenth of the images (the release has no patient ids) of train" in note for note in table.notes)
+    first = [f"{k:032x}" for k in range(4)]
+    expected = {"majority": ([1, 1, 0, 0], [0, 0, 1, 0]), "any": ([1, 1, 1, 0], [0, 1, 1, 0])}
+    for readers, (edema, fracture) in expected.items():
+        table = vindr.load_table(root, readers=readers)
+        assert [by_image(table, "Edema")[image] for image in first] == edema
+        assert [by_image(table, "Fracture")[image] for image in first] == fracture
+    assert [by_image(table, "Edema")[f"{100 + k:032x}"] for k in range(3)] == [1, 0, 0]
+    assert vindr.load_table(root / "annotations").root == vindr.load_table(root / "train").root == root
+
+
+@pytest.mark.parametrize("there", ["Other disease", "Other diseases"])
+def test_vindr_writes_other_disease_in_two_ways(vindr_at, there):
+    root = vindr_at(other=there, place=".")
+    for asked in ("Other disease", "Other diseases"):
+        table = vindr.load_table(root, label_names=(asked,))
+        assert table.labels.sum() == 1 and table.labels[5] == 1
+    whole = vindr.load_table(root, label_names=vindr.FINDINGS)
+    assert whole.labels.shape == (23, 28) and whole.label_names[26] == "Other disease"
+
+
+def test_vindr_readers_at_odds_are_uncertain(vindr_at):
+    root = vindr_at()
+    path = root / "annotations/image_labels_train.csv"
+    lines = path.read_text().splitlines()
+    assert lines[4].startswith(f"{1:032x},R10")
+    path.write_text("\n".join(lines[:4] + lines[5:]))  # of image 1 the reader who sees nothing has gone
+    assert by_image(vindr.load_table(root), "Edema")[f"{1:032x}"] == 1
+    path.write_text("\n".join(lines[:4] + lines[4:5] + lines[6:]))  # one of two sees it
+    assert by_image(vindr.load_table(root), "Edema")[f"{1:032x}"] == -1
+    assert by_image(vindr.load_table(root, readers="any"), "Edema")[f"{1:032x}"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ BRAX
+BRAX = (
+    "DicomPath,PngPath,PatientID,PatientSex,PatientAge,AccessionNumber,StudyDate,No Finding,Enlarged Cardiomediastinum,"
+    "Cardiomegaly,Lung Lesion,Lung Opacity,Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,"
+    "Pleural Other,Fracture,Support Devices,ViewPosition,Rows,Columns,Manufacturer"
+)
+
+
+@pytest.fixture
+def brax_at(tmp_path):
+    """make(kinds) -> 12 images of 6 patients, of these kinds (dcm, png)."""
+
+    def make(*kinds, strip=False):
+        root, lines = tmp_path / "brax", []
+        for k in range(12):
+            stem = f"id_{k // 2:04d}/Study_{k}.{k}/Series_1/image-{k}"
+            paths = {"dcm": f"Anonymized_DICOMs/{stem}.dcm", "png": f"images/{stem}.png"}
+            labels = ["1.0", "", "-1.0", "0.0"] + [""] * 10 if k % 2 else [""] * 4 + ["1"] + [""] * 9
+            view = ("PA", "L", "AP", "RL", "", "LT-DECUB")[k % 6]
+            lines.append(
+                f"{paths['dcm']},{paths['png']},Patient_{k // 2},M,85 or more,{k},20200101,{','.join(labels)},{view},1,1,X"
+            )
+            for kind in kinds:
+                draw(root / (paths[kind].partition("/")[2] if strip else paths[kind]), k)
+        write(root / "master_spreadsheet_update.csv", BRAX, *lines)
+        return root
+
+    return make
+
+
+@pytest.mark.parametrize("strip", [False, True])
+@pytest.mark.parametrize("kind", ["dcm", "png"])
+def test_brax(brax_at, kind, strip):
+    root = brax_at(kind, strip=strip)
+    table = brax.load_table(root)
+    assert len(table) == 12 and set(splits_of(table).values()) == {"test"} and len(set(table.subject)) == 6
+    assert all((root / path.decode()).is_file() and path.endswith(kind.encode()) for path in table.path)
+    assert table.view.tolist()[:6] == ["PA", "lateral", "AP", "lateral", "", "other"]
+    label = {name: list(by_image(table, name).values())[:2] for name in LABELS}
+    np.testing.assert_array_equal(label["Lung Opacity"], [1, NAN])
+    np.testing.assert_array_equal(label["Lung Lesion"], [NAN, 0])
+    np.testing.assert_array_equal(label["Cardiomegaly"], [NAN, -1])
+    np.testing.assert_array_equal(label["No Finding"], [NAN, 1])
+    assert {m["kind"] for m in table.label_mapping.values()} == {"exact"}
+    cleared = by_image(brax.load_table(root, no_finding_clears=True), "Edema")
+    np.testing.assert_array_equal(list(cleared.values())[:2], [NAN, 0])
+
+
+def test_brax_as_both_kinds(brax_at):
+    root = brax_at("dcm", "png")
+    with pytest.raises(UserError, match="holds both .* images; say which to read: DATA.IMAGE_FORMAT dcm or png"):
+        brax.load_table(root)
+    for kind in ("dcm", "png"):
+        assert brax.load_table(root, image_format=kind).path[0].endswith(kind.encode())
