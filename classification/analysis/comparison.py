@@ -8,7 +8,7 @@ report.json, from which all else is drawn:
     models              model -> {"given": its evaluations, "checkpoint", "checkpoint_sha256"}
     sets                test set -> {"dataset", "first", "label_names", "left_out_labels", "models", "differences"}
     sets[S].models[M]   "labels", "mean" (over the labels of S), "mean_common" (over common_labels), "about", "policy",
-                        "bootstrap" as in the report of a single evaluation; "label_mapping", "cost", "trained_on"
+                        "bootstrap" as in the report of a single evaluation; "label_mapping", "cost"
     sets[S].differences[M]   M minus the first model of S, as "against" in the report of a single evaluation
 """
 
@@ -173,11 +173,10 @@ def _one_set(members, models, tables, options):
         },
         "models": {
             m: {
-                "about": about(e) | {"dataset": _dataset(e)},
+                "about": about(e),
                 "policy": e.policy,
                 "bootstrap": drawn_from(t, patients, options),
                 "cost": _costs(e),
-                "trained_on": e.metrics.get("trained_on", []),
                 "label_mapping": {n: found for n, found in e.metrics.get("label_mapping", {}).items() if n in names},
                 "mean": measured[m].mean(),
                 "labels": measured[m].labels(),

@@ -104,7 +104,7 @@ def _remarks(names, sections, labels):
         return found["policy"] and policy_text(found).removeprefix("Labels: ").removesuffix(".")
 
     def external(found):
-        trained = found["trained_on"]
+        trained = found["about"]["trained_on"]
         known = trained and found["about"]["dataset"] and found["about"]["dataset"] not in trained
         return f"external, the model was trained on {', '.join(trained)}" if known else ""
 
