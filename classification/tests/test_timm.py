@@ -304,3 +304,15 @@ def test_trained_evaluated_predicted_explained_exported(run_timm, tree, tmp_path
         explain.check(build_model(config_of("test_vit", DATA__IMG_SIZE=64)), 64, "v.pth")
     export.main([str(best), "--output", str(tmp_path / "m.pt2"), "--format", "torch"])
     assert "largest difference from PyTorch" in capsys.readouterr().out
+
+
+def test_recomputation_changes_no_gradient():
+    def gradients(recompute):
+        config = config_of("test_convnext", DATA__IMG_SIZE=64, TRAIN__USE_CHECKPOINT=recompute)
+        torch.manual_seed(0)
+        model = build_model(config)
+        assert ("TRAIN.USE_CHECKPOINT" in model.heeds) == recompute
+        model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True)))
