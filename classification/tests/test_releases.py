@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 import prepare_mimic
+from benchmarks.full_nih import write_tables
 from conftest import SHARED
 from dataset import brax, chexpert, mimic_cxr, nih, padchest, releases, vindr
 from dataset.labels import LABELS, UNKNOWN
 from dataset.mimic_cxr import load_table as load_mimic
+from dataset.stores import FileStore
 from errors import UserError
 
 NAN = np.nan
@@ -662,3 +664,16 @@ def test_training_without_a_split_asks_for_one(run_main, release_at):
     run = run_main(data=release_at("brax"), DATA__SPLIT_SEED=0, **opts)
     assert json.loads((run / "config.json").read_text())["DATA"]["SPLIT_SEED"] == 0
     assert "split drawn by DATA.SPLIT_SEED 0: 70 % of the patients train" in (run / "log_rank0.txt").read_text()
+
+
+def test_nih_at_its_full_size(tmp_path, monkeypatch):
+    """The official counts; a sample of the files is looked for, not 112,120."""
+    images, looked = write_tables(tmp_path), []
+    monkeypatch.setattr(FileStore, "missing", lambda _, paths: np.zeros(looked.append(len(paths)) or len(paths), bool))
+    table = nih.load_table(tmp_path)
+    assert len(images) == len(table) == 112_120 and len(np.unique(table.subject)) == 30_805
+    train, validate, test = (table.select(table.split == k) for k in range(3))
+    assert len(train) + len(validate) == 86_524 and len(test) == 25_596
+    patients = [len(np.unique(t.subject)) for t in (train, validate, test)]
+    assert patients == [28_008 - 2_801, 2_801, 2_797]  # a tenth, rounded up
+    assert sum(looked) < 1_000
