@@ -87,10 +87,10 @@ def build_datasets(config, *splits):
             model has.
     """
     name = config.DATA.DATASET
-    build = builders.find("dataset", name, "DATA.DATASET")
+    module = builders.find("dataset", name, "DATA.DATASET")
     if not config.DATA.DATA_PATH:
         raise UserError("DATA.DATA_PATH is empty; give the data folder with --data-path FOLDER")
-    datasets = build(config, *splits)
+    datasets = module.build(config, *splits)
     if not isinstance(datasets, (list, tuple)) or len(datasets) != len(splits):
         raise UserError(f"DATA.DATASET {name}: build(config, {', '.join(splits)}) must return a list of {len(splits)}")
     for split, dataset in zip(splits, datasets):
