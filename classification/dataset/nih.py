@@ -33,7 +33,7 @@ def _splits(folder, images):
     split, paths = pd.Series("", images), {}
     for name, file in LISTS.items():
         path = paths[name] = folder.needed(file, why=f"the official {name} split")
-        here = split.index.isin({line.strip() for line in path.read_text().splitlines()})
+        here = split.index.isin({line.strip() for line in path.read_text("utf-8-sig", errors="replace").splitlines()})
         if (both := here & (split != "")).any():
             raise UserError(
                 f"{path}: {split.index[both][0]} is in {paths['train'].name} too; it belongs in one of them"

@@ -193,7 +193,8 @@ def reader(name):
 
 def use_instead(folder, name):
     """The end of an error of the dataset `name`: which release lies in `folder` instead, or nothing."""
-    others = [other for other in recognise(folder) if other != name]
+    folder = Path(folder).expanduser().absolute()
+    others = [other for other in (recognise(folder) if folder.is_dir() else []) if other != name]
     return f"; it looks like {' and '.join(others)}: use --dataset {others[0]}" if others else ""
 
 

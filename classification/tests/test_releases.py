@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from conftest import ROOT, SHARED
 from dataset import brax, chexpert, mimic_cxr, nih, padchest, releases, vindr
 from dataset.labels import LABELS, UNKNOWN
 from dataset.mimic_cxr import load_table as load_mimic
+from dataset.patients import patients_of, refuse_known, together
 from dataset.stores import FileStore
 from errors import UserError
 
@@ -547,6 +549,11 @@ def test_the_wrong_release_is_recognised(release_at, name, wrong):
             load(root)
 
 
+def test_a_release_is_no_folder_of_photographs(run_main, release_at):
+    with pytest.raises(UserError, match="must hold train/ and val/.* it looks like nih: use --dataset nih$"):
+        run_main(data=release_at("nih"), DATA__DATASET="imagenet")
+
+
 @pytest.mark.parametrize("name", LOAD)
 def test_a_tree_of_mimic_is_recognised(tree, name):
     with pytest.raises(UserError, match="holds no tables of .* it looks like mimic_cxr: use --dataset mimic_cxr$"):
@@ -667,6 +674,39 @@ def test_tables_of_cxr_lt_are_refused(tmp_path, header, name):
     write(tmp_path / name, header, "1,2,3,a.jpg,1,0,0,0")  # such labels of another hospital are no fault
     with pytest.raises(UserError, match="no mimic-cxr|column|does not exist|image missing"):
         load_mimic(tmp_path)
+
+
+@pytest.mark.parametrize("name, labels", [("nih", nih.FINDINGS), ("vindr", vindr.FINDINGS)])
+def test_training_on_the_labels_of_a_release(run_main, release_at, name, labels):
+    opts = {"DATA__LABELS": list(labels), "MODEL__NUM_CLASSES": len(labels), "DATA__BATCH_SIZE": 4}
+    run = run_main(data=release_at(name), DATA__DATASET=name, TRAIN__EPOCHS=1, **opts)
+    assert torch.load(run / "last_ckpt.pth", weights_only=True)["label_names"] == list(labels)
+    loss = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["train_loss"]
+    assert 0 < loss < 2
+
+
+def test_patients_known_to_a_model():
+    """Exact unions; another data set, and images without patients, are compared with their own kind only."""
+    import config as config_module
+
+    config = config_module.from_dict({"DATA": {"DATASET": "nih"}}, "test")
+
+    def dataset(*subjects):
+        return SimpleNamespace(
+            ids=lambda: {"dicom_id": [f"i{k}" for k in range(len(subjects))], "subject_id": subjects}
+        )
+
+    known = together(patients_of(dataset("1", "2", "2"), config), patients_of(dataset("2", "3"), config), {})
+    assert known["nih"].dtype == torch.int64 and len(known["nih"]) == 3
+    refuse_known(known, dataset("4", "01", "1.0"), config, "a.pth")
+    refuse_known({"chexpert": known["nih"]}, dataset("1"), config, "a.pth")
+    refuse_known({}, dataset("1"), config, "a.pth")
+    refuse_known(known, SimpleNamespace(ids=lambda: {"path": ["1"]}), config, "a.pth")  # photographs have no patients
+    with pytest.raises(UserError, match="a.pth was trained or chosen on 2 of the 3 patients .*, such as 2: the score"):
+        refuse_known(known, dataset("4", "2", "3", "3"), config, "a.pth")
+    images = patients_of(dataset("", ""), config)
+    with pytest.raises(UserError, match="on 1 of the 1 patients"):
+        refuse_known(images, dataset(""), config, "a.pth")
 
 
 def test_training_without_a_split_asks_for_one(run_main, release_at):
