@@ -76,7 +76,7 @@ KNOBS = {
                          flag="--dataset"),
     "DATA.DATA_PATH": Knob("", "the data folder: a release, or its files/", flag="--data-path"),
     "DATA.CSV": Knob("", "(new) a table of your own instead of the official ones: path, split, labels[, subject_id]",
-                     acts={"DATA.DATASET": "mimic_cxr"}),
+                     acts=DATA),
     "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"), acts=OFFICIAL),
     "DATA.TEST_LABELER": Knob("same", "(new) labels of the test split: those, or mimic-cxr-*-test-set-labeled.csv",
                               one_of("same", "radiologist"), acts=OFFICIAL),

@@ -464,6 +464,7 @@ def evaluate(config, world, folder, log):
     processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
     about = {
         "dataset": config.DATA.DATASET,
+        "root": str(getattr(dataset, "root", config.DATA.DATA_PATH)),
         "trained_on": sorted(training.get("patients", {})),
         "checkpoint": str(path),
         "checkpoint_sha256": digest(path),
