@@ -150,8 +150,8 @@ def _split(studies, rng):
 
 
 def image_rows(images, studies, *, seed, size):
-    """The plan as one table, a row an image, for `dataset.synthetic_layouts`: the columns of both tables, Rows, Columns,
-    sex and age of the patient, and the numbers `patient`, `study` of the patient and `number` in the study, from 1."""
+    """The plan as one table, a row an image, for `dataset.synthetic_layouts`: the columns of both tables, Rows,
+    Columns, sex and age of the patient, and the numbers `patient`, `study` of the patient, `number` in the study."""
     rows = images.merge(studies.drop(columns=["subject_id", "split"]), on="study_id", how="left")
     rows["patient"] = pd.factorize(rows["subject_id"])[0] + 1
     rows["study"] = rows.groupby("subject_id")["study_id"].transform(lambda ids: pd.factorize(ids)[0] + 1)
@@ -171,7 +171,7 @@ def write_tree(
     *,
     patients=320,
     size=320,
-    layout="mimic",
+    layout=FIRST,
     image_format="",
     seed=42,
     progress=True,
@@ -181,8 +181,8 @@ def write_tree(
     """Writes images, the tables of a layout and the marker, and returns the summary:
     {"images", "studies", "patients": counts by split, "positives": {label: studies by split}, "reused": bool}.
 
-    layout: a key of `dataset.synthetic_layouts.LAYOUTS`; in all but MIMIC-CXR's own, `as_mimic.csv` tells the dicom_id of
-    each image. image_format: of the layout's; empty: its first.
+    layout: a key of `dataset.synthetic_layouts.LAYOUTS`; in all but MIMIC-CXR's own, `as_mimic.csv` tells the dicom_id
+    of each image. image_format: of the layout's; empty: its first.
 
     The same parameters give the same bytes. A complete tree of the same parameters is reused, another synthetic tree is
     replaced, and a folder with other data is refused (ValueError).
@@ -246,7 +246,7 @@ def _remove(root, entries):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _check(patients=320, size=320, layout="mimic", image_format="", seed=42, studies=(1, 4), images=(1, 3)):
+def _check(patients=320, size=320, layout=FIRST, image_format="", seed=42, studies=(1, 4), images=(1, 3)):
     """One clear line for a value that cannot work."""
     if not 10 <= patients <= 100_000:
         raise ValueError(f"patients={patients}: choose 10 to 100000, so that three splits can be filled.")

@@ -3,8 +3,8 @@ MIMIC-CXR, CheXpert, NIH ChestX-ray14, PadChest, VinDr-CXR and BRAX.
 
 A layout is a function of the rows of the plan, one an image (see `dataset.synthetic.image_rows`), and returns
 
-    rows      those that the release would hold, with `image` (the id that its tables use), `file` (path in the tree) and
-              `form` (of `dataset.synthetic_files.SAVERS`)
+    rows      those that the release would hold, with `image` (the id that its tables use), `file` (path in the tree)
+              and `form` (of `dataset.synthetic_files.SAVERS`)
     tables    {path in the tree: table, or text}
 
 A release says what it can say: labels without a counterpart are not written, and one that has no word for "uncertain"
@@ -97,8 +97,8 @@ CHEXPERT_LABELS = (
 
 
 def chexpert(rows, _form):
-    """JPG; Path begins with a folder that the tree itself is, AP/PA is blank for laterals, one Sex is Unknown; valid and
-    test are read by radiologists, 1 or 0, and test is a table by study."""
+    """JPG; Path begins with the folder that the tree itself is, AP/PA is blank for laterals, one Sex is Unknown; valid
+    and test are read by radiologists, 1 or 0, and test is a table by study."""
     folder = rows["split"].map({"train": "train", "validate": "valid", "test": "test"})
     study = folder + rows["patient"].map("/patient{:05d}".format) + rows["study"].map("/study{}".format)
     side = np.where(rows["view"] == "LATERAL", "lateral", "frontal")
@@ -202,8 +202,8 @@ PADCHEST_FINDINGS = {
 
 
 def padchest(rows, _form):
-    """16-bit PNG below folders with numbers, ids of many digits, no splits, findings as a Python list in text with stray
-    blanks and empty items, of physicians or a network."""
+    """16-bit PNG below folders with numbers, ids of many digits, no splits, findings as a Python list in text with
+    stray blanks and empty items, of physicians or a network."""
     image = pd.Series([f"{_digits(38, 'study', r.study_id)}_{_hex(6, r.dicom_id)}.png" for r in rows.itertuples()])
     folder = pd.Series(np.arange(len(rows)) % 3 * 7)
     rows = rows.assign(image=image, file=folder.astype(str) + "/" + image, form="png16")
@@ -211,12 +211,8 @@ def padchest(rows, _form):
     found = []
     for row, read in zip(_tuples(rows), physician):
         findings = _present(row, PADCHEST_FINDINGS)
-        others = [[], ["scoliosis"], ["unchanged"], [""], ["fissure thickening"]][row.study_seed // 100 % 5]
-        # Normal is a finding of its own; physicians' lists hold stray blanks.
-        findings = (
-            findings or ([] if "scoliosis" in others or "fissure thickening" in others else ["normal"])
-        ) + others
-        found.append(repr([f" {name}" if read and k and name else name for k, name in enumerate(findings)]))
+        findings += ["fissure thickening", "scoliosis"][: row.study_seed // 100 % 3] if findings else ["normal"]
+        found.append(repr([f" {name}" for name in findings] + [""] if read else findings))
     table = pd.DataFrame(
         {
             "": np.arange(len(rows)),
@@ -288,8 +284,8 @@ VINDR_FINDINGS = {
 
 
 def vindr(rows, _form):
-    """DICOM named .dicom, frontal views only, no patients. In train three readers an image, of whom two or three see what
-    is there, and one what is uncertain; in test their consensus."""
+    """DICOM named .dicom, frontal views only, no patients. In train three readers an image, of whom two or three see
+    what is there, and one what is uncertain; in test their consensus."""
     rows = rows[rows["view"] != "LATERAL"].reset_index(drop=True)
     image = rows["dicom_id"].str.replace("-", "").str[:32]
     test = rows["split"] == "test"

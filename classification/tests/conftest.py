@@ -51,8 +51,8 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def layouts(tmp_path_factory):
-    """layouts("nih"): a small synthetic tree (20 patients, 64 pixels) in the layout of a release, or of "mimic": the same
-    pictures. Not to be changed."""
+    """layouts("nih"): a small synthetic tree (20 patients, 64 pixels) in the layout of a release, or of "mimic": the
+    same pictures. Not to be changed."""
     from dataset.synthetic import write_tree
 
     trees = {}
