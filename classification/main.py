@@ -123,6 +123,7 @@ class Run:
         self.label_names, self.task = train_set.label_names, TASKS[train_set.task]
         self.criterion = self.task.build_criterion(config, train_set.targets)
         self.task_name, self.domain = train_set.task, getattr(train_set, "domain", "")
+        self.data_heeds = getattr(train_set, "heeds", frozenset())
 
     def _find_checkpoint(self):
         """(path, content) of the checkpoint to go on from, or None."""
@@ -142,7 +143,7 @@ class Run:
     def _build_model(self, pretrained):
         config, world = self.config, self.world
         self.model = build_model(config)
-        log_without_effect(self.log, config, self.task_name, self.model)
+        log_without_effect(self.log, config, self.task_name, self.model.heeds | self.data_heeds)
         if pretrained:  # before anything copies or wraps the model
             checkpoint.load_pretrained(self.model, pretrained, self.log)
         self.model.to(world.device)
@@ -381,9 +382,9 @@ def log_datasets(log, config, *datasets):
         log.warning(warning)
 
 
-def log_without_effect(log, config, task, model):
-    """Warn of the options that are set and do nothing for this data and this model."""
-    for line in config_module.without_effect(config, task, model.heeds):
+def log_without_effect(log, config, task, heeds):
+    """Warn of the options that are set and do nothing for this data and this model; heeds: what these act on."""
+    for line in config_module.without_effect(config, task, heeds):
         log.warning(line)
 
 
