@@ -266,13 +266,15 @@ def load_pretrained(model, path, log):
     """Start from the weights of a published checkpoint (InternImage's own, or the Hugging Face copy).
 
     A classifier of another size is left as initialised, and so is a part of the model (a child of it) of which the
-    file has nothing. Returns {loaded, replaced, missing, unexpected}, lists of keys, and logs them.
+    file has nothing. Returns {loaded, replaced, missing, unexpected}, lists of keys, and logs them; and the `patients` it
+    was trained on, see `dataset.patients`, {} where the file does not say.
 
     Raises:
         UserError: the file is of another architecture.
     """
     ours = model.state_dict()
-    theirs = _state_dict(read(path), path, ours.keys())
+    content = read(path)
+    theirs = _state_dict(content, path, ours.keys())
     head = {f"{model.classifier}.weight", f"{model.classifier}.bias"}
     matching = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
     replaced = sorted(head & ours.keys() & (theirs.keys() - matching.keys()))
@@ -304,7 +306,8 @@ def load_pretrained(model, path, log):
     log.info(f"pretrained weights from {path}: {len(matching)} of {len(ours)} keys loaded, all but those named here")
     for what in ("replaced", "missing", "unexpected"):
         log.info(f"  {what}: {', '.join(report[what]) or 'none'}")
-    return report
+    known = content.get("patients")
+    return report | {"patients": known if isinstance(known, dict) else {}}
 
 
 def _nothing_fits(path, theirs, ours):

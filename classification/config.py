@@ -204,7 +204,7 @@ KNOBS = {
     "AMP_DTYPE": Knob("auto", "(new) auto: what is fast on the device", one_of("auto", "bfloat16", "float16"),
                       acts={"AMP_OPT_LEVEL": "O1"}),
     "OUTPUT": Knob("output", "root of all runs: one lives in OUTPUT/MODEL.NAME/TAG", flag="--output"),
-    "RESULTS": Knob("results", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>"),
+    "RESULTS": Knob("", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>; empty: results/<DATA.DATASET>"),
     "TAG": Knob("default", "name of this run", flag="--tag"),
     "SAVE_FREQ": Knob(1, "epochs between ckpt_epoch_N.pth; the last checkpoint is kept after every epoch", at_least(1)),
     "LOG.TENSORBOARD": Knob(False, "(new) write epochs and a batch for TensorBoard too, which must be installed"),
@@ -319,7 +319,7 @@ def _typed(key, value, source):
 
 def _set(config, pairs, source):
     """Writes (key, value) pairs of one source: a file, --opts or the flags."""
-    pairs, type_before = dict(pairs), config.MODEL.TYPE
+    pairs, type_before, results_before = dict(pairs), config.MODEL.TYPE, f"results/{config.DATA.DATASET}"
     for key, value in pairs.items():
         if key not in KNOBS:
             raise UserError(f"{source}: unknown key {key}{did_you_mean(key.upper(), KNOBS)}")
@@ -327,6 +327,8 @@ def _set(config, pairs, source):
         (lookup(config, section) if section else config)[name] = _typed(key, value, source)
     if config.MODEL.TYPE != type_before and config.MODEL.NAME and "MODEL.NAME" not in pairs:
         config.MODEL.NAME = config.MODEL.TYPE  # the name that a file below gave is that of another backbone
+    if config.RESULTS == results_before != f"results/{config.DATA.DATASET}" and "RESULTS" not in pairs:
+        config.RESULTS = ""  # the folder of a run's own data (its config.json, say), which are not tested now
 
 
 def _merge_file(config, path, above=()):
@@ -381,6 +383,7 @@ def get_config(args):
     flags = {k: getattr(args, knob.flag.strip("-").replace("-", "_"), None) for k, knob in KNOBS.items() if knob.flag}
     _set(config, {key: value for key, value in flags.items() if value is not None}, "command line")
     config.MODEL.NAME = config.MODEL.NAME or Path(args.cfg).stem
+    config.RESULTS = config.RESULTS or f"results/{config.DATA.DATASET}"
     return _checked(config)
 
 

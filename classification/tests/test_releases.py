@@ -1,8 +1,11 @@
 """Releases as they are downloaded -> the one table: splits, labels, views, paths, and every mistake in them."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from conftest import SHARED
@@ -431,3 +434,46 @@ def test_brax_as_both_kinds(brax_at):
         brax.load_table(root)
     for kind in ("dcm", "png"):
         assert brax.load_table(root, image_format=kind).path[0].endswith(kind.encode())
+
+
+# ------------------------------------------------------------------------------------------------ external tests
+def test_an_external_test_in_one_command(run_main, nih_at, tmp_path, monkeypatch, capsys):
+    """A model of MIMIC-CXR tested on NIH: the folder names the set, and the report says what can be compared."""
+    run = run_main(TRAIN__EPOCHS=1)
+    monkeypatch.chdir(tmp_path)
+    evaluate = ["--eval", "--resume", run / "best_ckpt.pth", "--dataset", "nih"]
+    run_main(*evaluate, data=nih_at(), RESULTS="", TEST__REPORT=True)
+    (folder,) = (tmp_path / "results/nih").iterdir()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["dataset"] == "nih" and metrics["trained_on"] == ["mimic_cxr"] and metrics["images"] == 4
+    mapping = metrics["label_mapping"]
+    assert list(mapping) == list(LABELS) and mapping["Pleural Effusion"] == {"from": ["Effusion"], "kind": "exact"}
+    assert mapping["Fracture"] == {"from": [], "kind": "unknown"} and metrics["positives"]["Fracture"] == 0
+    assert metrics["negatives"]["Fracture"] == 0 and metrics["auc"]["Fracture"] is None
+    summary = (folder / "summary.md").read_text()
+    assert "## Labels compared" in summary and "7 of 14 labels are the same in nih." in summary
+    assert "| Lung Lesion | Mass, Nodule | nearly the same | 4 |" in summary
+    assert "| Fracture | – | not comparable: unknown to the data | 0 |" in summary
+    assert "Labels compared" in (folder / "report.html").read_text()
+    assert "An external test: trained on mimic_cxr, tested on nih." in (folder / "model_card.md").read_text()
+    predictions = pd.read_csv(folder / "predictions.csv")
+    assert predictions["Fracture_target"].isna().all() and (predictions["Fracture_label"] == UNKNOWN).all()
+    assert "label_mapping" in json.loads((folder / "report.json").read_text())
+    run_main(*evaluate, data=nih_at(), RESULTS="elsewhere")
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+
+
+def test_a_model_is_not_tested_on_patients_that_it_was_trained_on(run_main, nih_at, tmp_path):
+    root = nih_at()
+    opts = {"TRAIN__EPOCHS": 1, "DATA__BATCH_SIZE": 4, "DATA__DATASET": "nih"}
+    run = run_main(data=root, out="nih", **opts)
+    last = run / "last_ckpt.pth"  # two validation images of one patient choose no best one
+    run_main("--eval", "--resume", last, data=root, out="nih", **opts)  # its own test split
+    lists = [root / "train_val_list.txt", root / "test_list.txt"]
+    texts = [path.read_text() for path in lists]
+    for path, text in zip(lists, texts[::-1]):
+        path.write_text(text)
+    with pytest.raises(UserError, match="trained or chosen on 10 of the 10 patients of this test split of nih, such as"):
+        run_main("--eval", "--resume", last, data=root, out="b", **opts)
+    state = torch.load(last, weights_only=True)
+    assert {name: len(known) for name, known in state["patients"].items()} == {"nih": 10}
