@@ -461,7 +461,8 @@ def source_configs(config):
 
 def data_name(config):
     """What the data are called: DATA.DATASET, or the names of DATA.SOURCES."""
-    return "+".join(map(source_name, config.DATA.SOURCES)) or config.DATA.DATASET
+    named = [] if sources(config.DATA.SOURCES) else map(source_name, config.DATA.SOURCES)  # `_checked` tells the fault
+    return "+".join(named) or config.DATA.DATASET
 
 
 # --------------------------------------------------------------------------------------- reading

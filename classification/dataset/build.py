@@ -157,7 +157,8 @@ def fingerprint(dataset, groups=()):
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """Items by (epoch, index), with random numbers that depend on nothing but seed, epoch and index.
+    """Items by (epoch, index), with random numbers that depend on nothing but seed, epoch and index; an index beyond
+    the length is a repeat, with random numbers of its own.
 
     Items: (image, target, index). So augmentation is the same for any number of workers and ranks, and after a resume.
     An unreadable image is handed on as the error itself: raised inside a worker, it would reach the
@@ -171,15 +172,16 @@ class SeededDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key):
-        epoch, index = key
+        epoch, number = key
+        index = int(number) % len(self.dataset)  # beyond the length it is a repeat within the epoch
         with torch.random.fork_rng(devices=[]):  # workers apart, the model's own random numbers go on undisturbed
             states = random.getstate(), np.random.get_state()  # timm draws from both
-            seed = hash((self.seed, epoch, int(index))) % 2**63
+            seed = hash((self.seed, epoch, int(number))) % 2**63
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             try:
-                return *self.dataset[int(index)], int(index)
+                return *self.dataset[index], index
             except ImageError as error:
                 return error
             finally:
@@ -198,8 +200,8 @@ class TrainSampler(torch.utils.data.Sampler):
     """Batches of (epoch, index) for one rank: an order of the images per epoch, cut to whole updates.
 
     groups: arrays of indices that take turns, so that an epoch of `length` images, and every batch up to one image,
-    holds as many of each: of a large group another part in every epoch, of a small one each image several times. None:
-    every image once.
+    holds as many of each: of a large group another part in every epoch, of a small one each image several times (the
+    r-th repeat as index + r length). Empty: every image once.
 
     start_batch: batches of this epoch already seen; set it, and epoch, before iterating.
     """
@@ -228,8 +230,12 @@ class TrainSampler(torch.utils.data.Sampler):
         turns = -(-self.length // len(self.groups))
         columns = []
         for rows in self.groups:
-            rounds = [torch.randperm(len(rows), generator=generator) for _ in range(-(-turns // len(rows)))]
-            columns.append(torch.from_numpy(rows)[torch.cat(rounds)[:turns]])
+            rows = torch.from_numpy(rows)
+            rounds = [
+                rows[torch.randperm(len(rows), generator=generator)] + repeat * self.length
+                for repeat in range(-(-turns // len(rows)))
+            ]
+            columns.append(torch.cat(rounds)[:turns])
         columns = torch.stack(columns, 1)  # [turns, groups]
         within = torch.rand(columns.shape, generator=generator).argsort(1)  # who comes first in a turn
         return columns.gather(1, within).flatten()[: self.length]
