@@ -1,6 +1,9 @@
 """Several releases at once, and one model on all of them: the same pictures in every layout get the same probabilities."""
 
 import json
+import os
+import shutil
+import signal
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,12 +12,14 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
+import checkpoint
 import main
 import predict
 from config import get_config
 from conftest import TINY, epochs
-from dataset.build import SeededDataset, TrainSampler, build_datasets
+from dataset.build import SeededDataset, TrainSampler, build_datasets, fingerprint
 from dataset.domain import domain_warning
 from dataset.labels import LABELS
 from dataset.synthetic_layouts import LAYOUTS
@@ -40,7 +45,11 @@ def pair(layouts):
 @pytest.fixture
 def load(tiny):
     def load(sources, **opts):
-        pairs = {"DATA.SOURCES": text_of(sources), "DATA.BATCH_SIZE": 4, **{k.replace("__", "."): v for k, v in opts.items()}}
+        pairs = {
+            "DATA.SOURCES": text_of(sources),
+            "DATA.BATCH_SIZE": 4,
+            **{k.replace("__", "."): v for k, v in opts.items()},
+        }
         return get_config(Namespace(cfg=tiny, opts=[str(x) for pair in pairs.items() for x in pair]))
 
     return load
@@ -52,11 +61,15 @@ def run(layouts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "tiny.yaml").write_text(TINY)
 
-    def run(*flags, name, **opts):
+    def run(*flags, name, status=0, **opts):
         pairs = {"RESULTS": folder / name / "results", "PRINT_FREQ": 1, "DATA.BATCH_SIZE": 4, "TRAIN.EPOCHS": 1}
-        pairs |= {"TRAIN.EMA.ENABLE": False, "TRAIN.WARMUP_EPOCHS": 0, **{k.replace("__", "."): v for k, v in opts.items()}}
+        pairs |= {
+            "TRAIN.EMA.ENABLE": False,
+            "TRAIN.WARMUP_EPOCHS": 0,
+            **{k.replace("__", "."): v for k, v in opts.items()},
+        }
         argv = ["--cfg", str(folder / "tiny.yaml"), "--output", str(folder / name), *map(str, flags)]
-        assert main.main([*argv, "--opts", *(str(x) for pair in pairs.items() for x in pair)]) == 0
+        assert main.main([*argv, "--opts", *(str(x) for pair in pairs.items() for x in pair)]) == status
         return folder / name / "tiny" / "default"
 
     run.results = lambda name: max((folder / name / "results").iterdir())
@@ -102,3 +115,256 @@ def test_a_model_scores_the_same_pictures_alike_in_every_layout(run, trained, ex
     for label in LABELS:
         known = metrics["positives"][label] + metrics["negatives"][label]
         assert known == (0 if label in UNKNOWN.get(layout, ()) else len(table)), label
+
+
+# ------------------------------------------------------------------------------------------- the union
+def test_the_union_is_its_sources_one_after_the_other(load, pair):
+    both = build_datasets(load(pair), "train", "validate")
+    alone = [build_datasets(load([source]), "train", "validate") for source in pair]
+    for k, union in enumerate(both):
+        mimic, nih = (datasets[k] for datasets in alone)
+        assert len(union) == len(mimic) + len(nih) and list(union.sources) == ["mimic_cxr"] * len(mimic) + [
+            "nih"
+        ] * len(nih)
+        np.testing.assert_array_equal(union.targets, np.concatenate([mimic.targets, nih.targets]))
+        for column in ("dicom_id", "study_id", "subject_id"):
+            assert union.ids()[column] == mimic.ids()[column] + nih.ids()[column]
+    train, nih = both[0], alone[1][0]
+    items, own = SeededDataset(train, 5), SeededDataset(nih, 5)
+    last = len(train) - 1
+    image, target, index = items[0, last]
+    assert index == last and torch.equal(target.isnan(), torch.from_numpy(np.isnan(nih.targets[-1])))
+    assert sorted(np.array(LABELS)[np.isnan(nih.targets[-1])]) == sorted(UNKNOWN["nih"])
+    assert not np.isnan(train.targets[train.sources == "mimic_cxr"]).any()
+    random = own.seed, own.dataset.transform
+    own.dataset.transform = items.dataset.parts["nih"].transform = lambda image: torch.from_numpy(np.array(image))
+    assert torch.equal(items[0, last][0], own[0, len(nih) - 1][0]) and random
+    assert set(train.ids()["subject_id"][0].split(":")[:1]) == {"mimic_cxr"}
+    assert Path(train.descriptions()["path"][last]).is_file() and train.descriptions()["source"][last] == "nih"
+    counts = train.cohort["splits"]["train"]
+    assert counts["images"] == len(train) and counts["groups"]["source"]["nih"]["images"] == len(nih)
+    assert counts["labels"]["Fracture"]["known"] == len(train) - len(nih)
+    assert train.label_mapping["Fracture"] == {"from": ["mimic_cxr: Fracture"], "kind": "exact"}
+    assert train.label_mapping["Lung Lesion"]["kind"] == "approximate"
+    assert "together" in train.summary and "unknown to nih, masked in loss and metrics" in train.summary
+
+
+def own_table(root, subjects):
+    root.mkdir()
+    lines = ["path,subject_id,split,Edema"]
+    for k, subject in enumerate(subjects):
+        Image.fromarray(np.full((40, 40), 3 * k, np.uint8)).save(root / f"{k}.png")
+        lines.append(f"{k}.png,{subject},{('train', 'validate', 'test')[k % 3]},{k % 2}")
+    (root / "table.csv").write_text("\n".join(lines) + "\n")
+    return str(root)
+
+
+def test_the_same_id_in_two_releases_is_not_the_same_patient(load, tmp_path):
+    """A patient of train in one, of test in the other; in one release that is a leak, and named with its source."""
+    sources = [
+        {"dataset": "mimic_cxr", "path": own_table(tmp_path / "a", "abcdef"), "name": "here"},
+        {"dataset": "mimic_cxr", "path": own_table(tmp_path / "b", "bcafde"), "name": "there"},
+    ]
+    opts = {"DATA__LABELS": "[Edema]", "MODEL__NUM_CLASSES": 1}
+    train, validate = build_datasets(load(sources, **opts), "train", "validate")
+    assert train.ids()["subject_id"] == ["here:a", "here:d", "there:b", "there:f"]
+    assert validate.ids()["dicom_id"] == ["here:1.png", "here:4.png", "there:1.png", "there:4.png"]
+    sources[1]["path"] = own_table(tmp_path / "c", "aabcde")
+    with pytest.raises(UserError, match=r"^DATA.SOURCES there: 1 patient\(s\) are in more than one split"):
+        build_datasets(load(sources, **opts), "train", "validate")
+
+
+def test_images_of_a_source_without_patients_are_patients_of_their_own(load, layouts):
+    sources = [{"dataset": "nih", "path": str(layouts("nih"))}, {"dataset": "vindr", "path": str(layouts("vindr"))}]
+    (train,) = build_datasets(load(sources), "train")
+    ids, of_vindr = pd.DataFrame(train.ids()), train.sources == "vindr"
+    assert (ids["subject_id"] == ids["dicom_id"])[of_vindr].all() and ids["subject_id"][of_vindr].is_unique
+    assert not (ids["subject_id"] == ids["dicom_id"])[~of_vindr].any()
+    (warning,) = [text for text in train.warnings if "image domains" in text]
+    assert "nih pictures; vindr dicom window" in warning and train.domain == "dicom window and pictures"
+
+
+def test_a_model_of_two_domains_knows_each():
+    both = "dicom window and pictures"
+    for here, told in ((both, False), ("pictures", False), ("dicom mimic_jpg", False), ("dicom window", False)):
+        assert bool(domain_warning(both, here)) == told
+    assert domain_warning("pictures", both) and domain_warning("dicom mimic_jpg and pictures", "dicom window")
+
+
+def test_what_one_source_cannot_teach_another_may(load, layouts, pair):
+    (nih,) = build_datasets(load(pair[1:]), "train")
+    (both,) = build_datasets(load(pair, DATA__MISSING="ignore"), "train")
+    assert not any("Fracture" in text for text in nih.warnings + both.warnings)
+    assert [text for text in both.warnings if text.startswith("No Finding cannot")] == []  # 0 in NIH's words
+
+
+@pytest.mark.parametrize(
+    "entries, named",
+    [
+        ("[mimic_cxr]", "DATA.SOURCES is ['mimic_cxr']; source 1 must be a mapping such as {dataset: mimic_cxr, path:"),
+        ("[{path: A}]", "source 1 needs a text as dataset"),
+        ("[{dataset: nih}]", "source 1 needs a text as path"),
+        ("[{dataset: nih, path: 3}]", "source 1 needs a text as path"),
+        ("[{dataset: nih, path: ''}]", "source 1 needs a text as path"),
+        ("[{dataset: nih, path: A, name: 7}]", "source 1 needs a text as name"),
+        ("[{dataset: nih, path: A, paht: B}]", "source 1 has the unknown key 'paht', did you mean path?"),
+        ("[{dataset: nih, path: A, img_size: 64}]", "source 1 has the unknown key 'img_size'"),
+        ("[{dataset: nih, path: A, 3: 4}]", "source 1 has the unknown key 3"),
+        ("[{dataset: nih, path: A}, {dataset: nih, path: B}]", "two sources are called nih: give each a name"),
+        ("{dataset: nih, path: A}", "DATA.SOURCES must be of type list"),
+        ("[{dataset: nih, path: /nowhere/x}]", "DATA.SOURCES nih: the path /nowhere/x is not a folder"),
+        (
+            "[{dataset: nih, path: A}, {dataset: brax, path: ./A}]",
+            "DATA.SOURCES brax: the path ./A is that of nih, too",
+        ),
+        ("[{dataset: nhi, path: A}]", "DATA.SOURCES nhi: DATA.DATASET is 'nhi'; choose one of"),
+        ("[{dataset: nih, path: A}]", "DATA.SOURCES nih: "),
+        (
+            "[{dataset: nih, path: A, split_seed: soon}]",
+            "DATA.SOURCES nih: DATA.SPLIT_SEED must be of type int, got 'soon'",
+        ),
+        ("[{dataset: vindr, path: A, readers: all}]", "DATA.READERS is 'all'; choose one of majority, any"),
+        ("[{dataset: imagenet, path: P}]", "its task is single_label; only multilabel data can be mixed"),
+    ],
+)
+def test_bad_sources_are_named_in_one_line(tiny, tmp_path, monkeypatch, entries, named):
+    monkeypatch.chdir(tmp_path)
+    for kind in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "P" / kind / name).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8)).save(tmp_path / "P" / kind / name / "0.png")
+    (tmp_path / "A").mkdir()
+    (tmp_path / "B").mkdir()
+    with pytest.raises(UserError) as error:
+        size = ["MODEL.NUM_CLASSES", "2"] if "imagenet" in entries else []
+        build_datasets(get_config(Namespace(cfg=tiny, opts=["DATA.SOURCES", entries, *size])), "train", "validate")
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sources_of_a_file_give_way_to_a_dataset_named_later(tmp_path, tiny):
+    path = tmp_path / "both.yaml"
+    path.write_text(
+        "BASE: tiny.yaml\nDATA: {SOURCES: [{dataset: nih, path: A}, {dataset: brax, path: B, name: sao_paulo}]}\n"
+    )
+    config = get_config(Namespace(cfg=path))
+    assert (config.DATA.DATASET, len(config.DATA.SOURCES), config.RESULTS) == ("mimic_cxr", 2, "results/nih+sao_paulo")
+    config = get_config(Namespace(cfg=path, dataset="vindr"))
+    assert (config.DATA.DATASET, config.DATA.SOURCES, config.RESULTS) == ("vindr", [], "results/vindr")
+
+
+# ------------------------------------------------------------------------------------------- batches
+def batches(length=60, groups=(), epoch=0, start=0, rank=0, world=1):
+    sampler = TrainSampler(length, batch_size=6, accumulation=1, rank=rank, world_size=world, seed=3, groups=groups)
+    sampler.epoch, sampler.start_batch = epoch, start
+    return [[index for _, index in batch] for batch in sampler]
+
+
+def test_even_mixing_holds_as_many_of_each_source():
+    groups = [np.arange(0, 48), np.arange(48, 57), np.arange(57, 60)]
+    epochs = [batches(groups=groups, epoch=k) for k in range(6)]
+    for epoch in epochs:
+        assert len(epoch) == 10  # as long as without
+        for batch in epoch:
+            assert [sum(index % 60 in group for index in batch) for group in groups] == [2, 2, 2]
+        drawn = sum(epoch, [])
+        assert len(set(drawn)) == 60  # a repeat is another number, with random numbers of its own
+        assert len({i for i in drawn if i < 48}) == 20
+        for group in groups[1:]:  # each image of a small source as often as the others, up to once
+            times = np.bincount([index % 60 for index in drawn], minlength=60)[group]
+            assert times.max() - times.min() <= 1
+    assert len({i for epoch in epochs for batch in epoch for i in batch if i < 48}) > 40  # another part in every epoch
+    assert epochs[0] != epochs[1] and batches(groups=groups) == epochs[0]
+    assert batches(groups=groups, start=4) == epochs[0][4:]  # as a resume goes on
+    ranks = [batches(groups=groups, rank=rank, world=2) for rank in range(2)]
+    assert [index for pair in zip(*ranks) for batch in pair for index in batch] == sum(epochs[0], [])
+
+
+def test_mixing_by_size_is_the_order_of_one_data_set():
+    generator = torch.Generator().manual_seed(3 * 1_000_003)
+    assert sum(batches(), []) == torch.randperm(60, generator=generator).tolist()
+
+
+def test_a_repeat_has_random_numbers_of_its_own(load, pair):
+    (train,) = build_datasets(load(pair), "train")
+    items, n = SeededDataset(train, 0), len(train)
+    first, again, repeat = items[0, 2], items[0, 2], items[0, 2 + n]
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], repeat[0])
+    assert repeat[2] == 2 and torch.equal(first[1], repeat[1])
+
+
+# ------------------------------------------------------------------------------------------- runs
+def test_a_run_on_two_sources_resumes_and_tells_them_apart(run, pair, monkeypatch):
+    opts = {"DATA__SOURCES": text_of(pair), "DATA__SOURCES_MIX": "even", "TRAIN__EPOCHS": 2}
+    whole = run(name="whole", **opts)
+    lines, state = epochs(whole), checkpoint.read(whole / "last_ckpt.pth")
+    for line in lines:
+        assert list(line["by_source"]) == ["mimic_cxr", "nih"]
+        assert line["by_source"]["nih"]["auc"]["Fracture"] is None
+        assert line["by_source"]["nih"].keys() == {"loss", "mean_auc", "auc"}
+    assert set(state["patients"]) == {"mimic_cxr", "nih"}
+
+    steps, step = [], torch.optim.AdamW.step
+
+    def counted(self, *a, **k):
+        steps.append(0)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, *a, **k)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    run(name="cut", status=signal.SIGUSR1, **opts)
+    cut = run(name="cut", **opts)
+    assert epochs(cut) == lines
+    resumed = checkpoint.read(cut / "last_ckpt.pth")["model"]
+    assert all(torch.equal(resumed[name], value) for name, value in state["model"].items())
+
+
+def test_the_place_within_an_epoch_is_lost_where_the_mixture_changes(load, pair):
+    (train,) = build_datasets(load(pair), "train")
+    (turned,) = build_datasets(load(pair[::-1]), "train")
+    assert len({fingerprint(train), fingerprint(train, train.rows_of_sources), fingerprint(turned)}) == 3
+
+
+def test_an_evaluation_shows_each_source_and_the_whole(run, trained, layouts, pair):
+    """Its figures by source are those of the source alone."""
+    folder = run("--eval", "--resume", trained, name="both", TEST__REPORT=True, DATA__SOURCES=text_of(
+        [{"dataset": "chexpert", "path": str(layouts("chexpert"))}, pair[1]]))  # fmt: skip
+    results = run.results("both")
+    metrics, report = (json.loads((results / name).read_text()) for name in ("metrics.json", "report.json"))
+    table = pd.read_csv(results / "predictions.csv")
+    assert metrics["dataset"] == "chexpert+nih" and list(metrics["by_source"]) == ["chexpert", "nih"]
+    assert {name: own["images"] for name, own in metrics["by_source"].items()} == dict(table["source"].value_counts())
+    for name, own in metrics["by_source"].items():
+        rows = table[table["source"] == name]
+        for label, value in own["auc"].items():
+            known = rows[rows[f"{label}_target"].notna()]
+            both = known[f"{label}_target"].nunique() == 2
+            wanted = roc_auc_score(known[f"{label}_target"], known[f"{label}_probability"]) if both else None
+            assert value == (pytest.approx(wanted, abs=1e-6) if both else None)
+    assert "source" in report["subgroups"]["variables"] if "variables" in report["subgroups"] else report["subgroups"]
+    assert (
+        report["cohort"]["splits"]["test"]["groups"]["source"]["nih"]["images"] == metrics["by_source"]["nih"]["images"]
+    )
+    assert "nih: mean AUROC" in (folder / "log_rank0.txt").read_text()
+
+
+def test_a_model_of_several_releases_is_not_tested_on_their_patients(run, layouts, pair, tmp_path):
+    """Even where the release is tested alone: here its lists are exchanged."""
+    folder = run(name="seen", DATA__SOURCES=text_of(pair))
+    root = tmp_path / "exchanged"
+    shutil.copytree(layouts("nih"), root)
+    lists = [root / name for name in ("test_list.txt", "train_val_list.txt")]
+    texts = [path.read_text() for path in lists]
+    for path, text in zip(lists, texts[::-1]):
+        path.write_text(text)
+    with pytest.raises(UserError, match="was trained or chosen on .* patients of this test split of nih"):
+        run("--eval", "--resume", folder / "last_ckpt.pth", "--dataset", "nih", "--data-path", root, name="seen")
+
+
+def test_options_without_effect_on_any_source_are_named(run, layouts, pair, tmp_path):
+    folder = run(name="said", TRAIN__EPOCHS=1, DATA__SOURCES=text_of(pair), DATA__DATA_PATH="x", DATA__READERS="any",
+                 DATA__SPLIT_SEED=3, DATA__LABELER="chexpert", DATA__SOURCES_MIX="even")  # fmt: skip
+    log = (folder / "log_rank0.txt").read_text()
+    assert "DATA.DATA_PATH 'x' has no effect: DATA.SOURCES names the folders" in log
+    assert "DATA.READERS 'any' has no effect" in log
+    assert "SPLIT_SEED 3 has no effect" not in log and "SOURCES_MIX 'even' has no" not in log
