@@ -1,4 +1,4 @@
-"""Several releases at once, and one model on all of them: the same pictures in every layout get the same probabilities."""
+"""Several releases at once, and one model on each: the same pictures in every layout get the same probabilities."""
 
 import json
 import os
@@ -17,6 +17,8 @@ from sklearn.metrics import roc_auc_score
 import checkpoint
 import main
 import predict
+from analysis.evaluation import read_predictions
+from analysis.groups import find_groups
 from config import get_config
 from conftest import TINY, epochs
 from dataset.build import SeededDataset, TrainSampler, build_datasets, fingerprint
@@ -33,11 +35,7 @@ UNKNOWN = {
 }
 
 
-def text_of(sources):
-    return json.dumps(sources)
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pair(layouts):
     return [{"dataset": "mimic_cxr", "path": str(layouts("mimic"))}, {"dataset": "nih", "path": str(layouts("nih"))}]
 
@@ -45,11 +43,7 @@ def pair(layouts):
 @pytest.fixture
 def load(tiny):
     def load(sources, **opts):
-        pairs = {
-            "DATA.SOURCES": text_of(sources),
-            "DATA.BATCH_SIZE": 4,
-            **{k.replace("__", "."): v for k, v in opts.items()},
-        }
+        pairs = {"DATA.SOURCES": json.dumps(sources), **{k.replace("__", "."): v for k, v in opts.items()}}
         return get_config(Namespace(cfg=tiny, opts=[str(x) for pair in pairs.items() for x in pair]))
 
     return load
@@ -63,11 +57,7 @@ def run(layouts, tmp_path_factory):
 
     def run(*flags, name, status=0, **opts):
         pairs = {"RESULTS": folder / name / "results", "PRINT_FREQ": 1, "DATA.BATCH_SIZE": 4, "TRAIN.EPOCHS": 1}
-        pairs |= {
-            "TRAIN.EMA.ENABLE": False,
-            "TRAIN.WARMUP_EPOCHS": 0,
-            **{k.replace("__", "."): v for k, v in opts.items()},
-        }
+        pairs |= {"TRAIN.EMA.ENABLE": False, **{k.replace("__", "."): v for k, v in opts.items()}}
         argv = ["--cfg", str(folder / "tiny.yaml"), "--output", str(folder / name), *map(str, flags)]
         assert main.main([*argv, "--opts", *(str(x) for pair in pairs.items() for x in pair)]) == status
         return folder / name / "tiny" / "default"
@@ -123,22 +113,17 @@ def test_the_union_is_its_sources_one_after_the_other(load, pair):
     alone = [build_datasets(load([source]), "train", "validate") for source in pair]
     for k, union in enumerate(both):
         mimic, nih = (datasets[k] for datasets in alone)
-        assert len(union) == len(mimic) + len(nih) and list(union.sources) == ["mimic_cxr"] * len(mimic) + [
-            "nih"
-        ] * len(nih)
+        assert list(union.sources) == ["mimic_cxr"] * len(mimic) + ["nih"] * len(nih)
         np.testing.assert_array_equal(union.targets, np.concatenate([mimic.targets, nih.targets]))
         for column in ("dicom_id", "study_id", "subject_id"):
             assert union.ids()[column] == mimic.ids()[column] + nih.ids()[column]
     train, nih = both[0], alone[1][0]
-    items, own = SeededDataset(train, 5), SeededDataset(nih, 5)
-    last = len(train) - 1
-    image, target, index = items[0, last]
-    assert index == last and torch.equal(target.isnan(), torch.from_numpy(np.isnan(nih.targets[-1])))
-    assert sorted(np.array(LABELS)[np.isnan(nih.targets[-1])]) == sorted(UNKNOWN["nih"])
-    assert not np.isnan(train.targets[train.sources == "mimic_cxr"]).any()
-    random = own.seed, own.dataset.transform
-    own.dataset.transform = items.dataset.parts["nih"].transform = lambda image: torch.from_numpy(np.array(image))
-    assert torch.equal(items[0, last][0], own[0, len(nih) - 1][0]) and random
+    last, unknown = len(train) - 1, np.isnan(train.targets)
+    image, target, index = SeededDataset(train, 5)[0, last]
+    assert index == last and image.dtype == torch.uint8
+    np.testing.assert_array_equal(target, nih.targets[-1])
+    assert sorted(np.array(LABELS)[unknown[last]]) == sorted(UNKNOWN["nih"])
+    assert not unknown[train.sources == "mimic_cxr"].any()
     assert set(train.ids()["subject_id"][0].split(":")[:1]) == {"mimic_cxr"}
     assert Path(train.descriptions()["path"][last]).is_file() and train.descriptions()["source"][last] == "nih"
     counts = train.cohort["splits"]["train"]
@@ -207,7 +192,10 @@ def test_what_one_source_cannot_teach_another_may(load, layouts, pair):
         ("[{dataset: nih, path: 3}]", "source 1 needs a text as path"),
         ("[{dataset: nih, path: ''}]", "source 1 needs a text as path"),
         ("[{dataset: nih, path: A, name: 7}]", "source 1 needs a text as name"),
-        ("[{dataset: nih, path: A, paht: B}]", "source 1 has the unknown key 'paht', did you mean path?"),
+        (
+            "[{dataset: nih, path: A, paht: B}]",
+            "source 1 has the unknown key 'paht' (did you mean path?); the keys are name, dataset",
+        ),
         ("[{dataset: nih, path: A, img_size: 64}]", "source 1 has the unknown key 'img_size'"),
         ("[{dataset: nih, path: A, 3: 4}]", "source 1 has the unknown key 3"),
         ("[{dataset: nih, path: A}, {dataset: nih, path: B}]", "two sources are called nih: give each a name"),
@@ -215,13 +203,13 @@ def test_what_one_source_cannot_teach_another_may(load, layouts, pair):
         ("[{dataset: nih, path: /nowhere/x}]", "DATA.SOURCES nih: the path /nowhere/x is not a folder"),
         (
             "[{dataset: nih, path: A}, {dataset: brax, path: ./A}]",
-            "DATA.SOURCES brax: the path ./A is that of nih, too",
+            "brax: the path ./A is that of nih, too",
         ),
         ("[{dataset: nhi, path: A}]", "DATA.SOURCES nhi: DATA.DATASET is 'nhi'; choose one of"),
         ("[{dataset: nih, path: A}]", "DATA.SOURCES nih: "),
         (
             "[{dataset: nih, path: A, split_seed: soon}]",
-            "DATA.SOURCES nih: DATA.SPLIT_SEED must be of type int, got 'soon'",
+            "nih: DATA.SPLIT_SEED must be of type int, got 'soon'",
         ),
         ("[{dataset: vindr, path: A, readers: all}]", "DATA.READERS is 'all'; choose one of majority, any"),
         ("[{dataset: imagenet, path: P}]", "its task is single_label; only multilabel data can be mixed"),
@@ -243,9 +231,8 @@ def test_bad_sources_are_named_in_one_line(tiny, tmp_path, monkeypatch, entries,
 
 def test_sources_of_a_file_give_way_to_a_dataset_named_later(tmp_path, tiny):
     path = tmp_path / "both.yaml"
-    path.write_text(
-        "BASE: tiny.yaml\nDATA: {SOURCES: [{dataset: nih, path: A}, {dataset: brax, path: B, name: sao_paulo}]}\n"
-    )
+    sources = "[{dataset: nih, path: A}, {dataset: brax, path: B, name: sao_paulo}]"
+    path.write_text(f"BASE: tiny.yaml\nDATA: {{SOURCES: {sources}}}\n")
     config = get_config(Namespace(cfg=path))
     assert (config.DATA.DATASET, len(config.DATA.SOURCES), config.RESULTS) == ("mimic_cxr", 2, "results/nih+sao_paulo")
     config = get_config(Namespace(cfg=path, dataset="vindr"))
@@ -293,16 +280,38 @@ def test_a_repeat_has_random_numbers_of_its_own(load, pair):
 
 
 # ------------------------------------------------------------------------------------------- runs
-def test_a_run_on_two_sources_resumes_and_tells_them_apart(run, pair, monkeypatch):
-    opts = {"DATA__SOURCES": text_of(pair), "DATA__SOURCES_MIX": "even", "TRAIN__EPOCHS": 2}
-    whole = run(name="whole", **opts)
-    lines, state = epochs(whole), checkpoint.read(whole / "last_ckpt.pth")
-    for line in lines:
+def options(pair):
+    """Of a run on both, with options that act on one of them, and on none."""
+    return {
+        "DATA__SOURCES": json.dumps(pair),
+        "DATA__SOURCES_MIX": "even",
+        "TRAIN__EPOCHS": 2,
+        "DATA__SPLIT_SEED": 3,
+        "DATA__READERS": "any",
+        "DATA__DATA_PATH": "x",
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(run, pair):
+    """A run on MIMIC-CXR and NIH, without interruption: its folder."""
+    return run(name="whole", **options(pair))
+
+
+def test_a_run_on_two_sources_tells_them_apart(whole):
+    for line in epochs(whole):
         assert list(line["by_source"]) == ["mimic_cxr", "nih"]
         assert line["by_source"]["nih"]["auc"]["Fracture"] is None
         assert line["by_source"]["nih"].keys() == {"loss", "mean_auc", "auc"}
-    assert set(state["patients"]) == {"mimic_cxr", "nih"}
+    assert set(checkpoint.read(whole / "last_ckpt.pth")["patients"]) == {"mimic_cxr", "nih"}
+    log = (whole / "log_rank0.txt").read_text()
+    assert "DATA.DATA_PATH 'x' has no effect: DATA.SOURCES names the folders" in log
+    assert "DATA.READERS 'any' has no effect" in log
+    assert "SPLIT_SEED 3 has no effect" not in log and "SOURCES_MIX 'even' has no effect" not in log
 
+
+def test_a_run_on_two_sources_resumes(run, whole, pair, monkeypatch):
+    """Stopped within the first epoch it ends bit-identical."""
     steps, step = [], torch.optim.AdamW.step
 
     def counted(self, *a, **k):
@@ -312,11 +321,11 @@ def test_a_run_on_two_sources_resumes_and_tells_them_apart(run, pair, monkeypatc
         return step(self, *a, **k)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
-    run(name="cut", status=signal.SIGUSR1, **opts)
-    cut = run(name="cut", **opts)
-    assert epochs(cut) == lines
-    resumed = checkpoint.read(cut / "last_ckpt.pth")["model"]
-    assert all(torch.equal(resumed[name], value) for name, value in state["model"].items())
+    run(name="cut", status=signal.SIGUSR1, **options(pair))
+    cut = run(name="cut", **options(pair))
+    assert epochs(cut) == epochs(whole)
+    ours, theirs = (checkpoint.read(folder / "last_ckpt.pth")["model"] for folder in (cut, whole))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_the_place_within_an_epoch_is_lost_where_the_mixture_changes(load, pair):
@@ -326,31 +335,32 @@ def test_the_place_within_an_epoch_is_lost_where_the_mixture_changes(load, pair)
 
 
 def test_an_evaluation_shows_each_source_and_the_whole(run, trained, layouts, pair):
-    """Its figures by source are those of the source alone."""
-    folder = run("--eval", "--resume", trained, name="both", TEST__REPORT=True, DATA__SOURCES=text_of(
-        [{"dataset": "chexpert", "path": str(layouts("chexpert"))}, pair[1]]))  # fmt: skip
+    """Its figures by source are those of its table of predictions."""
+    sources = [{"dataset": "chexpert", "path": str(layouts("chexpert"))}, pair[1]]
+    folder = run("--eval", "--resume", trained, name="both", DATA__SOURCES=json.dumps(sources))
     results = run.results("both")
-    metrics, report = (json.loads((results / name).read_text()) for name in ("metrics.json", "report.json"))
-    table = pd.read_csv(results / "predictions.csv")
+    metrics, predictions = json.loads((results / "metrics.json").read_text()), results / "predictions.csv"
+    table = pd.read_csv(predictions)
     assert metrics["dataset"] == "chexpert+nih" and list(metrics["by_source"]) == ["chexpert", "nih"]
     assert {name: own["images"] for name, own in metrics["by_source"].items()} == dict(table["source"].value_counts())
     for name, own in metrics["by_source"].items():
         rows = table[table["source"] == name]
         for label, value in own["auc"].items():
             known = rows[rows[f"{label}_target"].notna()]
-            both = known[f"{label}_target"].nunique() == 2
-            wanted = roc_auc_score(known[f"{label}_target"], known[f"{label}_probability"]) if both else None
-            assert value == (pytest.approx(wanted, abs=1e-6) if both else None)
-    assert "source" in report["subgroups"]["variables"] if "variables" in report["subgroups"] else report["subgroups"]
-    assert (
-        report["cohort"]["splits"]["test"]["groups"]["source"]["nih"]["images"] == metrics["by_source"]["nih"]["images"]
-    )
+            if known[f"{label}_target"].nunique() == 2:
+                wanted = roc_auc_score(known[f"{label}_target"], known[f"{label}_probability"])
+                assert value == pytest.approx(wanted, abs=1e-6)
+            else:
+                assert value is None
+    counted = metrics["cohort"]["splits"]["test"]["groups"]["source"]["nih"]
+    assert counted["images"] == metrics["by_source"]["nih"]["images"]
     assert "nih: mean AUROC" in (folder / "log_rank0.txt").read_text()
+    groups, reason = find_groups(read_predictions(predictions), ())["source"]  # a subgroup of the report
+    assert list(groups) == list(table["source"]) and reason is None
 
 
-def test_a_model_of_several_releases_is_not_tested_on_their_patients(run, layouts, pair, tmp_path):
+def test_a_model_of_several_releases_is_not_tested_on_their_patients(run, whole, layouts, tmp_path):
     """Even where the release is tested alone: here its lists are exchanged."""
-    folder = run(name="seen", DATA__SOURCES=text_of(pair))
     root = tmp_path / "exchanged"
     shutil.copytree(layouts("nih"), root)
     lists = [root / name for name in ("test_list.txt", "train_val_list.txt")]
@@ -358,13 +368,4 @@ def test_a_model_of_several_releases_is_not_tested_on_their_patients(run, layout
     for path, text in zip(lists, texts[::-1]):
         path.write_text(text)
     with pytest.raises(UserError, match="was trained or chosen on .* patients of this test split of nih"):
-        run("--eval", "--resume", folder / "last_ckpt.pth", "--dataset", "nih", "--data-path", root, name="seen")
-
-
-def test_options_without_effect_on_any_source_are_named(run, layouts, pair, tmp_path):
-    folder = run(name="said", TRAIN__EPOCHS=1, DATA__SOURCES=text_of(pair), DATA__DATA_PATH="x", DATA__READERS="any",
-                 DATA__SPLIT_SEED=3, DATA__LABELER="chexpert", DATA__SOURCES_MIX="even")  # fmt: skip
-    log = (folder / "log_rank0.txt").read_text()
-    assert "DATA.DATA_PATH 'x' has no effect: DATA.SOURCES names the folders" in log
-    assert "DATA.READERS 'any' has no effect" in log
-    assert "SPLIT_SEED 3 has no effect" not in log and "SOURCES_MIX 'even' has no" not in log
+        run("--eval", "--resume", whole / "last_ckpt.pth", "--dataset", "nih", "--data-path", root, name="seen")
