@@ -1,7 +1,7 @@
 """Every knob of the project: default, meaning, allowed values and when it acts; the only place that writes a config.
 
-Order of precedence, later wins: the defaults here, the files named in BASE, the YAML of `--cfg`,
-`--opts KEY VALUE ...`, the flags given on the command line. Keys of the published InternImage
+Order of precedence, later wins: the defaults here, those of the backbone, the files named in BASE, the YAML of
+`--cfg`, `--opts KEY VALUE ...`, the flags given on the command line. Keys of the published InternImage
 classification code keep their names and meanings; others are marked (new).
 """
 
@@ -83,7 +83,8 @@ class Knob:
 
 XRAYS, PHOTOS = {"task": "multilabel"}, {"task": "single_label"}
 OFFICIAL = {"DATA.DATASET": "mimic_cxr", "DATA.CSV": ""}
-INTERN_IMAGE, MODEL, DATA = {"MODEL.TYPE": "intern_image"}, {"model": True}, {"data": True}
+INTERN_IMAGE, TIMM = {"MODEL.TYPE": "intern_image"}, {"MODEL.TYPE": "timm"}
+MODEL, DATA = {"model": True}, {"data": True}
 STEP = {"TRAIN.LR_SCHEDULER.NAME": "step"}
 SGD, ADAMW = {"TRAIN.OPTIMIZER.NAME": "sgd"}, {"TRAIN.OPTIMIZER.NAME": "adamw"}
 
@@ -131,14 +132,15 @@ KNOBS = {
     "DATA.ZIP_MODE": Knob(False, "read the images from <DATA_PATH>/*.zip (uncompressed)", acts=XRAYS, flag="--zip"),
     "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node", acts=XRAYS),
     "DATA.BATCH_SIZE": Knob(128, "images per GPU and forward pass", at_least(1), flag="--batch-size"),
-    "DATA.IMG_SIZE": Knob(224, "side in pixels of what the model sees", at_least(32)),
+    "DATA.IMG_SIZE": Knob(224, "side in pixels of what the model sees; timm: the backbone's own unless set",
+                          at_least(32)),
     "DATA.INTERPOLATION": Knob("bicubic", "how images are resized", one_of("bicubic", "bilinear")),
     "DATA.RESIZE": Knob("squeeze", "(new) how an X-ray becomes a square: squeeze, or pad (aspect kept, black beside)",
                         one_of("squeeze", "pad"), acts=XRAYS),
     "DATA.NUM_WORKERS": Knob(8, "loading processes per GPU", at_least(0)),
     "DATA.PIN_MEMORY": Knob(True, "batches in memory that a GPU reads directly"),
     # ------------------------------------------------------------------------------------ model
-    "MODEL.TYPE": Knob("intern_image", "a file in models/"),
+    "MODEL.TYPE": Knob("intern_image", "a file in models/: intern_image, timm"),
     "MODEL.NAME": Knob("", "folder of the run below OUTPUT; empty: the name of the YAML file"),
     "MODEL.PRETRAINED": Knob("", "weights to start from (a published checkpoint, say)", flag="--pretrained"),
     "MODEL.RESUME": Knob("", "checkpoint of this project to go on from, or to evaluate", flag="--resume"),
@@ -166,6 +168,10 @@ KNOBS = {
                                                           acts=INTERN_IMAGE),
     "MODEL.INTERN_IMAGE.CENTER_FEATURE_SCALE": Knob(False, "H, G", acts=INTERN_IMAGE),
     "MODEL.INTERN_IMAGE.REMOVE_CENTER": Knob(False, "no sampling point in the middle", acts=INTERN_IMAGE),
+    "MODEL.TIMM.NAME": Knob("", "(new) which backbone: a name of timm's, such as densenet121 or resnet50.a1_in1k",
+                            acts=TIMM),
+    "MODEL.TIMM.DOWNLOAD": Knob(False, "(new) start from the weights that timm names, fetched from Hugging Face",
+                                acts=TIMM | {"MODEL.PRETRAINED": ""}),
     # --------------------------------------------------------------------------------- training
     "TRAIN.EPOCHS": Knob(300, "passes over the train split", at_least(1)),
     "TRAIN.WARMUP_EPOCHS": Knob(20, "epochs of rising learning rate", at_least(0)),
@@ -216,8 +222,8 @@ KNOBS = {
     "AUG.CUTMIX": Knob(1.0, "strength of cutmix; 0: off", at_least(0)),
     "AUG.MIXUP_PROB": Knob(1.0, "probability that a batch is mixed at all", between(0, 1)),
     "AUG.MIXUP_SWITCH_PROB": Knob(0.5, "of those, the part that gets cutmix where both are on", between(0, 1)),
-    "AUG.MEAN": Knob([0.485, 0.456, 0.406], "of normalisation: ImageNet's"),
-    "AUG.STD": Knob([0.229, 0.224, 0.225], "of normalisation: ImageNet's"),
+    "AUG.MEAN": Knob([0.485, 0.456, 0.406], "of normalisation: ImageNet's; timm: the backbone's own unless set"),
+    "AUG.STD": Knob([0.229, 0.224, 0.225], "of normalisation, likewise"),
     # --------------------------------------------------------------------------- testing, other
     "TEST.EMA": Knob(False, "--eval takes the averaged weights: ema_best_ckpt.pth of the run, or those in --resume",
                      acts={"EVAL_MODE": True}, flag="--ema"),
@@ -340,16 +346,26 @@ def _typed(key, value, source):
     return value
 
 
+def _backbone(config):
+    return config.MODEL.TIMM.NAME if config.MODEL.TYPE == "timm" else config.MODEL.TYPE
+
+
 def _set(config, pairs, source):
     """Writes (key, value) pairs of one source: a file, --opts or the flags."""
-    pairs, type_before, results_before = dict(pairs), config.MODEL.TYPE, f"results/{data_name(config)}"
+    pairs, before, type_before = dict(pairs), _backbone(config), config.MODEL.TYPE
+    results_before = f"results/{data_name(config)}"
     for key, value in pairs.items():
         if key not in KNOBS:
             raise UserError(f"{source}: unknown key {key}{did_you_mean(key.upper(), KNOBS)}")
         section, _, name = key.rpartition(".")
         (lookup(config, section) if section else config)[name] = _typed(key, value, source)
-    if config.MODEL.TYPE != type_before and config.MODEL.NAME and "MODEL.NAME" not in pairs:
-        config.MODEL.NAME = config.MODEL.TYPE  # the name that a file below gave is that of another backbone
+    # What a file below said of another backbone is not said of this one: its name, and how it is built.
+    if _backbone(config) != before and config.MODEL.NAME and "MODEL.NAME" not in pairs:
+        config.MODEL.NAME = _backbone(config)
+    for key, knob in KNOBS.items():
+        if knob.acts.get("MODEL.TYPE", config.MODEL.TYPE) == type_before != config.MODEL.TYPE and key not in pairs:
+            section, _, name = key.rpartition(".")
+            lookup(config, section)[name] = copy.deepcopy(knob.default)
     if "DATA.DATASET" in pairs and "DATA.SOURCES" not in pairs:
         config.DATA.SOURCES = []  # of a file below
     if config.RESULTS == results_before != f"results/{data_name(config)}" and "RESULTS" not in pairs:
@@ -397,19 +413,28 @@ def _pairs(opts):
     return [(key, _value(key, text)) for key, text in zip(opts[::2], opts[1::2])]
 
 
-def get_config(args):
+def get_config(args, own_values=None):
     """The config that parsed arguments describe, validated and frozen.
 
     args needs `cfg`; `opts` (a list KEY VALUE ...) and the flags (by argparse's names) count where they are not None.
+    own_values: function (config) -> {key: value}, what its backbone has as defaults (`models.own_values`).
     """
     config = _defaults()
+    _merge_arguments(config, args)
+    if own := own_values(config) if own_values else {}:
+        config = _defaults()
+        _set(config, own, f"MODEL.TYPE {config.MODEL.TYPE}")
+        _merge_arguments(config, args)
+    return _checked(config)
+
+
+def _merge_arguments(config, args):
     _merge_file(config, args.cfg)
     _set(config, _pairs(getattr(args, "opts", None) or []), "--opts")
     flags = {k: getattr(args, knob.flag.strip("-").replace("-", "_"), None) for k, knob in KNOBS.items() if knob.flag}
     _set(config, {key: value for key, value in flags.items() if value is not None}, "command line")
     config.MODEL.NAME = config.MODEL.NAME or Path(args.cfg).stem
     config.RESULTS = config.RESULTS or f"results/{data_name(config)}"
-    return _checked(config)
 
 
 def from_dict(content, source):
@@ -469,6 +494,11 @@ def data_name(config):
 def to_dict(config):
     """The config as plain dictionaries, for JSON and checkpoints."""
     return {k: to_dict(v) if isinstance(v, CN) else v for k, v in config.items()}
+
+
+def backbone_name(config):
+    """What a table calls the model: timm's name of it, or that of the run (internimage_b, say)."""
+    return config.MODEL.TIMM.NAME if config.MODEL.TYPE == "timm" else config.MODEL.NAME
 
 
 def differences(old, new):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -21,6 +22,16 @@ def _fast_dtype(device):
     units = {"amx_bf16", "avx512_bf16", "bf16"}
     cpuinfo = Path("/proc/cpuinfo")
     return torch.bfloat16 if cpuinfo.exists() and units & set(cpuinfo.read_text().split()) else torch.float32
+
+
+def device_name(device):
+    """What a processor calls itself: 'NVIDIA A100-SXM4-80GB', 'AMD EPYC 7713 (8 threads)'."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name} ({torch.get_num_threads()} threads)"
 
 
 def autocast(config, device):

@@ -37,9 +37,10 @@ from dataset.sources import parts_of
 from dataset.tables import EmptySplit
 from dataset.transforms import build_mixup
 from errors import UserError, run_command
-from inference import autocast, compute_threads, progress
+from inference import autocast, compute_threads, device_name, progress
 from lr_scheduler import build_schedule
-from models import build_model
+from models import build_model, own_values, pretrained_file
+from models.cost import count_gmacs
 from optimizer import build_optimizer, set_lr
 from tasks import TASKS
 
@@ -104,7 +105,7 @@ class Run:
         torch.manual_seed(config.SEED)
         self._build_data()  # 1. first, since most mistakes show here, before anything slow
         found = self._find_checkpoint()  # 2. before the model, which then needs no foreign weights
-        self._build_model(pretrained=None if found else config.MODEL.PRETRAINED)  # 3.
+        self._build_model(pretrained="" if found else pretrained_file(config))  # 3.
         self._build_optimisation()  # 4. over the parameters as they lie on the device
         torch.manual_seed(config.SEED + world.rank)  # drop path differs between ranks
         self._begin()  # 5. at the start,
@@ -455,7 +456,7 @@ def evaluate(config, world, folder, log):
     for text in warnings:
         log.warning(text)
     target = new_evaluation(config.RESULTS) if world.is_main else None
-    model, (amp, _) = model.to(world.device), autocast(config, world.device)
+    model, (amp, dtype) = model.to(world.device), autocast(config, world.device)
     limit_threads(config, world)
 
     def test(split):
@@ -464,7 +465,9 @@ def evaluate(config, world, folder, log):
         return split, task.test(model, loader, world, amp, label_names=split.label_names, sources=sources)
 
     log.info(f"evaluating {path} on {len(dataset):,} test images")
+    started = time.time()
     predicted = {TEST: test(dataset)}
+    seconds = time.time() - started
     if held_out is not None:
         log.info(f"thresholds and calibration: {len(held_out):,} validation images")
         predicted[VALIDATE] = test(held_out)
@@ -472,12 +475,17 @@ def evaluate(config, world, folder, log):
         return None
     metrics = {k: v for k, v in predicted[TEST][1].items() if k not in ("probabilities", "targets", "rows")}
     skipped = len(dataset) - metrics["images"]
+    processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
     about = {
         "dataset": config_module.data_name(config),
         "trained_on": sorted(training.get("patients", {})),
         "checkpoint": str(path),
         "checkpoint_sha256": digest(path),
+        "backbone": config_module.backbone_name(config),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "gmacs": round(count_gmacs(model, config.DATA.IMG_SIZE), 3),
+        "images_per_s": round(metrics["images"] / seconds, 1),
+        "device": f"{processors}, {dtype}, batch {config.DATA.BATCH_SIZE}",
         "domain": {"trained": trained_on, "tested": domain},
         "warnings": warnings,
         "config": config_module.to_dict(config),
@@ -535,7 +543,7 @@ def open_run(config, world):
 
 def main(argv=None):
     """Run one command line; returns 0, or the number of the signal that stopped training."""
-    config = config_module.get_config(config_module.parse_args(argv))
+    config = config_module.get_config(config_module.parse_args(argv), own_values)
     with distributed.session() as world:
         folder, log = open_run(config, world)
         try:

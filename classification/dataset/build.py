@@ -126,10 +126,10 @@ def _build_source(config, splits):
 def _build_one(config, *splits):
     """The datasets of DATA.DATASET, checked."""
     name = config.DATA.DATASET
-    build = builders.find("dataset", name, "DATA.DATASET")
+    module = builders.find("dataset", name, "DATA.DATASET")
     if not config.DATA.DATA_PATH:
         raise UserError("DATA.DATA_PATH is empty; give the data folder with --data-path FOLDER")
-    datasets = build(config, *splits)
+    datasets = module.build(config, *splits)
     if not isinstance(datasets, (list, tuple)) or len(datasets) != len(splits):
         raise UserError(f"DATA.DATASET {name}: build(config, {', '.join(splits)}) must return a list of {len(splits)}")
     for split, dataset in zip(splits, datasets):
