@@ -49,9 +49,9 @@ def _places(folder, images):
         numbered = numbered or [f"images_{k:03d}" for k in range(1, 13)]  # in zip files
     where = {}
     for place in (place for name in numbered for place in (f"{name}/images", name)):
-        where |= dict.fromkeys(folder.files(place), place + "/")
+        where |= {name.partition(".")[0]: f"{place}/" for name in folder.files(place)}  # in a copy they are JPEGs
     if where:
-        yield images.map(where).fillna("images_001/images/") + images
+        yield images.str.partition(".")[0].map(where).fillna("images_001/images/") + images
 
 
 def read(folder):

@@ -185,6 +185,12 @@ def recognise(folder):
     return [name for name, module in modules.items() if _roots(folder, module.SIGNS)]
 
 
+def reader(name):
+    """What reads the release of this name: its :class:`Release`, or the module itself."""
+    module = importlib.import_module(f"dataset.{name}")
+    return getattr(module, "RELEASE", module)
+
+
 def use_instead(folder, name):
     """The end of an error of the dataset `name`: which release lies in `folder` instead, or nothing."""
     others = [other for other in recognise(folder) if other != name]
@@ -285,6 +291,7 @@ class Release:
     mapping: {label of a model: :class:`Source`}; other labels of the 14 are unknown to it.
     read(folder, **options) -> :class:`Reading`; options: {its keyword: config key}.
     heeds: further config keys that act on it.
+    all_images: the options by which `read` leaves out no image, and finds no fault in one that is too many.
     """
 
     name: str
@@ -293,6 +300,7 @@ class Release:
     read: Callable
     options: dict = field(default_factory=dict)
     heeds: tuple = ()
+    all_images: dict = field(default_factory=dict)
 
     def load_table(
         self,
@@ -307,6 +315,7 @@ class Release:
         allow_missing=False,
         in_zip=False,
         testing=False,
+        checked=True,
         **options,
     ):
         """The table of all images under `root`, checked.
@@ -319,6 +328,7 @@ class Release:
             split_seed: by which splits are drawn that the release does not have; None: 0 for a validation split, and
                 a release without any splits is all test.
             testing: the test split is wanted: where the release lacks it, the validation split is it.
+            checked: False: without the checks of patients and files.
             options: of `read`.
 
         Raises:
@@ -357,7 +367,23 @@ class Release:
             if table.view is None:
                 raise UserError(f"DATA.VIEWS {views}: {self.name} does not tell the views of its images")
             table = tables.select_views(table, views, reading.sources[0])
-        return tables.check_table(table, allow_missing)
+        return tables.check_table(table, allow_missing) if checked else table
+
+    def find_own_csv(self, _root, csv=""):
+        """None: a release is read from its own tables; a UserError where another one is named."""
+        if csv:
+            raise UserError(f"{csv}: a table of your own is read by --dataset mimic_cxr, not by {self.name}")
+
+    def whole_table(self, root, *, csv="", image_format="auto", allow_missing=False, checked=True):
+        """The table of all images that the release names, without labels: for those who audit and copy them."""
+        self.find_own_csv(root, csv)
+        given = {"image_format": image_format, "allow_missing": allow_missing, "checked": checked}
+        return self.load_table(root, label_names=(), **given, **self.all_images)
+
+    def tables_to_copy(self, _root, table):
+        """{path in a copy: table} of the files that a copy of the release needs."""
+        below = {path: path.is_relative_to(table.root) for path in table.sources}
+        return {str(path.relative_to(table.root)) if below[path] else path.name: path for path in table.sources}
 
     def table(self, config, *splits):
         """The table that `config` describes, for these splits."""
