@@ -478,6 +478,8 @@ def evaluate(config, world, folder, log):
     processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
     about = {
         "dataset": config_module.data_name(config),
+        "root": str(getattr(dataset, "root", config.DATA.DATA_PATH)),
+        "tested_on": sorted({one.DATA.DATASET for one in config_module.source_configs(config).values()}),
         "trained_on": sorted(training.get("patients", {})),
         "checkpoint": str(path),
         "checkpoint_sha256": digest(path),

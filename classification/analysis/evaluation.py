@@ -463,7 +463,11 @@ def ensemble(evaluations, folder):
     tables = {TEST: averaged([e.test for e in evaluations])}
     if all(e.validate is not None for e in evaluations):
         tables[VALIDATE] = averaged([e.validate for e in evaluations])
-    kept = {k: first.metrics[k] for k in ("dataset", "label_mapping", "label_policy", "domain", "cohort") if k in first.metrics}
+    kept = {
+        k: first.metrics[k]
+        for k in ("dataset", "root", "label_mapping", "label_policy", "domain", "cohort")
+        if k in first.metrics
+    }
     data, test = first.config.get("DATA"), tables[TEST]
     metrics = {
         "ensemble": [e.given for e in evaluations],

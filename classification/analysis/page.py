@@ -151,8 +151,7 @@ def _image_path(root, base, ids):
 def thumbnails(evaluation: Evaluation, errors):
     """(row of the predictions -> data URI of a small JPEG; reason why there is none, or None)."""
     data = evaluation.config.get("DATA", {})
-    # Of several sources the paths are whole ones.
-    root, ids = "/" if data.get("SOURCES") else data.get("DATA_PATH"), evaluation.test.ids
+    root, ids = evaluation.metrics.get("root") or data.get("DATA_PATH"), evaluation.test.ids
     if not root:
         return {}, "the evaluation does not record where its images are"
     if not ("path" in ids or {"dicom_id", "study_id", "subject_id"} <= set(ids)):

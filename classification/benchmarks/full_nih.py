@@ -1,7 +1,7 @@
 """How long a start on NIH ChestX-ray14 takes at its full size, with made-up rows and empty files as images.
 
-    python benchmarks/full_nih.py           112,120 rows, images in twelve folders as they are downloaded
-    python benchmarks/full_nih.py --one     images in one folder
+python benchmarks/full_nih.py           112,120 rows, images in twelve folders as they are downloaded
+python benchmarks/full_nih.py --one     images in one folder
 """
 
 import argparse
@@ -38,7 +38,9 @@ def write_tables(root, seed=0):
             found[row].append(nih.FINDINGS[column])
         for (patient, k), name, here in zip(rows, names[split], found):
             findings = "|".join(here) or nih.NORMAL
-            lines.append(f"{name},{findings},{k},{patient},{20 + k % 60},{'FM'[k % 2]},{('PA', 'AP')[k % 2]},2500,2048,0.1,0.1")
+            lines.append(
+                f"{name},{findings},{k},{patient},{20 + k % 60},{'FM'[k % 2]},{('PA', 'AP')[k % 2]},2500,2048,0.1,0.1"
+            )
     (root / "Data_Entry_2017.csv").write_text("\n".join([HEADER, *sorted(lines)]) + "\n")
     (root / "train_val_list.txt").write_text("\n".join(names["train"]))
     (root / "test_list.txt").write_text("\n".join(names["test"]))
@@ -71,7 +73,8 @@ def main():
         whole = time.perf_counter() - started
         print(datasets[0].summary)
         print(
-            f"tables read and checked in {read:.1f} s, {looked[0]:,} files looked for; datasets there after {whole:.1f} s, "
+            f"tables read and checked in {read:.1f} s, {looked[0]:,} files looked for; datasets there after "
+            f"{whole:.1f} s, "
             f"{time.process_time() - cpu:.1f} s of them computing"
         )
 

@@ -24,9 +24,10 @@ class Dataset(Protocol):
     Items: (image uint8 tensor [1 or 3, S, S] with S = DATA.IMG_SIZE, target = targets[index]).
     It may have more. `domain`, see `dataset.domain`: a model is then not tested on another one without a word;
     `labels` [N, L] as in the label file (1, 0, -1 uncertain, NaN blank), by which a report tries other policies;
-    `descriptions()`, further columns of a table of predictions (view, path); `cohort`, see `tables.Table.cohort`,
-    what a report says of all splits; `label_mapping`, see `tables.Table`; `sources`, the name of each image's source
-    [N], by which metrics are told apart; `heeds`, config keys that act on it beside those of every dataset of its task.
+    `descriptions()`, further columns of a table of predictions (view, path); `root`, the folder of these paths;
+    `cohort`, see `tables.Table.cohort`, what a report says of all splits; `label_mapping`, see `tables.Table`;
+    `sources`, the name of each image's source [N], by which metrics are told apart; `heeds`, config keys that act on it
+    beside those of every dataset of its task.
     """
 
     task: str  # multilabel or single_label

@@ -1,7 +1,7 @@
 """A small copy of a release: grey JPEGs, of which many times more a second are read. Runs without torch.
 
-The copy reads as the release itself (of MIMIC-CXR as MIMIC-CXR-JPG, by any tool). It can be stopped at any point and built again:
-an image, or with zip a shard, gets its name only when it is whole, and the same tree always gives the
+The copy reads as the release itself (of MIMIC-CXR as MIMIC-CXR-JPG, by any tool). It can be stopped at any point and
+built again: an image, or with zip a shard, gets its name only when it is whole, and the same tree always gives the
 same bytes.
 """
 
@@ -89,7 +89,7 @@ def _same_recipe(out, recipe):
 
 
 def _copy_tables(sources, own, out):
-    """The tables beside the images: {their paths in the copy: files}; one of the user's own with its paths there."""
+    """The tables beside the images, {path in the copy: file}; of the user's own one with its paths there."""
     if own is None:
         for name, source in sources.items():
             if not (out / name).exists():
@@ -128,9 +128,10 @@ def _check_places(table, out):
     for path in paths:
         if Path(path).is_absolute():
             raise UserError(f"{table.sources[0]}: {path} is no path within {table.root}; only such can be copied")
-        if (first := sources.setdefault(copied_name(path), path)) != path:
+        copied = copied_name(path)
+        if (first := sources.setdefault(copied, path)) != path:
             raise UserError(
-                f"{table.sources[0]}: {first} and {path} would both become {copied_name(path)}; give one of them another name"
+                f"{table.sources[0]}: {first} and {path} would both become {copied}; give one of them another name"
             )
     return paths
 

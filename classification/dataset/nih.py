@@ -35,7 +35,9 @@ def _splits(folder, images):
         path = paths[name] = folder.needed(file, why=f"the official {name} split")
         here = split.index.isin({line.strip() for line in path.read_text().splitlines()})
         if (both := here & (split != "")).any():
-            raise UserError(f"{path}: {split.index[both][0]} is in {paths['train'].name} too; it belongs in one of them")
+            raise UserError(
+                f"{path}: {split.index[both][0]} is in {paths['train'].name} too; it belongs in one of them"
+            )
         split[here] = name
     return split.to_numpy(str), tuple(paths.values())
 
@@ -55,7 +57,7 @@ def _places(folder, images):
 
 
 def read(folder):
-    entries = folder.needed("Data_Entry_2017*.csv", why="the table of the images")
+    entries = folder.needed("Data_Entry_2017_v2020.csv", "Data_Entry_2017*.csv", why="the table of the images")
     frame = tables.read_csv(entries, ("Image Index", "Finding Labels", "Patient ID", "Follow-up #", "View Position"))
     images = tables.names(frame, "Image Index", entries)
     tables.no_duplicates(images, "image", entries)

@@ -69,7 +69,9 @@ def read(folder, labelled_by="physicians"):
     sets = [read_terms(text) for text in texts]
     if None in sets:
         row = tables.first_row(codes == sets.index(None))
-        raise UserError(f"{source}: Labels is {frame['Labels'].iloc[row]!r} in data row {row + 1}; expected a list ['term', ...]")
+        raise UserError(
+            f"{source}: Labels is {frame['Labels'].iloc[row]!r} in data row {row + 1}; expected a list ['term', ...]"
+        )
     if labelled_by is not None:
         reason[(reason == "") & np.array([not terms for terms in sets])[codes]] = "image without labels"
         reason[(reason == "") & np.array(["exclude" in terms for terms in sets])[codes]] = "image labelled exclude"

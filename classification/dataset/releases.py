@@ -7,6 +7,7 @@ Runs without torch.
 
 import hashlib
 import importlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from errors import UserError, did_you_mean
 
 RELEASES = ("mimic_cxr", "chexpert", "nih", "padchest", "vindr", "brax")  # those that `recognise` knows
 PROBES = 20  # images looked for to learn where all of them lie
+MOST_FOLDERS = 100  # in a folder of releases; one with more holds the images of one
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -165,17 +167,15 @@ class Folder:
         return sorted(path.name for path in place.iterdir()) if place.is_dir() else []
 
 
-def _places(folder):
-    """Where a release may lie when `folder` is given: there, in one of its folders, or above."""
-    return [folder, *sorted(p for p in folder.iterdir() if p.is_dir()), folder.parent, folder.parent.parent]
-
-
 def _roots(folder, signs):
-    """The folders in and around `folder` that hold a release, by the first of its signs that is found."""
+    """The folders that hold a release: `folder`, else one above it, else those in it; by the first sign found."""
+    with os.scandir(folder) as entries:  # asks the file system for no more than the names
+        below = sorted(Path(entry.path) for entry in entries if entry.is_dir())
+    below = below if len(below) <= MOST_FOLDERS else []
     for pattern, columns in signs.items():
-        found = [place for place in _places(folder) if _having(place, pattern, columns)]
-        if found:  # the folder itself, or those below it; above only where there is none
-            return found[:1] if folder in found[:1] else [p for p in found if p.parent == folder] or found[:1]
+        for places in ([folder], [folder.parent], [folder.parent.parent], below):
+            if found := [place for place in places if _having(place, pattern, columns)]:
+                return found
     return []
 
 
@@ -236,10 +236,10 @@ def _find_paths(candidates, folder, image_format, allow_missing):
     if not any(there) and allow_missing:
         there = [hits(paths) for paths in tried]
     if not any(there):
-        looked = dict.fromkeys(str(folder.root / probes(paths)[0]) for paths in tried)
+        looked = list(dict.fromkeys(str(folder.root / probes(paths)[0]) for paths in tried))
         raise UserError(
-            f"no image found {folder.store.place}: looked for {', '.join(looked)} and others; the images must lie as "
-            "in the release" + ("" if allow_missing else ", and a part of them needs DATA.ALLOW_MISSING True")
+            f"no image found {folder.store.place}: looked for {', '.join(looked[:4])} and others; the images must "
+            "lie as in the release" + ("" if allow_missing else ", and a part of them needs DATA.ALLOW_MISSING True")
         )
     kinds = dict.fromkeys(Path(paths[0]).suffix[1:].lower() for paths, n in zip(tried, there) if n)
     if len(kinds) > 1:
@@ -411,5 +411,6 @@ class Release:
     def build(self, config, *splits):
         """The datasets of `splits` that `config` describes, over one table."""
         approximates = any(not source.exact for source in self.mapping.values())
-        heeds = {*self.heeds, *self.options.values(), *(["DATA.APPROXIMATE_LABELS"] if approximates else [])}
+        heeds = {"DATA.IMAGE_FORMAT", *self.heeds, *self.options.values()}
+        heeds |= {"DATA.APPROXIMATE_LABELS"} if approximates else set()
         return build_radiographs(config, self.table(config, *splits), splits, frozenset(heeds))

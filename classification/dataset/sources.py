@@ -25,6 +25,7 @@ class Sources:
     """
 
     task = "multilabel"
+    root = "/"  # its paths are whole ones
 
     def __init__(self, parts, split, warnings=()):
         self.parts, datasets = parts, list(parts.values())
@@ -70,8 +71,8 @@ class Sources:
             values = columns[column] = []
             for part, told in found:
                 texts = list(told.get(column, [""] * len(part)))
-                if column == "path" and hasattr(part, "store"):
-                    texts = [str(part.store.root / text) for text in texts]
+                if column == "path":
+                    texts = [str(Path(getattr(part, "root", "")) / text) for text in texts]
                 values += texts
         return columns
 

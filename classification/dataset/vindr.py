@@ -107,6 +107,6 @@ def read(folder, readers="majority", need_rows=True):
     )
 
 
-RELEASE = Release("vindr", SIGNS, MAPPING, read, {"readers": "DATA.READERS"}, ("DATA.SPLIT_SEED", "DATA.IMAGE_FORMAT"),
+RELEASE = Release("vindr", SIGNS, MAPPING, read, {"readers": "DATA.READERS"}, ("DATA.SPLIT_SEED",),
                   all_images={"need_rows": False})  # fmt: skip
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

@@ -49,6 +49,7 @@ class RadiographDataset:
         if not len(self.table):
             raise tables.EmptySplit(f"{table.root}: the split {split!r} has no image")
         self.store = MemoryStore(table.store, self.table.path) if on_memory else table.store
+        self.root = table.root
         self.domain = image_domain(self.store, self.table.path, dicom_recipe)
         self.label_names, self.targets = table.label_names, self.table.targets
         self.labels, self.cohort = self.table.labels, table.cohort()

@@ -11,7 +11,7 @@ from PIL import Image
 
 import prepare_mimic
 from benchmarks.full_nih import write_tables
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from dataset import brax, chexpert, mimic_cxr, nih, padchest, releases, vindr
 from dataset.labels import LABELS, UNKNOWN
 from dataset.mimic_cxr import load_table as load_mimic
@@ -193,7 +193,9 @@ def test_labels_that_a_release_does_not_know_stay_unknown(nih_at):
     summary = table.summary()
     assert summary.count("Fracture") == 2 and "Fracture  " in summary
     assert any(line.split() == ["Fracture", "-", "-", "-"] for line in summary.splitlines())
-    assert "unknown to nih, masked in loss and metrics: Enlarged Cardiomediastinum, Fracture, Support Devices" in summary
+    assert (
+        "unknown to nih, masked in loss and metrics: Enlarged Cardiomediastinum, Fracture, Support Devices" in summary
+    )
     strict = nih.load_table(root, approximate_labels=False).with_targets("zeros", "zeros")
     unknown = {label for label, m in strict.label_mapping.items() if m["kind"] == "unknown"}
     assert unknown == {"Enlarged Cardiomediastinum", "Fracture", "Support Devices", "Lung Lesion", "Lung Opacity",
@@ -403,9 +405,8 @@ def brax_at(tmp_path):
             paths = {"dcm": f"Anonymized_DICOMs/{stem}.dcm", "png": f"images/{stem}.png"}
             labels = ["1.0", "", "-1.0", "0.0"] + [""] * 10 if k % 2 else [""] * 4 + ["1"] + [""] * 9
             view = ("PA", "L", "AP", "RL", "", "LT-DECUB")[k % 6]
-            lines.append(
-                f"{paths['dcm']},{paths['png']},Patient_{k // 2},M,85 or more,{k},20200101,{','.join(labels)},{view},1,1,X"
-            )
+            patient = f"Patient_{k // 2},M,85 or more,{k},20200101"
+            lines.append(f"{paths['dcm']},{paths['png']},{patient},{','.join(labels)},{view},1,1,X")
             for kind in kinds:
                 draw(root / (paths[kind].partition("/")[2] if strip else paths[kind]), k)
         write(root / "master_spreadsheet_update.csv", BRAX, *lines)
@@ -438,6 +439,17 @@ def test_brax_as_both_kinds(brax_at):
         brax.load_table(root)
     for kind in ("dcm", "png"):
         assert brax.load_table(root, image_format=kind).path[0].endswith(kind.encode())
+
+
+def test_the_readme_tells_the_mapping():
+    """The table of README_MIMIC.md is what the code does; approximate labels are in italics there."""
+    lines = (ROOT / "README_MIMIC.md").read_text().splitlines()
+    rows = {cells[1]: cells[2:5] for line in lines if len(cells := [c.strip() for c in line.split("|")]) == 6}
+    for label in LABELS:
+        for module, cell in zip((nih, padchest, vindr), rows[label]):
+            source = module.MAPPING.get(label)
+            names = ", ".join(source.names) if source else "–"
+            assert cell == (names if source is None or source.exact else f"*{names}*"), (label, module.__name__)
 
 
 # ------------------------------------------------------------------------------------------------ external tests
@@ -477,7 +489,7 @@ def test_a_model_is_not_tested_on_patients_that_it_was_trained_on(run_main, nih_
     texts = [path.read_text() for path in lists]
     for path, text in zip(lists, texts[::-1]):
         path.write_text(text)
-    with pytest.raises(UserError, match="trained or chosen on 10 of the 10 patients of this test split of nih, such as"):
+    with pytest.raises(UserError, match="trained or chosen on 10 of the 10 patients of this test split of nih"):
         run_main("--eval", "--resume", last, data=root, out="b", **opts)
     state = torch.load(last, weights_only=True)
     assert {name: len(known) for name, known in state["patients"].items()} == {"nih": 10}
@@ -546,8 +558,8 @@ def test_a_tree_of_mimic_is_recognised(tree, name):
     ("nih", "train_val_list.txt", "holds no train_val_list.txt, the official train split"),
     ("chexpert", "train.csv", "holds no train.csv, the training split of CheXpert"),
     ("chexpert", "valid.csv", "holds no valid.csv, the validation split of CheXpert"),
-    ("vindr", "annotations/image_labels_test.csv", "holds no annotations/image_labels_test.csv, the labels of the test"),
-    ("vindr", "annotations/image_labels_train.csv", "holds no annotations/image_labels_train.csv, the labels of the tr"),
+    ("vindr", "annotations/image_labels_test.csv", "holds no annotations/image_labels_test.csv, the labels of th"),
+    ("vindr", "annotations/image_labels_train.csv", "holds no annotations/image_labels_train.csv, the labels of th"),
 ])  # fmt: skip
 def test_a_table_is_missing(release_at, name, file, message):
     root = release_at(name)
