@@ -52,7 +52,7 @@ def model_card(report):
     if "left_out" not in report["thresholds"]:
         parts.append("Operating points, calibration and subgroups: see summary.md.")
     others = ", ".join(about["trained_on"])
-    external = others and about["dataset"] not in about["trained_on"]
+    external = others and not set(about["tested_on"]) & set(about["trained_on"])
     limits = [
         *_weak(report),
         f"An external test: trained on {others}, tested on {about['dataset']}."

@@ -449,6 +449,7 @@ def about(evaluation):
         "name": evaluation.name,
         "given": evaluation.given,
         "dataset": dataset,
+        "tested_on": m.get("tested_on", [dataset]),
         "trained_on": m.get("trained_on", []),
         "model": config.get("MODEL", {}).get("NAME") or None,
         "architecture": config.get("MODEL", {}).get("TYPE") or None,

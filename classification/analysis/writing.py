@@ -70,7 +70,8 @@ def write_comparison(report, folder):
 
 def _patients_table(evaluation):
     """patients.csv.gz of MIMIC-IV beside the evaluation's images, if it is there and knows its patients."""
-    root = evaluation.config.get("DATA", {}).get("DATA_PATH")
+    data = evaluation.config.get("DATA", {})
+    root = "" if data.get("SOURCES") else data.get("DATA_PATH")  # several sources: its ids are those of one
     folders = [Path(root).expanduser(), Path(root).expanduser().parent] if root else []
     for path in (folder / name for folder in folders for name in ("patients.csv.gz", "patients.csv")):
         if path.is_file():
