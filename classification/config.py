@@ -47,7 +47,8 @@ class Knob:
 
     allowed: one of the functions above.
     acts: what must hold for it to have an effect: other keys and their values; `task`, that of the dataset;
-        `model`, that the backbone heeds it. Where that does not hold, a value other than the default is warned about.
+        `model`, that the backbone heeds it; `data`, that the dataset does. Where that does not hold, a value other
+        than the default is warned about.
     kind: the type besides None, where the default is None. mapping: a mapping is allowed as well.
     flag: its own flag of main.py.
     """
@@ -63,31 +64,40 @@ class Knob:
 
 XRAYS, PHOTOS = {"task": "multilabel"}, {"task": "single_label"}
 OFFICIAL = {"DATA.DATASET": "mimic_cxr", "DATA.CSV": ""}
-INTERN_IMAGE, TIMM, MODEL = {"MODEL.TYPE": "intern_image"}, {"MODEL.TYPE": "timm"}, {"model": True}
+INTERN_IMAGE, TIMM = {"MODEL.TYPE": "intern_image"}, {"MODEL.TYPE": "timm"}
+MODEL, DATA = {"model": True}, {"data": True}
 STEP = {"TRAIN.LR_SCHEDULER.NAME": "step"}
 SGD, ADAMW = {"TRAIN.OPTIMIZER.NAME": "sgd"}, {"TRAIN.OPTIMIZER.NAME": "adamw"}
 
 # fmt: off
 KNOBS = {
     # ------------------------------------------------------------------------------------- data
-    "DATA.DATASET": Knob("imagenet", "a file in dataset/: mimic_cxr, imagenet", flag="--dataset"),
+    "DATA.DATASET": Knob("imagenet", "a file in dataset/: mimic_cxr, chexpert, nih, padchest, vindr, brax, imagenet",
+                         flag="--dataset"),
     "DATA.DATA_PATH": Knob("", "the data folder: a release, or its files/", flag="--data-path"),
     "DATA.CSV": Knob("", "(new) a table of your own instead of the official ones: path, split, labels[, subject_id]",
-                     acts=XRAYS),
+                     acts={"DATA.DATASET": "mimic_cxr"}),
     "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"), acts=OFFICIAL),
     "DATA.TEST_LABELER": Knob("same", "(new) labels of the test split: those, or mimic-cxr-*-test-set-labeled.csv",
                               one_of("same", "radiologist"), acts=OFFICIAL),
     "DATA.VIEWS": Knob("all", "(new) which views; for a blank one the texts of the metadata decide",
                        one_of("all", "frontal", "AP", "PA", "lateral"), acts=XRAYS),
-    "DATA.LABELS": Knob([], "(new) label columns; empty: the 14 of CheXpert", acts=XRAYS),
+    "DATA.LABELS": Knob([], "(new) label columns, the release's own too; empty: the 14 of CheXpert", acts=XRAYS),
+    "DATA.APPROXIMATE_LABELS": Knob(True, "(new) False: labels that a release has only nearly are unknown", acts=DATA),
+    "DATA.SPLIT_SEED": Knob(None, "(new) draws by patient the splits that a release does not have: null is 0 for a "
+                            "validation split, and a release without any splits is then all test", kind=int, acts=DATA),
+    "DATA.READERS": Knob("majority", "(new) VinDr: positive is what most of the readers marked, or any of them",
+                         one_of("majority", "any"), acts=DATA),
+    "DATA.LABELLED_BY": Knob("physicians", "(new) PadChest: the images whose labels are physicians', or all",
+                             one_of("physicians", "all"), acts=DATA),
     "DATA.UNCERTAIN": Knob("zeros", "(new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics), smooth; "
                            "for all labels, or by label: {default: zeros, Consolidation: ignore}",
                            acts=XRAYS, mapping=True),
     "DATA.MISSING": Knob("zeros", "(new) what a blank becomes, likewise", acts=XRAYS, mapping=True),
     "DATA.NO_FINDING_CLEARS": Knob(False, "(new) where No Finding is 1, a blank label is 0, but for Support Devices",
                                    acts=XRAYS),
-    "DATA.IMAGE_FORMAT": Knob("auto", "(new) which images of the official layout to read",
-                              one_of("auto", "jpg", "dcm", "png"), acts=OFFICIAL),
+    "DATA.IMAGE_FORMAT": Knob("auto", "(new) which images of a release to read",
+                              one_of("auto", "jpg", "dcm", "png"), acts=DATA),
     "DATA.DICOM_RECIPE": Knob("window", "(new) window: as displayed; mimic_jpg: as MIMIC-CXR's JPG release was made",
                               one_of("window", "mimic_jpg"), acts=XRAYS),
     "DATA.DICOM_WINDOW": Knob(0, "(new) which window or VOI LUT of a DICOM that has several", at_least(0),
@@ -200,7 +210,7 @@ KNOBS = {
     "AMP_DTYPE": Knob("auto", "(new) auto: what is fast on the device", one_of("auto", "bfloat16", "float16"),
                       acts={"AMP_OPT_LEVEL": "O1"}),
     "OUTPUT": Knob("output", "root of all runs: one lives in OUTPUT/MODEL.NAME/TAG", flag="--output"),
-    "RESULTS": Knob("results", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>"),
+    "RESULTS": Knob("", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>; empty: results/<DATA.DATASET>"),
     "TAG": Knob("default", "name of this run", flag="--tag"),
     "SAVE_FREQ": Knob(1, "epochs between ckpt_epoch_N.pth; the last checkpoint is kept after every epoch", at_least(1)),
     "LOG.TENSORBOARD": Knob(False, "(new) write epochs and a batch for TensorBoard too, which must be installed"),
@@ -319,14 +329,22 @@ def _backbone(config):
 
 def _set(config, pairs, source):
     """Writes (key, value) pairs of one source: a file, --opts or the flags."""
-    pairs, before = dict(pairs), _backbone(config)
+    pairs, before, type_before = dict(pairs), _backbone(config), config.MODEL.TYPE
+    results_before = f"results/{config.DATA.DATASET}"
     for key, value in pairs.items():
         if key not in KNOBS:
             raise UserError(f"{source}: unknown key {key}{did_you_mean(key.upper(), KNOBS)}")
         section, _, name = key.rpartition(".")
         (lookup(config, section) if section else config)[name] = _typed(key, value, source)
+    # What a file below said of another backbone is not said of this one: its name, and how it is built.
     if _backbone(config) != before and config.MODEL.NAME and "MODEL.NAME" not in pairs:
-        config.MODEL.NAME = _backbone(config)  # the name that a file below gave is that of another backbone
+        config.MODEL.NAME = _backbone(config)
+    for key, knob in KNOBS.items():
+        if knob.acts.get("MODEL.TYPE", config.MODEL.TYPE) == type_before != config.MODEL.TYPE and key not in pairs:
+            section, _, name = key.rpartition(".")
+            lookup(config, section)[name] = copy.deepcopy(knob.default)
+    if config.RESULTS == results_before != f"results/{config.DATA.DATASET}" and "RESULTS" not in pairs:
+        config.RESULTS = ""  # the folder of a run's own data (its config.json, say), which are not tested now
 
 
 def _merge_file(config, path, above=()):
@@ -391,6 +409,7 @@ def _merge_arguments(config, args):
     flags = {k: getattr(args, knob.flag.strip("-").replace("-", "_"), None) for k, knob in KNOBS.items() if knob.flag}
     _set(config, {key: value for key, value in flags.items() if value is not None}, "command line")
     config.MODEL.NAME = config.MODEL.NAME or Path(args.cfg).stem
+    config.RESULTS = config.RESULTS or f"results/{config.DATA.DATASET}"
 
 
 def from_dict(content, source):
@@ -434,16 +453,19 @@ def differences(old, new):
 def without_effect(config, task, heeds):
     """A line for each knob that is set and does nothing, by its `acts`.
 
-    task: of the dataset. heeds: the keys that the backbone acts on.
+    task: of the dataset. heeds: the keys that the backbone and the dataset act on.
     """
     lines = []
     for key, knob in KNOBS.items():
         value = lookup(config, key)
-        if not value or value == knob.default:
+        off = not value and "data" not in knob.acts  # a seed of 0 is one
+        if off or value == knob.default:
             continue
         for condition, wanted in knob.acts.items():
             if condition == "model":
                 missing = None if key in heeds else f"the backbone MODEL.TYPE {config.MODEL.TYPE} has no such thing"
+            elif condition == "data":
+                missing = None if key in heeds else f"DATA.DATASET {config.DATA.DATASET} has no such thing"
             elif condition == "task":
                 missing = None if task == wanted else f"it is for {wanted} data, this is {task}"
             else:

@@ -32,6 +32,7 @@ from analysis.results import Options
 from analysis.writing import write_report
 from dataset.build import build_datasets, build_loader, fingerprint, worker_count
 from dataset.domain import domain_warning
+from dataset.patients import patients_of, refuse_known, together
 from dataset.tables import EmptySplit
 from dataset.transforms import build_mixup
 from errors import UserError, run_command
@@ -124,6 +125,8 @@ class Run:
         self.label_names, self.task = train_set.label_names, TASKS[train_set.task]
         self.criterion = self.task.build_criterion(config, train_set.targets)
         self.task_name, self.domain = train_set.task, getattr(train_set, "domain", "")
+        self.data_heeds = getattr(train_set, "heeds", frozenset())
+        self.patients = together(patients_of(train_set, config), patients_of(val_set, config))
 
     def _find_checkpoint(self):
         """(path, content) of the checkpoint to go on from, or None."""
@@ -143,9 +146,10 @@ class Run:
     def _build_model(self, pretrained):
         config, world = self.config, self.world
         self.model = build_model(config)
-        log_without_effect(self.log, config, self.task_name, self.model)
+        log_without_effect(self.log, config, self.task_name, self.model.heeds | self.data_heeds)
         if pretrained:  # before anything copies or wraps the model
-            checkpoint.load_pretrained(self.model, pretrained, self.log)
+            keys = checkpoint.load_pretrained(self.model, pretrained, self.log)
+            self.patients = together(self.patients, keys["patients"])
         self.model.to(world.device)
         self.parallel = self.model
         if world.size > 1:
@@ -173,6 +177,7 @@ class Run:
             config=self.config, label_names=self.label_names, world=self.world, log=self.log,
         )  # fmt: skip
         self.epoch, self.first_update = state["epoch"], state["update"]
+        self.patients = together(self.patients, state.get("patients", {}))
         if warning := domain_warning(state.get("domain"), self.domain):
             self.log.warning(warning)
         saved = state.get("data", self.data)
@@ -286,6 +291,7 @@ class Run:
             "label_names": list(self.label_names),
             "data": self.data,
             "domain": self.domain,
+            "patients": self.patients,
             "config": config_module.to_dict(self.config),
         }
         state["model"] = state[weights]
@@ -382,17 +388,17 @@ def log_datasets(log, config, *datasets):
         log.warning(warning)
 
 
-def log_without_effect(log, config, task, model):
-    """Warn of the options that are set and do nothing for this data and this model."""
-    for line in config_module.without_effect(config, task, model.heeds):
+def log_without_effect(log, config, task, heeds):
+    """Warn of the options that are set and do nothing for this data and this model; heeds: what these act on."""
+    for line in config_module.without_effect(config, task, heeds):
         log.warning(line)
 
 
 # --------------------------------------------------------------------------------------- evaluate
-def load_for_evaluation(model, config, folder, label_names, log):
-    """Put the weights to evaluate into `model`: those of --resume, the run's best, or --pretrained.
+def load_for_evaluation(model, config, folder, dataset, log):
+    """Put the weights to evaluate on `dataset` into `model`: those of --resume, the run's best, or --pretrained.
 
-    Returns (their file, the domain of the images they were trained on, "" where that is not known).
+    Returns (their file, what the checkpoint tells of the training: domain, patients; {} where that is not known).
     """
     # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
     path = Path(config.MODEL.RESUME or folder / (checkpoint.EMA_BEST if config.TEST.EMA else checkpoint.BEST))
@@ -401,12 +407,14 @@ def load_for_evaluation(model, config, folder, label_names, log):
         keys = checkpoint.load_pretrained(model, path, log)
         if keys["replaced"] or keys["missing"]:
             raise UserError(f"--eval: {path} has no head for these {config.MODEL.NUM_CLASSES} classes; train first")
-        return path, ""
+        refuse_known(keys["patients"], dataset, config, path)
+        return path, {}
     state = checkpoint.read(path)
-    checkpoint.load_weights(model, state, path, label_names, averaged=config.TEST.EMA)
+    checkpoint.load_weights(model, state, path, dataset.label_names, averaged=config.TEST.EMA)
+    refuse_known(state.get("patients", {}), dataset, config, path)
     of_evaluation = ("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
     checkpoint.log_differences(state, config, log, but=of_evaluation)
-    return path, state.get("domain", "")
+    return path, {key: state[key] for key in ("domain", "patients") if key in state}
 
 
 def build_evaluation_sets(config, log):
@@ -428,8 +436,9 @@ def evaluate(config, world, folder, log):
     dataset, held_out = build_evaluation_sets(config, log)
     log_datasets(log, config, dataset)
     task, model = TASKS[dataset.task], build_model(config)
-    path, trained_on = load_for_evaluation(model, config, folder, dataset.label_names, log)
-    domain = getattr(dataset, "domain", "")
+    log_without_effect(log, config, dataset.task, model.heeds | getattr(dataset, "heeds", frozenset()))
+    path, training = load_for_evaluation(model, config, folder, dataset, log)
+    trained_on, domain = training.get("domain", ""), getattr(dataset, "domain", "")
     warnings = [text for text in [domain_warning(trained_on, domain)] if text]
     for text in warnings:
         log.warning(text)
@@ -454,6 +463,8 @@ def evaluate(config, world, folder, log):
     skipped = len(dataset) - metrics["images"]
     processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
     about = {
+        "dataset": config.DATA.DATASET,
+        "trained_on": sorted(training.get("patients", {})),
         "checkpoint": str(path),
         "checkpoint_sha256": digest(path),
         "backbone": config_module.backbone_name(config),
@@ -468,6 +479,7 @@ def evaluate(config, world, folder, log):
     }
     if task.report:
         about["label_policy"] = {"uncertain": config.DATA.UNCERTAIN, "missing": config.DATA.MISSING}
+        about["label_mapping"] = getattr(dataset, "label_mapping", {})
         about["cohort"] = getattr(dataset, "cohort", {})
     write_evaluation(target, about | metrics, predicted, Path(path).parent / "metrics.jsonl")
     log.info("test split\n" + task.table(metrics))

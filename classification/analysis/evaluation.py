@@ -1,7 +1,8 @@
 """The folder of an evaluation, and tables of predictions of any model: written, read, checked.
 
 metrics.json                what was evaluated: loss, AUROC by label, counts, checkpoint and its digest, domain,
-                            label policy, config, cohort
+                            dataset and those trained on, label policy, config, cohort, label_mapping: {label:
+                            {"from": its names in the release, "kind": exact, approximate or unknown}}
 predictions.csv             the test split, one row an image: ids (dicom_id, study_id, subject_id, view, path: what
                             is known), then of every label `<label>_target` (1, 0 or empty: after the policy),
                             `<label>_probability` and, where the data has it, `<label>_label` (as in the label
@@ -462,7 +463,7 @@ def ensemble(evaluations, folder):
     tables = {TEST: averaged([e.test for e in evaluations])}
     if all(e.validate is not None for e in evaluations):
         tables[VALIDATE] = averaged([e.validate for e in evaluations])
-    kept = {k: first.metrics[k] for k in ("label_policy", "domain", "cohort") if k in first.metrics}
+    kept = {k: first.metrics[k] for k in ("dataset", "label_mapping", "label_policy", "domain", "cohort") if k in first.metrics}
     data, test = first.config.get("DATA"), tables[TEST]
     metrics = {
         "ensemble": [e.given for e in evaluations],

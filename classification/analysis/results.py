@@ -439,15 +439,18 @@ def _domain(recorded):
 def about(evaluation):
     """What was evaluated."""
     m, config = evaluation.metrics, evaluation.config
+    dataset = m.get("dataset") or config.get("DATA", {}).get("DATASET")
+    labelers = config.get("DATA", {}) if dataset == "mimic_cxr" else {}  # the others have one label file each
     return {
         "name": evaluation.name,
         "given": evaluation.given,
-        "dataset": config.get("DATA", {}).get("DATASET"),
+        "dataset": dataset,
+        "trained_on": m.get("trained_on", []),
         "model": config.get("MODEL", {}).get("NAME") or None,
         "architecture": config.get("MODEL", {}).get("TYPE") or None,
         "image_size": config.get("DATA", {}).get("IMG_SIZE"),
-        "labeler": config.get("DATA", {}).get("LABELER"),
-        "test_labeler": config.get("DATA", {}).get("TEST_LABELER"),
+        "labeler": labelers.get("LABELER"),
+        "test_labeler": labelers.get("TEST_LABELER"),
         "seed": config.get("SEED"),
         "checkpoint": m.get("checkpoint"),
         "checkpoint_sha256": m.get("checkpoint_sha256"),
@@ -474,6 +477,7 @@ def collect(evaluation, options, against=(), seeds=()):
     report = {
         "about": about(evaluation),
         "policy": evaluation.policy,
+        "label_mapping": evaluation.metrics.get("label_mapping", {}),
         "bootstrap": {
             "unit": test.unit, "units": patients, "images": len(test),
             "resamples": options.resamples, "seed": options.seed, "level": LEVEL,

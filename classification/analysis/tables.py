@@ -113,6 +113,23 @@ def note(report):
     return f"{policy_text(report)} {unit_text(report)}" + (f" Warning: {warning}." if warning else "")
 
 
+KINDS = {"exact": "the same", "approximate": "nearly the same", "unknown": "not comparable: unknown to the data"}
+
+
+def _mapping(report):
+    """Which of the model's labels the data have, and from what; None where each is simply itself."""
+    mapping = report["label_mapping"]
+    if all(m["kind"] == "exact" and m["from"] == [label] for label, m in mapping.items()):
+        return None
+    rows = []
+    for label in report["label_names"]:
+        m, images = mapping[label], report["labels"][label]["images"]
+        rows.append([Cell(label), Cell(", ".join(m["from"]) or DASH), Cell(KINDS[m["kind"]]), count(images)])
+    exact = sum(m["kind"] == "exact" for m in mapping.values())
+    text = f"{exact} of {len(rows)} labels are the same in {report['about']['dataset']}. {policy_text(report)}"
+    return Table("mapping", "Labels of the model in these data", text, ["label", "from", "meaning", "known"], rows)
+
+
 def _remarks(labels):
     """'Fracture: one class only' of every label that has something to be said."""
     said = {}
@@ -368,6 +385,8 @@ def _prevalence(report):
 def sections(report):
     """[(anchor, title, [Table], reason where a part is left out or None)] in the order of the report."""
     found = [("labels", "Results by label", [_by_label(report, "labels", "Test split, by image", report)], None)]
+    if mapping := _mapping(report):
+        found.append(("mapping", "Labels compared", [mapping], None))
     if "against" in report:
         others = [_against(report, k + 1, other) for k, other in enumerate(report["against"].values())]
         found.append(("against", "Comparison", others, None))

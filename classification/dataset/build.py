@@ -22,7 +22,8 @@ class Dataset(Protocol):
     It may have more. `domain`, see `dataset.domain`: a model is then not tested on another one without a word;
     `labels` [N, L] as in the label file (1, 0, -1 uncertain, NaN blank), by which a report tries other policies;
     `descriptions()`, further columns of a table of predictions (view, path); `cohort`, see `tables.Table.cohort`,
-    what a report says of all splits.
+    what a report says of all splits; `label_mapping`, see `tables.Table`; `heeds`, config keys that act on it beside
+    those of every dataset of its task.
     """
 
     task: str  # multilabel or single_label

@@ -20,8 +20,8 @@ import PIL
 from PIL import Image
 
 from dataset import mimic_cxr, tables
-from dataset.domain import COPY_RECIPE, image_domain
-from dataset.images import SUFFIXES, ImageError, decode, take_warnings
+from dataset.domain import COPY_RECIPE, copied_name, image_domain
+from dataset.images import ImageError, decode, take_warnings
 from dataset.processes import in_processes
 from dataset.stores import FileStore
 from errors import UserError
@@ -66,14 +66,8 @@ def _encode_to_file(path, root, target, options):
     """(path, fault or None)."""
     path, jpeg, fault = _encode(path, root, options)
     if fault is None:
-        _replace(target / _jpg(path), lambda temporary: temporary.write_bytes(jpeg))
+        _replace(target / copied_name(path), lambda temporary: temporary.write_bytes(jpeg))
     return path, fault
-
-
-def _jpg(path):
-    """Path of the JPEG of an image: its own, with .jpg instead of the suffix of an image if it has one."""
-    path = Path(path)
-    return (path.with_suffix(".jpg") if path.suffix in SUFFIXES[:-1] else Path(f"{path}.jpg")).as_posix()
 
 
 def _same_recipe(out, recipe):
@@ -103,7 +97,7 @@ def _copy_tables(root, own, out):
                     _replace(out / source.name, functools.partial(shutil.copyfile, source))
     else:
         frame = tables.read_csv(own, ("path",))
-        frame["path"] = frame["path"].str.strip().map(_jpg)
+        frame["path"] = frame["path"].str.strip().map(copied_name)
         _replace(out / "images.csv", lambda temporary: frame.to_csv(temporary, index=False))
 
 
@@ -118,7 +112,7 @@ def _write_shard(path, images, skip_bad):
         for name, jpeg, fault in images:
             faults[name] = fault
             if not fault:  # ZipInfo's own date, 1980: the same tree gives the same bytes
-                archive.writestr(zipfile.ZipInfo(_jpg(name)), jpeg)
+                archive.writestr(zipfile.ZipInfo(copied_name(name)), jpeg)
     if skip_bad or not any(faults.values()):
         _replace(path, lambda _: None)
     else:
@@ -134,16 +128,16 @@ def _check_places(table, out):
     for path in paths:
         if Path(path).is_absolute():
             raise UserError(f"{table.sources[0]}: {path} is no path within {table.root}; only such can be copied")
-        if (first := sources.setdefault(_jpg(path), path)) != path:
+        if (first := sources.setdefault(copied_name(path), path)) != path:
             raise UserError(
-                f"{table.sources[0]}: {first} and {path} would both become {_jpg(path)}; give one of them another name"
+                f"{table.sources[0]}: {first} and {path} would both become {copied_name(path)}; give one of them another name"
             )
     return paths
 
 
 def _copy_to_files(paths, root, out, options, workers):
     """Makes a JPEG of each image whose JPEG is not there yet; yields (path, fault or None) of those."""
-    todo = [p for p in paths if not (out / _jpg(p)).exists()]
+    todo = [p for p in paths if not (out / copied_name(p)).exists()]
     for folder in sorted({(out / p).parent for p in todo}):
         folder.mkdir(parents=True, exist_ok=True)
     yield from in_processes(functools.partial(_encode_to_file, root=root, target=out, options=options), todo, workers)

@@ -8,13 +8,20 @@ Runs without torch.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 
-from dataset.images import ImageError, sniff
+from dataset.images import SUFFIXES, ImageError, sniff
 
 SAMPLE = 8  # images that are looked at
 COPY_RECIPE = "recipe.json"  # beside a copy of prepare_mimic.py: pictures, but of the domain that they were made of
+
+
+def copied_name(path):
+    """Path of an image in such a copy: its own, with .jpg instead of the suffix of an image if it has one."""
+    path = Path(path)
+    return (path.with_suffix(".jpg") if path.suffix in SUFFIXES[:-1] else Path(f"{path}.jpg")).as_posix()
 
 
 def image_domain(store, paths, recipe):

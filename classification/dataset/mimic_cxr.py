@@ -17,6 +17,8 @@ from dataset.tables import SPLITS, Table
 from dataset.xrays import RadiographDataset, build_radiographs
 from errors import UserError
 
+# What this release is known by, see `releases.Release`.
+SIGNS = {f"mimic-cxr-*-{kind}.csv": ("study_id", "subject_id") for kind in ("split", "chexpert", "negbio")}
 RADIOLOGIST = "test-set-labeled"  # mimic-cxr-2.1.0-test-set-labeled.csv: read from the reports by a radiologist
 
 
@@ -240,10 +242,10 @@ class MIMICCXRDataset(RadiographDataset):
         super().__init__(load_table(root, **reading).with_targets(uncertain, missing), split, transform, **keywords)
 
 
-def build(config, *splits):
-    """The datasets of `splits` that `config` describes, over one table."""
+def table(config, *_splits):
+    """The table that `config` describes."""
     d = config.DATA
-    table = load_table(
+    return load_table(
         d.DATA_PATH,
         csv=d.CSV,
         labeler=d.LABELER,
@@ -255,4 +257,9 @@ def build(config, *splits):
         allow_missing=d.ALLOW_MISSING,
         in_zip=d.ZIP_MODE,
     )
-    return build_radiographs(config, table, splits)
+
+
+def build(config, *splits):
+    """The datasets of `splits` that `config` describes, over one table."""
+    heeds = frozenset() if config.DATA.CSV else frozenset({"DATA.IMAGE_FORMAT"})
+    return build_radiographs(config, table(config, *splits), splits, heeds)

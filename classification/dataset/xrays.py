@@ -17,6 +17,7 @@ class RadiographDataset:
         transform: PIL image -> anything; None returns the PIL image.
         mode: of that image, RGB (the grey values three times) or L (grey, a third of the work).
         on_memory: read all of them now, see :class:`dataset.stores.MemoryStore`.
+        heeds: keys of the config that act on it beside those of all X-rays.
         dicom_recipe, dicom_window, shrink_to: how a file becomes grey, see :func:`dataset.images.decode`.
 
     Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
@@ -39,6 +40,7 @@ class RadiographDataset:
         dicom_recipe="window",
         dicom_window=0,
         shrink_to=0,
+        heeds=frozenset(),
     ):
         if table.targets is None:
             table = table.with_targets()
@@ -49,12 +51,16 @@ class RadiographDataset:
         self.domain = image_domain(self.store, self.table.path, dicom_recipe)
         self.label_names, self.targets = table.label_names, self.table.targets
         self.labels, self.cohort = self.table.labels, table.cohort()
+        self.label_mapping, self.heeds = table.label_mapping, heeds
         self.summary, self.warnings = table.summary(), self._unlearnable() if split == "train" else []
         self.transform, self.mode = transform, mode
         self.decoding = {"recipe": dicom_recipe, "window": dicom_window, "shrink_to": shrink_to}
 
     def _unlearnable(self):
-        counts = zip(self.label_names, (self.targets == 1).sum(0), (self.targets == 0).sum(0))
+        # What a release has no counterpart of is named in the summary, once.
+        known = [name for name in self.label_names if self.table.label_mapping[name]["kind"] != "unknown"]
+        columns = [self.targets[:, self.label_names.index(name)] for name in known]
+        counts = [(name, (target == 1).sum(), (target == 0).sum()) for name, target in zip(known, columns)]
         return [
             f"{name} cannot be learnt: the train split has {positive:,} positives and {negative:,} negatives of it; "
             "see DATA.UNCERTAIN and DATA.MISSING"
@@ -86,8 +92,11 @@ class RadiographDataset:
         return {**view, "path": [path.decode() for path in self.table.path]}
 
 
-def build_radiographs(config, table, splits):
-    """The datasets of `splits` over one table, with the transforms and the label policy that `config` describes."""
+def build_radiographs(config, table, splits, heeds=frozenset()):
+    """The datasets of `splits` over one table, with the transforms and the label policy that `config` describes.
+
+    heeds: keys of the config that act on the table's release beside those of all X-rays.
+    """
     from dataset.transforms import radiograph_transform, resized_side
 
     d = config.DATA
@@ -102,6 +111,7 @@ def build_radiographs(config, table, splits):
             dicom_recipe=d.DICOM_RECIPE,
             dicom_window=d.DICOM_WINDOW,
             shrink_to=2 * resized_side(d.IMG_SIZE),  # resizing then has four pixels or more for each of its own
+            heeds=heeds,
         )
         for split in splits
     ]
