@@ -41,6 +41,25 @@ def area_range(value):
     return None if 0 < low <= high <= 1 else "it must be [smallest, largest] area within 0 to 1"
 
 
+def sources(value):
+    """DATA.SOURCES: mappings with dataset, path and further :data:`SOURCE_KEYS`, of different names."""
+    form, known, seen = "{dataset: mimic_cxr, path: FOLDER}", ["name", *SOURCE_KEYS], set()
+    for k, source in enumerate(value, start=1):
+        if not isinstance(source, dict):
+            return f"source {k} must be a mapping such as {form}"
+        for key in source:
+            if key not in known:
+                nearest = did_you_mean(str(key), known)
+                return f"source {k} has the unknown key {key!r}{nearest}; the keys are {', '.join(known)}"
+        for key in ("dataset", "path", *({"name"} & set(source))):
+            if not isinstance(source.get(key), str) or not source[key]:
+                return f"source {k} needs a text as {key}, such as {form}"
+        if source_name(source) in seen:
+            return f"two sources are called {source_name(source)}: give each a name of its own, or make them one folder"
+        seen.add(source_name(source))
+    return None
+
+
 @dataclass(frozen=True)
 class Knob:
     """One option.
@@ -75,8 +94,12 @@ KNOBS = {
     "DATA.DATASET": Knob("imagenet", "a file in dataset/: mimic_cxr, chexpert, nih, padchest, vindr, brax, imagenet",
                          flag="--dataset"),
     "DATA.DATA_PATH": Knob("", "the data folder: a release, or its files/", flag="--data-path"),
+    "DATA.SOURCES": Knob([], "(new) several releases at once, instead of DATASET and DATA_PATH: [{dataset: mimic_cxr, "
+                         "path: FOLDER}, ...]; a source may have its own name, csv, split_seed, ...", sources),
+    "DATA.SOURCES_MIX": Knob("size", "(new) an epoch of several sources: every image once (size), or as many of each "
+                             "source (even)", one_of("size", "even"), acts=DATA),
     "DATA.CSV": Knob("", "(new) a table of your own instead of the official ones: path, split, labels[, subject_id]",
-                     acts={"DATA.DATASET": "mimic_cxr"}),
+                     acts=DATA),
     "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"), acts=OFFICIAL),
     "DATA.TEST_LABELER": Knob("same", "(new) labels of the test split: those, or mimic-cxr-*-test-set-labeled.csv",
                               one_of("same", "radiologist"), acts=OFFICIAL),
@@ -330,7 +353,7 @@ def _backbone(config):
 def _set(config, pairs, source):
     """Writes (key, value) pairs of one source: a file, --opts or the flags."""
     pairs, before, type_before = dict(pairs), _backbone(config), config.MODEL.TYPE
-    results_before = f"results/{config.DATA.DATASET}"
+    results_before = f"results/{data_name(config)}"
     for key, value in pairs.items():
         if key not in KNOBS:
             raise UserError(f"{source}: unknown key {key}{did_you_mean(key.upper(), KNOBS)}")
@@ -343,7 +366,9 @@ def _set(config, pairs, source):
         if knob.acts.get("MODEL.TYPE", config.MODEL.TYPE) == type_before != config.MODEL.TYPE and key not in pairs:
             section, _, name = key.rpartition(".")
             lookup(config, section)[name] = copy.deepcopy(knob.default)
-    if config.RESULTS == results_before != f"results/{config.DATA.DATASET}" and "RESULTS" not in pairs:
+    if "DATA.DATASET" in pairs and "DATA.SOURCES" not in pairs:
+        config.DATA.SOURCES = []  # of a file below
+    if config.RESULTS == results_before != f"results/{data_name(config)}" and "RESULTS" not in pairs:
         config.RESULTS = ""  # the folder of a run's own data (its config.json, say), which are not tested now
 
 
@@ -409,7 +434,7 @@ def _merge_arguments(config, args):
     flags = {k: getattr(args, knob.flag.strip("-").replace("-", "_"), None) for k, knob in KNOBS.items() if knob.flag}
     _set(config, {key: value for key, value in flags.items() if value is not None}, "command line")
     config.MODEL.NAME = config.MODEL.NAME or Path(args.cfg).stem
-    config.RESULTS = config.RESULTS or f"results/{config.DATA.DATASET}"
+    config.RESULTS = config.RESULTS or f"results/{data_name(config)}"
 
 
 def from_dict(content, source):
@@ -431,6 +456,38 @@ def _checked(config):
             raise UserError(f"{key} is {value!r}; {wrong}")
     config.freeze()
     return config
+
+
+# --------------------------------------------------------------------------------------- sources
+# Key of one of DATA.SOURCES -> key of the config, for that source alone: what its reader heeds.
+SOURCE_KEYS = {"dataset": "DATA.DATASET", "path": "DATA.DATA_PATH"} | {
+    key.removeprefix("DATA.").lower(): key
+    for key, knob in KNOBS.items()
+    if key in ("DATA.ALLOW_MISSING", "DATA.ZIP_MODE") or ({"data", "DATA.DATASET"} & set(knob.acts))
+}
+SOURCE_KEYS.pop("sources_mix")
+
+
+def source_name(source):
+    return source.get("name", source["dataset"])
+
+
+def source_configs(config):
+    """{name of a source: its config} for each of DATA.SOURCES; without them that of DATA.DATASET."""
+    found = {}
+    for source in config.DATA.SOURCES:
+        name, one = source_name(source), config.clone()
+        one.defrost()
+        own = {SOURCE_KEYS[key]: value for key, value in source.items() if key != "name"}
+        _set(one, {**own, "DATA.SOURCES": [], "DATA.SOURCES_MIX": "size"}, f"DATA.SOURCES {name}")
+        found[name] = _checked(one)
+    return found or {config.DATA.DATASET: config}
+
+
+def data_name(config):
+    """What the data are called: DATA.DATASET, or the names of DATA.SOURCES."""
+    named = [] if sources(config.DATA.SOURCES) else map(source_name, config.DATA.SOURCES)  # `_checked` tells the fault
+    return "+".join(named) or config.DATA.DATASET
 
 
 # --------------------------------------------------------------------------------------- reading

@@ -33,6 +33,7 @@ from analysis.writing import write_report
 from dataset.build import build_datasets, build_loader, fingerprint, worker_count
 from dataset.domain import domain_warning
 from dataset.patients import patients_of, refuse_known, together
+from dataset.sources import parts_of
 from dataset.tables import EmptySplit
 from dataset.transforms import build_mixup
 from errors import UserError, run_command
@@ -120,12 +121,13 @@ class Run:
         self.val_loader = build_loader(config, val_set, train=False, world=self.world, log=log)
         self.updates = self.train_loader.batch_sampler.updates
         self.images_per_update = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * self.world.size
-        self.data = {"train": fingerprint(train_set), "validate": fingerprint(val_set)}
+        groups = self.train_loader.batch_sampler.groups
+        self.data = {"train": fingerprint(train_set, groups), "validate": fingerprint(val_set)}
         self.mixup = build_mixup(config)
         self.label_names, self.task = train_set.label_names, TASKS[train_set.task]
         self.criterion = self.task.build_criterion(config, train_set.targets)
-        self.task_name, self.domain = train_set.task, getattr(train_set, "domain", "")
-        self.data_heeds = getattr(train_set, "heeds", frozenset())
+        self.train_set, self.domain = train_set, getattr(train_set, "domain", "")
+        self.val_sources = getattr(val_set, "sources", None)
         self.patients = together(patients_of(train_set, config), patients_of(val_set, config))
 
     def _find_checkpoint(self):
@@ -146,7 +148,7 @@ class Run:
     def _build_model(self, pretrained):
         config, world = self.config, self.world
         self.model = build_model(config)
-        log_without_effect(self.log, config, self.task_name, self.model.heeds | self.data_heeds)
+        log_without_effect(self.log, config, self.train_set, self.model)
         if pretrained:  # before anything copies or wraps the model
             keys = checkpoint.load_pretrained(self.model, pretrained, self.log)
             self.patients = together(self.patients, keys["patients"])
@@ -302,9 +304,11 @@ class Run:
         """Loss, score and details of `model` on the validation split, the same on all ranks; is it a new best?"""
         task = self.task
         distributed.share_buffers(model, self.world)
-        metrics = task.validate(model, self.val_loader, self.world, self.amp, label_names=self.label_names)
+        metrics = task.validate(
+            model, self.val_loader, self.world, self.amp, label_names=self.label_names, sources=self.val_sources
+        )
         is_best = best.beaten_by(metrics[task.score])
-        return {"val_loss": metrics["loss"], **{k: metrics[k] for k in (task.score, task.details)}}, is_best
+        return {"val_loss": metrics.pop("loss"), **metrics}, is_best
 
     def finish_epoch(self, epoch, sums):
         """Validate, write the log lines and every checkpoint that is due after `epoch`."""
@@ -383,15 +387,24 @@ def limit_threads(config, world):
 
 def log_datasets(log, config, *datasets):
     """What is read, and what its reader warns of."""
-    log.info(f"data in {config.DATA.DATA_PATH}\n{datasets[0].summary}")
+    folders = ", ".join(one.DATA.DATA_PATH for one in config_module.source_configs(config).values())
+    log.info(f"data in {folders}\n{datasets[0].summary}")
     for warning in dict.fromkeys(text for dataset in datasets for text in dataset.warnings):
         log.warning(warning)
 
 
-def log_without_effect(log, config, task, heeds):
-    """Warn of the options that are set and do nothing for this data and this model; heeds: what these act on."""
-    for line in config_module.without_effect(config, task, heeds):
-        log.warning(line)
+def log_without_effect(log, config, dataset, model):
+    """Warn of the options that are set and do nothing for this data, any of its sources, and this model."""
+    if config.DATA.SOURCES and config.DATA.DATA_PATH:
+        log.warning(f"DATA.DATA_PATH {config.DATA.DATA_PATH!r} has no effect: DATA.SOURCES names the folders")
+    by_source = [
+        config_module.without_effect(one, part.task, model.heeds | getattr(part, "heeds", frozenset()))
+        for one, part in parts_of(dataset, config).values()
+    ]
+    for line in by_source[0]:
+        key = line.split()[0]
+        if all(any(other.split()[0] == key for other in lines) for lines in by_source):
+            log.warning(line)
 
 
 # --------------------------------------------------------------------------------------- evaluate
@@ -436,7 +449,7 @@ def evaluate(config, world, folder, log):
     dataset, held_out = build_evaluation_sets(config, log)
     log_datasets(log, config, dataset)
     task, model = TASKS[dataset.task], build_model(config)
-    log_without_effect(log, config, dataset.task, model.heeds | getattr(dataset, "heeds", frozenset()))
+    log_without_effect(log, config, dataset, model)
     path, training = load_for_evaluation(model, config, folder, dataset, log)
     trained_on, domain = training.get("domain", ""), getattr(dataset, "domain", "")
     warnings = [text for text in [domain_warning(trained_on, domain)] if text]
@@ -448,7 +461,8 @@ def evaluate(config, world, folder, log):
 
     def test(split):
         loader = build_loader(config, split, train=False, world=world, log=log)
-        return split, task.test(model, loader, world, amp, label_names=split.label_names)
+        sources = getattr(split, "sources", None)
+        return split, task.test(model, loader, world, amp, label_names=split.label_names, sources=sources)
 
     log.info(f"evaluating {path} on {len(dataset):,} test images")
     started = time.time()
@@ -463,7 +477,9 @@ def evaluate(config, world, folder, log):
     skipped = len(dataset) - metrics["images"]
     processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
     about = {
-        "dataset": config.DATA.DATASET,
+        "dataset": config_module.data_name(config),
+        "root": str(getattr(dataset, "root", config.DATA.DATA_PATH)),
+        "tested_on": sorted({one.DATA.DATASET for one in config_module.source_configs(config).values()}),
         "trained_on": sorted(training.get("patients", {})),
         "checkpoint": str(path),
         "checkpoint_sha256": digest(path),

@@ -31,5 +31,5 @@ def read(folder):
     )
 
 
-RELEASE = Release("brax", SIGNS, MAPPING, read, heeds=("DATA.SPLIT_SEED", "DATA.IMAGE_FORMAT"))
+RELEASE = Release("brax", SIGNS, MAPPING, read, heeds=("DATA.SPLIT_SEED",))
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

@@ -1,7 +1,7 @@
-"""A small copy of a MIMIC-CXR tree: grey JPEGs, of which many times more a second are read. Runs without torch.
+"""A small copy of a release: grey JPEGs, of which many times more a second are read. Runs without torch.
 
-The copy reads as a MIMIC-CXR-JPG release, by any tool. It can be stopped at any point and built again:
-an image, or with zip a shard, gets its name only when it is whole, and the same tree always gives the
+The copy reads as the release itself (of MIMIC-CXR as MIMIC-CXR-JPG, by any tool). It can be stopped at any point and
+built again: an image, or with zip a shard, gets its name only when it is whole, and the same tree always gives the
 same bytes.
 """
 
@@ -19,7 +19,7 @@ import pandas as pd
 import PIL
 from PIL import Image
 
-from dataset import mimic_cxr, tables
+from dataset import releases, tables
 from dataset.domain import COPY_RECIPE, copied_name, image_domain
 from dataset.images import ImageError, decode, take_warnings
 from dataset.processes import in_processes
@@ -88,13 +88,13 @@ def _same_recipe(out, recipe):
         _replace(path, lambda temporary: temporary.write_text(json.dumps(recipe, indent=2) + "\n"))
 
 
-def _copy_tables(root, own, out):
-    """The CSV files beside the images; a table of the user's own with its paths as they are in the copy."""
+def _copy_tables(sources, own, out):
+    """The tables beside the images, {path in the copy: file}; of the user's own one with its paths there."""
     if own is None:
-        for folder in mimic_cxr.find_folders(root)[1]:
-            for source in sorted(folder.glob("mimic-cxr-*.csv*")):
-                if not (out / source.name).exists():
-                    _replace(out / source.name, functools.partial(shutil.copyfile, source))
+        for name, source in sources.items():
+            if not (out / name).exists():
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                _replace(out / name, functools.partial(shutil.copyfile, source))
     else:
         frame = tables.read_csv(own, ("path",))
         frame["path"] = frame["path"].str.strip().map(copied_name)
@@ -128,9 +128,10 @@ def _check_places(table, out):
     for path in paths:
         if Path(path).is_absolute():
             raise UserError(f"{table.sources[0]}: {path} is no path within {table.root}; only such can be copied")
-        if (first := sources.setdefault(copied_name(path), path)) != path:
+        copied = copied_name(path)
+        if (first := sources.setdefault(copied, path)) != path:
             raise UserError(
-                f"{table.sources[0]}: {first} and {path} would both become {copied_name(path)}; give one of them another name"
+                f"{table.sources[0]}: {first} and {path} would both become {copied}; give one of them another name"
             )
     return paths
 
@@ -158,7 +159,9 @@ def make_copy(
     root,
     out,
     *,
+    dataset="mimic_cxr",
     csv="",
+    image_format="auto",
     size=512,
     quality=95,
     in_zip=False,
@@ -171,7 +174,8 @@ def make_copy(
     """Makes or completes the copy of the tree `root` in `out`; returns {path: fault} of its bad images.
 
     Args:
-        csv: the table of the images, see :func:`dataset.mimic_cxr.load_table`; its labels do not matter here.
+        dataset: the release that `root` holds, one of :data:`dataset.releases.RELEASES`.
+        csv, image_format: see :func:`dataset.mimic_cxr.load_table`.
         size: short side in pixels; smaller images keep theirs.
         quality: of the JPEGs, 1 to 100.
         in_zip: a few uncompressed zip files instead of a file an image, for `main.py --zip`.
@@ -183,8 +187,9 @@ def make_copy(
         UserError: bad tables, or `out` holds something else.
     """
     out = Path(out).expanduser().absolute()
-    own = mimic_cxr.find_own_csv(root, csv)
-    table = mimic_cxr.load_table(root, csv=csv, labeler="", allow_missing=allow_missing)
+    reader = releases.reader(dataset)
+    own = reader.find_own_csv(root, csv)
+    table = reader.whole_table(root, csv=csv, image_format=image_format, allow_missing=allow_missing)
     paths = _check_places(table, out)
     out.mkdir(parents=True, exist_ok=True)
     options = {"size": size, "quality": quality, "dicom_recipe": dicom_recipe}
@@ -197,7 +202,7 @@ def make_copy(
     started = time.time()
     done = list(copy(paths, table.root, out, options, workers))
     faults = {path: fault for path, fault in done if fault}
-    _copy_tables(root, own, out)
+    _copy_tables(reader.tables_to_copy(root, table), own, out)
     seconds = time.time() - started
     log(f"{len(done):,} images in {seconds:.1f} s ({len(done) / seconds:.1f} images/s), "
         f"{len(paths) - len(done):,} were there; {out}")  # fmt: skip

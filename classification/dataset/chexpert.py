@@ -9,7 +9,7 @@ import pandas as pd
 
 from dataset import tables
 from dataset.labels import LABELS
-from dataset.releases import Reading, Release, exact, views
+from dataset.releases import Folder, Reading, Release, exact, views
 from errors import UserError
 
 COLUMNS = ("Path", "Frontal/Lateral", "AP/PA")
@@ -58,7 +58,10 @@ def read(folder):
     files["validate"] = folder.needed("valid.csv", why="the validation split of CheXpert")
     frames = {split: tables.read_csv(path, COLUMNS) for split, path in files.items()}
     tops = _tops(folder, frames["train"]["Path"].iloc[0])
-    if test := folder.table("groundtruth.csv", "test/groundtruth.csv", "../groundtruth.csv"):
+    test = folder.table("groundtruth.csv", "test/groundtruth.csv") or Folder(folder.root.parent).table(
+        "groundtruth.csv"
+    )
+    if test:
         files["test"], frames["test"] = test, _test_images(folder, test, tops)
     images = pd.concat([_below_top(frame, "Path", files[split]) for split, frame in frames.items()], ignore_index=True)
     sides = pd.concat([frame[["Frontal/Lateral", "AP/PA"]] for frame in frames.values()], ignore_index=True)

@@ -45,7 +45,8 @@ def image_domain(store, paths, recipe):
 def domain_warning(trained, here):
     """One line for the user where images are `here` of another domain than a model was `trained` on; else empty."""
     alike = {"dicom mimic_jpg": "pictures"}  # which that recipe makes
-    if not trained or not here or alike.get(trained, trained) == alike.get(here, here):
+    known, seen = ({alike.get(kind, kind) for kind in domain.split(" and ")} for domain in (trained or "", here or ""))
+    if not trained or not here or seen <= known:
         return ""
     said = f"the model was trained on {trained}, these images are {here}: its scores are lower on another kind of image"
     if here.startswith("dicom ") and " and " not in trained:

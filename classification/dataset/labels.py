@@ -68,3 +68,19 @@ def apply_policy(raw, label_names, *, uncertain="zeros", missing="zeros", soft=T
     targets = np.where(np.isnan(raw), of_missing, np.where(raw == -1, of_uncertain, raw))
     targets = np.where(raw == UNKNOWN, np.nan, targets)
     return targets.astype(np.float32)
+
+
+def unlearnable(dataset):
+    """A text for each label of a training split (see `dataset.build.Dataset`) that has but one class or none.
+
+    What no release has a counterpart of is named in the summary, once.
+    """
+    mapping, texts = getattr(dataset, "label_mapping", {}), []
+    for name, target in zip(dataset.label_names, dataset.targets.T):
+        positive, negative = int((target == 1).sum()), int((target == 0).sum())
+        if not (positive and negative) and mapping.get(name, {}).get("kind") != "unknown":
+            texts.append(
+                f"{name} cannot be learnt: the train split has {positive:,} positives and {negative:,} negatives of "
+                "it; see DATA.UNCERTAIN and DATA.MISSING"
+            )
+    return texts

@@ -33,9 +33,11 @@ def _splits(folder, images):
     split, paths = pd.Series("", images), {}
     for name, file in LISTS.items():
         path = paths[name] = folder.needed(file, why=f"the official {name} split")
-        here = split.index.isin({line.strip() for line in path.read_text().splitlines()})
+        here = split.index.isin({line.strip() for line in path.read_text("utf-8-sig", errors="replace").splitlines()})
         if (both := here & (split != "")).any():
-            raise UserError(f"{path}: {split.index[both][0]} is in {paths['train'].name} too; it belongs in one of them")
+            raise UserError(
+                f"{path}: {split.index[both][0]} is in {paths['train'].name} too; it belongs in one of them"
+            )
         split[here] = name
     return split.to_numpy(str), tuple(paths.values())
 
@@ -49,13 +51,13 @@ def _places(folder, images):
         numbered = numbered or [f"images_{k:03d}" for k in range(1, 13)]  # in zip files
     where = {}
     for place in (place for name in numbered for place in (f"{name}/images", name)):
-        where |= dict.fromkeys(folder.files(place), place + "/")
+        where |= {name.partition(".")[0]: f"{place}/" for name in folder.files(place)}  # in a copy they are JPEGs
     if where:
-        yield images.map(where).fillna("images_001/images/") + images
+        yield images.str.partition(".")[0].map(where).fillna("images_001/images/") + images
 
 
 def read(folder):
-    entries = folder.needed("Data_Entry_2017*.csv", why="the table of the images")
+    entries = folder.needed("Data_Entry_2017_v2020.csv", "Data_Entry_2017*.csv", why="the table of the images")
     frame = tables.read_csv(entries, ("Image Index", "Finding Labels", "Patient ID", "Follow-up #", "View Position"))
     images = tables.names(frame, "Image Index", entries)
     tables.no_duplicates(images, "image", entries)

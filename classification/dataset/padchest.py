@@ -58,6 +58,7 @@ def read_terms(text):
 
 
 def read(folder, labelled_by="physicians"):
+    """labelled_by: physicians, all, or None: also the images without labels."""
     source = folder.needed("*.csv", why="the table of PadChest", columns=SIGNS["*.csv"])
     frame = tables.read_csv(source, COLUMNS)
     by_others = ~frame["MethodLabel"].str.strip().str.lower().str.startswith("physician").to_numpy(bool)
@@ -68,9 +69,12 @@ def read(folder, labelled_by="physicians"):
     sets = [read_terms(text) for text in texts]
     if None in sets:
         row = tables.first_row(codes == sets.index(None))
-        raise UserError(f"{source}: Labels is {frame['Labels'].iloc[row]!r} in data row {row + 1}; expected a list ['term', ...]")
-    reason[(reason == "") & np.array([not terms for terms in sets])[codes]] = "image without labels"
-    reason[(reason == "") & np.array(["exclude" in terms for terms in sets])[codes]] = "image labelled exclude"
+        raise UserError(
+            f"{source}: Labels is {frame['Labels'].iloc[row]!r} in data row {row + 1}; expected a list ['term', ...]"
+        )
+    if labelled_by is not None:
+        reason[(reason == "") & np.array([not terms for terms in sets])[codes]] = "image without labels"
+        reason[(reason == "") & np.array(["exclude" in terms for terms in sets])[codes]] = "image labelled exclude"
     kept = reason == ""
     if not kept.any():
         raise UserError(f"{source}: no image is left ({', '.join(dict.fromkeys(reason))})")
@@ -92,5 +96,6 @@ def read(folder, labelled_by="physicians"):
     )
 
 
-RELEASE = Release("padchest", SIGNS, MAPPING, read, {"labelled_by": "DATA.LABELLED_BY"}, heeds=("DATA.SPLIT_SEED",))
+RELEASE = Release("padchest", SIGNS, MAPPING, read, {"labelled_by": "DATA.LABELLED_BY"}, heeds=("DATA.SPLIT_SEED",),
+                  all_images={"labelled_by": None})  # fmt: skip
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import torch
 
+from dataset.sources import parts_of
 from errors import UserError
 
 
@@ -23,9 +24,13 @@ def _digests(names):
 
 
 def patients_of(dataset, config):
-    """{DATA.DATASET: digests of its patients, int64 [N], sorted}; MIMIC-CXR's take half a megabyte."""
-    digests = np.sort(_digests(_names(dataset)))
-    return {config.DATA.DATASET: torch.from_numpy(digests)} if len(digests) else {}
+    """{DATA.DATASET: digests of its patients, int64 [N], sorted}, of each of several sources; MIMIC-CXR's take half a
+    megabyte."""
+    found = []
+    for one, part in parts_of(dataset, config).values():
+        digests = np.sort(_digests(_names(part)))
+        found += [{one.DATA.DATASET: torch.from_numpy(digests)}] if len(digests) else []
+    return together(*found)
 
 
 def together(*known):
@@ -37,11 +42,13 @@ def together(*known):
 def refuse_known(known, dataset, config, path):
     """Raises a UserError where patients of `dataset` are among those `known`, on whom the model of `path` was trained
     or chosen."""
-    names, name = _names(dataset), config.DATA.DATASET
-    if name not in known or not names:
-        return
-    shared = np.isin(_digests(names), known[name].numpy())
-    if shared.any():
+    for one, part in parts_of(dataset, config).values():
+        names, name = _names(part), one.DATA.DATASET
+        if name not in known or not names:
+            continue
+        shared = np.isin(_digests(names), known[name].numpy())
+        if not shared.any():
+            continue
         raise UserError(
             f"{path} was trained or chosen on {int(shared.sum()):,} of the {len(names):,} patients of this test split "
             f"of {name}, such as {names[int(shared.argmax())]}: the score would measure memory. Test it on the split "

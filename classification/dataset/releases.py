@@ -7,6 +7,7 @@ Runs without torch.
 
 import hashlib
 import importlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from errors import UserError, did_you_mean
 
 RELEASES = ("mimic_cxr", "chexpert", "nih", "padchest", "vindr", "brax")  # those that `recognise` knows
 PROBES = 20  # images looked for to learn where all of them lie
+MOST_FOLDERS = 100  # in a folder of releases; one with more holds the images of one
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -165,17 +167,15 @@ class Folder:
         return sorted(path.name for path in place.iterdir()) if place.is_dir() else []
 
 
-def _places(folder):
-    """Where a release may lie when `folder` is given: there, in one of its folders, or above."""
-    return [folder, *sorted(p for p in folder.iterdir() if p.is_dir()), folder.parent, folder.parent.parent]
-
-
 def _roots(folder, signs):
-    """The folders in and around `folder` that hold a release, by the first of its signs that is found."""
+    """The folders that hold a release: `folder`, else one above it, else those in it; by the first sign found."""
+    with os.scandir(folder) as entries:  # asks the file system for no more than the names
+        below = sorted(Path(entry.path) for entry in entries if entry.is_dir())
+    below = below if len(below) <= MOST_FOLDERS else []
     for pattern, columns in signs.items():
-        found = [place for place in _places(folder) if _having(place, pattern, columns)]
-        if found:  # the folder itself, or those below it; above only where there is none
-            return found[:1] if folder in found[:1] else [p for p in found if p.parent == folder] or found[:1]
+        for places in ([folder], [folder.parent], [folder.parent.parent], below):
+            if found := [place for place in places if _having(place, pattern, columns)]:
+                return found
     return []
 
 
@@ -185,9 +185,16 @@ def recognise(folder):
     return [name for name, module in modules.items() if _roots(folder, module.SIGNS)]
 
 
+def reader(name):
+    """What reads the release of this name: its :class:`Release`, or the module itself."""
+    module = importlib.import_module(f"dataset.{name}")
+    return getattr(module, "RELEASE", module)
+
+
 def use_instead(folder, name):
     """The end of an error of the dataset `name`: which release lies in `folder` instead, or nothing."""
-    others = [other for other in recognise(folder) if other != name]
+    folder = Path(folder).expanduser().absolute()
+    others = [other for other in (recognise(folder) if folder.is_dir() else []) if other != name]
     return f"; it looks like {' and '.join(others)}: use --dataset {others[0]}" if others else ""
 
 
@@ -230,10 +237,10 @@ def _find_paths(candidates, folder, image_format, allow_missing):
     if not any(there) and allow_missing:
         there = [hits(paths) for paths in tried]
     if not any(there):
-        looked = dict.fromkeys(str(folder.root / probes(paths)[0]) for paths in tried)
+        looked = list(dict.fromkeys(str(folder.root / probes(paths)[0]) for paths in tried))
         raise UserError(
-            f"no image found {folder.store.place}: looked for {', '.join(looked)} and others; the images must lie as "
-            "in the release" + ("" if allow_missing else ", and a part of them needs DATA.ALLOW_MISSING True")
+            f"no image found {folder.store.place}: looked for {', '.join(looked[:4])} and others; the images must "
+            "lie as in the release" + ("" if allow_missing else ", and a part of them needs DATA.ALLOW_MISSING True")
         )
     kinds = dict.fromkeys(Path(paths[0]).suffix[1:].lower() for paths, n in zip(tried, there) if n)
     if len(kinds) > 1:
@@ -285,6 +292,7 @@ class Release:
     mapping: {label of a model: :class:`Source`}; other labels of the 14 are unknown to it.
     read(folder, **options) -> :class:`Reading`; options: {its keyword: config key}.
     heeds: further config keys that act on it.
+    all_images: the options by which `read` leaves out no image, and finds no fault in one that is too many.
     """
 
     name: str
@@ -293,6 +301,7 @@ class Release:
     read: Callable
     options: dict = field(default_factory=dict)
     heeds: tuple = ()
+    all_images: dict = field(default_factory=dict)
 
     def load_table(
         self,
@@ -307,6 +316,7 @@ class Release:
         allow_missing=False,
         in_zip=False,
         testing=False,
+        checked=True,
         **options,
     ):
         """The table of all images under `root`, checked.
@@ -319,6 +329,7 @@ class Release:
             split_seed: by which splits are drawn that the release does not have; None: 0 for a validation split, and
                 a release without any splits is all test.
             testing: the test split is wanted: where the release lacks it, the validation split is it.
+            checked: False: without the checks of patients and files.
             options: of `read`.
 
         Raises:
@@ -357,7 +368,23 @@ class Release:
             if table.view is None:
                 raise UserError(f"DATA.VIEWS {views}: {self.name} does not tell the views of its images")
             table = tables.select_views(table, views, reading.sources[0])
-        return tables.check_table(table, allow_missing)
+        return tables.check_table(table, allow_missing) if checked else table
+
+    def find_own_csv(self, _root, csv=""):
+        """None: a release is read from its own tables; a UserError where another one is named."""
+        if csv:
+            raise UserError(f"{csv}: a table of your own is read by --dataset mimic_cxr, not by {self.name}")
+
+    def whole_table(self, root, *, csv="", image_format="auto", allow_missing=False, checked=True):
+        """The table of all images that the release names, without labels: for those who audit and copy them."""
+        self.find_own_csv(root, csv)
+        given = {"image_format": image_format, "allow_missing": allow_missing, "checked": checked}
+        return self.load_table(root, label_names=(), **given, **self.all_images)
+
+    def tables_to_copy(self, _root, table):
+        """{path in a copy: table} of the files that a copy of the release needs."""
+        below = {path: path.is_relative_to(table.root) for path in table.sources}
+        return {str(path.relative_to(table.root)) if below[path] else path.name: path for path in table.sources}
 
     def table(self, config, *splits):
         """The table that `config` describes, for these splits."""
@@ -385,5 +412,6 @@ class Release:
     def build(self, config, *splits):
         """The datasets of `splits` that `config` describes, over one table."""
         approximates = any(not source.exact for source in self.mapping.values())
-        heeds = {*self.heeds, *self.options.values(), *(["DATA.APPROXIMATE_LABELS"] if approximates else [])}
+        heeds = {"DATA.IMAGE_FORMAT", *self.heeds, *self.options.values()}
+        heeds |= {"DATA.APPROXIMATE_LABELS"} if approximates else set()
         return build_radiographs(config, self.table(config, *splits), splits, frozenset(heeds))

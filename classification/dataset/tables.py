@@ -132,14 +132,18 @@ class Table:
         ]
         for k, name in enumerate(self.label_names):
             lines.append((f"  {name}", *(share(self.targets[s, k]) for s in splits)))
-        widths = [max(len(line[k]) for line in lines) for k in range(4)]
-        texts = [
-            (line[0].ljust(widths[0]) + "".join(f"   {cell:>{w}}" for cell, w in zip(line[1:], widths[1:]))).rstrip()
-            for line in lines
-        ]
-        texts += ["from " + ", ".join(path.name for path in self.sources), *self.notes]
+        texts = [aligned(lines), "from " + ", ".join(path.name for path in self.sources), *self.notes]
         left_out = "; ".join(f"{n:,} {reason}" for reason, n in self.left_out.items() if n)
         return "\n".join([*texts, f"left out: {left_out or 'nothing'}"])
+
+
+def aligned(lines):
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        (line[0].ljust(widths[0]) + "".join(f"   {cell:>{w}}" for cell, w in zip(line[1:], widths[1:]))).rstrip()
+        for line in lines
+    )
 
 
 def split_index(split):

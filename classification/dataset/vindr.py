@@ -67,7 +67,8 @@ def _agree(values, row, count, readers):
     return found
 
 
-def read(folder, readers="majority"):
+def read(folder, readers="majority", need_rows=True):
+    """readers: majority or any; need_rows: an image without a row is an error."""
     images, rows, frames, files = {}, {}, {}, {}
     for split in ("train", "test"):
         name = f"image_labels_{split}.csv"
@@ -80,7 +81,8 @@ def read(folder, readers="majority"):
         else:
             tables.no_duplicates(names, "image", path)
         rows[split], images[split] = pd.factorize(names)
-        _need_rows(folder, split, images[split], path)
+        if need_rows:
+            _need_rows(folder, split, images[split], path)
 
     def finding(name):
         name, found = ALSO.get(name, name), []
@@ -105,5 +107,6 @@ def read(folder, readers="majority"):
     )
 
 
-RELEASE = Release("vindr", SIGNS, MAPPING, read, {"readers": "DATA.READERS"}, ("DATA.SPLIT_SEED", "DATA.IMAGE_FORMAT"))
+RELEASE = Release("vindr", SIGNS, MAPPING, read, {"readers": "DATA.READERS"}, ("DATA.SPLIT_SEED",),
+                  all_images={"need_rows": False})  # fmt: skip
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

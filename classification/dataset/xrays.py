@@ -5,6 +5,7 @@ from PIL import Image
 from dataset import tables
 from dataset.domain import image_domain
 from dataset.images import decode
+from dataset.labels import unlearnable
 from dataset.stores import MemoryStore
 
 
@@ -48,25 +49,14 @@ class RadiographDataset:
         if not len(self.table):
             raise tables.EmptySplit(f"{table.root}: the split {split!r} has no image")
         self.store = MemoryStore(table.store, self.table.path) if on_memory else table.store
+        self.root = table.root
         self.domain = image_domain(self.store, self.table.path, dicom_recipe)
         self.label_names, self.targets = table.label_names, self.table.targets
         self.labels, self.cohort = self.table.labels, table.cohort()
         self.label_mapping, self.heeds = table.label_mapping, heeds
-        self.summary, self.warnings = table.summary(), self._unlearnable() if split == "train" else []
+        self.summary, self.warnings = table.summary(), unlearnable(self) if split == "train" else []
         self.transform, self.mode = transform, mode
         self.decoding = {"recipe": dicom_recipe, "window": dicom_window, "shrink_to": shrink_to}
-
-    def _unlearnable(self):
-        # What a release has no counterpart of is named in the summary, once.
-        known = [name for name in self.label_names if self.table.label_mapping[name]["kind"] != "unknown"]
-        columns = [self.targets[:, self.label_names.index(name)] for name in known]
-        counts = [(name, (target == 1).sum(), (target == 0).sum()) for name, target in zip(known, columns)]
-        return [
-            f"{name} cannot be learnt: the train split has {positive:,} positives and {negative:,} negatives of it; "
-            "see DATA.UNCERTAIN and DATA.MISSING"
-            for name, positive, negative in counts
-            if not (positive and negative)
-        ]
 
     def __len__(self):
         return len(self.table)

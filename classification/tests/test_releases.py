@@ -1,6 +1,8 @@
 """Releases as they are downloaded -> the one table: splits, labels, views, paths, and every mistake in them."""
 
+import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,10 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import SHARED
-from dataset import brax, chexpert, nih, padchest, releases, vindr
+import prepare_mimic
+from benchmarks.full_nih import write_tables
+from conftest import ROOT, SHARED
+from dataset import brax, chexpert, mimic_cxr, nih, padchest, releases, vindr
 from dataset.labels import LABELS, UNKNOWN
 from dataset.mimic_cxr import load_table as load_mimic
+from dataset.patients import patients_of, refuse_known, together
+from dataset.stores import FileStore
 from errors import UserError
 
 NAN = np.nan
@@ -189,7 +195,9 @@ def test_labels_that_a_release_does_not_know_stay_unknown(nih_at):
     summary = table.summary()
     assert summary.count("Fracture") == 2 and "Fracture  " in summary
     assert any(line.split() == ["Fracture", "-", "-", "-"] for line in summary.splitlines())
-    assert "unknown to nih, masked in loss and metrics: Enlarged Cardiomediastinum, Fracture, Support Devices" in summary
+    assert (
+        "unknown to nih, masked in loss and metrics: Enlarged Cardiomediastinum, Fracture, Support Devices" in summary
+    )
     strict = nih.load_table(root, approximate_labels=False).with_targets("zeros", "zeros")
     unknown = {label for label, m in strict.label_mapping.items() if m["kind"] == "unknown"}
     assert unknown == {"Enlarged Cardiomediastinum", "Fracture", "Support Devices", "Lung Lesion", "Lung Opacity",
@@ -399,9 +407,8 @@ def brax_at(tmp_path):
             paths = {"dcm": f"Anonymized_DICOMs/{stem}.dcm", "png": f"images/{stem}.png"}
             labels = ["1.0", "", "-1.0", "0.0"] + [""] * 10 if k % 2 else [""] * 4 + ["1"] + [""] * 9
             view = ("PA", "L", "AP", "RL", "", "LT-DECUB")[k % 6]
-            lines.append(
-                f"{paths['dcm']},{paths['png']},Patient_{k // 2},M,85 or more,{k},20200101,{','.join(labels)},{view},1,1,X"
-            )
+            patient = f"Patient_{k // 2},M,85 or more,{k},20200101"
+            lines.append(f"{paths['dcm']},{paths['png']},{patient},{','.join(labels)},{view},1,1,X")
             for kind in kinds:
                 draw(root / (paths[kind].partition("/")[2] if strip else paths[kind]), k)
         write(root / "master_spreadsheet_update.csv", BRAX, *lines)
@@ -434,6 +441,17 @@ def test_brax_as_both_kinds(brax_at):
         brax.load_table(root)
     for kind in ("dcm", "png"):
         assert brax.load_table(root, image_format=kind).path[0].endswith(kind.encode())
+
+
+def test_the_readme_tells_the_mapping():
+    """The table of README_MIMIC.md is what the code does; approximate labels are in italics there."""
+    lines = (ROOT / "README_MIMIC.md").read_text().splitlines()
+    rows = {cells[1]: cells[2:5] for line in lines if len(cells := [c.strip() for c in line.split("|")]) == 6}
+    for label in LABELS:
+        for module, cell in zip((nih, padchest, vindr), rows[label]):
+            source = module.MAPPING.get(label)
+            names = ", ".join(source.names) if source else "–"
+            assert cell == (names if source is None or source.exact else f"*{names}*"), (label, module.__name__)
 
 
 # ------------------------------------------------------------------------------------------------ external tests
@@ -473,7 +491,241 @@ def test_a_model_is_not_tested_on_patients_that_it_was_trained_on(run_main, nih_
     texts = [path.read_text() for path in lists]
     for path, text in zip(lists, texts[::-1]):
         path.write_text(text)
-    with pytest.raises(UserError, match="trained or chosen on 10 of the 10 patients of this test split of nih, such as"):
+    with pytest.raises(UserError, match="trained or chosen on 10 of the 10 patients of this test split of nih"):
         run_main("--eval", "--resume", last, data=root, out="b", **opts)
     state = torch.load(last, weights_only=True)
     assert {name: len(known) for name, known in state["patients"].items()} == {"nih": 10}
+
+
+# ------------------------------------------------------------------------------------------------ the tools
+LOAD = {"nih": nih, "chexpert": chexpert, "padchest": padchest, "vindr": vindr, "brax": brax}
+
+
+@pytest.fixture
+def release_at(chexpert_at, nih_at, padchest_at, vindr_at, brax_at):
+    """release_at(name) -> its small folder with pictures that can be read."""
+    make = {"chexpert": chexpert_at, "nih": lambda: nih_at(place=PLACES["twelve"]), "padchest": padchest_at}
+    make |= {"vindr": lambda: vindr_at(".png"), "brax": lambda: brax_at("png")}
+    return lambda name: make[name]()
+
+
+@pytest.mark.parametrize("flags", [[], ["--zip"]], ids=["folder", "zip"])
+@pytest.mark.parametrize("name", LOAD)
+def test_a_copy_reads_as_the_release(release_at, name, flags, tmp_path):
+    root, out = release_at(name), tmp_path / "copy"
+    argv = ["--data-path", str(root), "--dataset", name, "--workers", "1", "--output"]
+    assert prepare_mimic.main(["build", *argv, str(out), "--size", "32", *flags]) == 0
+    whole, small = LOAD[name].load_table(root), LOAD[name].load_table(out, in_zip=bool(flags))
+    for column in ("dicom_id", "study", "subject", "split", "labels"):
+        np.testing.assert_array_equal(getattr(small, column), getattr(whole, column))
+    image = Image.open(io.BytesIO(small.store.read(small.path[0].decode())))
+    assert image.format == "JPEG" and min(image.size) == 32
+
+
+@pytest.mark.parametrize("name", LOAD)
+def test_the_audit_of_a_release(release_at, name, tmp_path):
+    root = release_at(name)
+    argv = ["audit", "--data-path", str(root), "--dataset", name, "--workers", "1", "--output", str(tmp_path / "audit")]
+    found = LOAD[name].load_table(root).path
+    prepare_mimic.main(argv)
+    before = pd.read_csv(tmp_path / "audit/audit.csv")
+    assert set(before["problem"]) <= {"duplicate pixels"}
+    (root / found[0].decode()).unlink()
+    (root / found[-1].decode()).write_bytes(b"no image")
+    draw((root / found[1].decode()).with_name("more.png"), 99)
+    assert prepare_mimic.main(argv) == 1
+    after = pd.read_csv(tmp_path / "audit/audit.csv").set_index("problem")["path"]
+    assert after["missing"] == found[0].decode() and after["unreadable"] == found[-1].decode()
+    assert after["extra"].endswith("more.png")
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+@pytest.mark.parametrize("wrong", [*LOAD, "mimic_cxr"])
+@pytest.mark.parametrize("name", LOAD)
+def test_the_wrong_release_is_recognised(release_at, name, wrong):
+    root, load = release_at(name), {**LOAD, "mimic_cxr": mimic_cxr}[wrong].load_table
+    if name != wrong:
+        with pytest.raises(UserError, match=f"it looks like {name}: use --dataset {name}$"):
+            load(root)
+
+
+def test_a_release_is_no_folder_of_photographs(run_main, release_at):
+    with pytest.raises(UserError, match="must hold train/ and val/.* it looks like nih: use --dataset nih$"):
+        run_main(data=release_at("nih"), DATA__DATASET="imagenet")
+
+
+@pytest.mark.parametrize("name", LOAD)
+def test_a_tree_of_mimic_is_recognised(tree, name):
+    with pytest.raises(UserError, match="holds no tables of .* it looks like mimic_cxr: use --dataset mimic_cxr$"):
+        LOAD[name].load_table(tree)
+
+
+@pytest.mark.parametrize("name, file, message", [
+    ("nih", "test_list.txt", "holds no test_list.txt, the official test split"),
+    ("nih", "train_val_list.txt", "holds no train_val_list.txt, the official train split"),
+    ("chexpert", "train.csv", "holds no train.csv, the training split of CheXpert"),
+    ("chexpert", "valid.csv", "holds no valid.csv, the validation split of CheXpert"),
+    ("vindr", "annotations/image_labels_test.csv", "holds no annotations/image_labels_test.csv, the labels of th"),
+    ("vindr", "annotations/image_labels_train.csv", "holds no annotations/image_labels_train.csv, the labels of th"),
+])  # fmt: skip
+def test_a_table_is_missing(release_at, name, file, message):
+    root = release_at(name)
+    (root / file).unlink()
+    with pytest.raises(UserError, match=message):
+        LOAD[name].load_table(root)
+
+
+@pytest.mark.parametrize("name", LOAD)
+def test_images_lie_elsewhere(release_at, name, tmp_path):
+    root = release_at(name)
+    for path in [p for p in root.rglob("*") if p.suffix in (".png", ".jpg")]:
+        moved = tmp_path / "elsewhere" / path.relative_to(root)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(moved)
+    # The studies of CheXpert's test set are looked for first: their images are named by the folder alone.
+    with pytest.raises(UserError, match=f"no image found as files: looked for {root}|holds no image of this study"):
+        LOAD[name].load_table(root)
+
+
+@pytest.mark.parametrize("name, column", [
+    ("chexpert", "Edema"), ("nih", "Finding Labels"), ("padchest", "Projection"), ("vindr", "Rib fracture"),
+    ("brax", "Pleural Other"),
+])  # fmt: skip
+def test_a_column_is_missing(release_at, name, column):
+    root = release_at(name)
+    path = LOAD[name].load_table(root).sources[0]
+    text = path.read_text()
+    path.write_text(text.replace(column, "Something", 1))
+    message = "holds no tables of nih" if name == "nih" else f"column '{column}' is missing"
+    with pytest.raises(UserError, match=message):
+        LOAD[name].load_table(root)
+
+
+@pytest.mark.parametrize("name", LOAD)
+def test_labels_that_nobody_has(release_at, name):
+    with pytest.raises(UserError, match=f"DATA.LABELS: 'Pleural Efusion' is no label of {name}.*Pleural Effusion"):
+        LOAD[name].load_table(release_at(name), label_names=("Pleural Efusion",))
+
+
+def test_a_vindr_image_without_annotations(vindr_at):
+    root = vindr_at()
+    draw(root / "train/0123.dicom")
+    with pytest.raises(UserError, match="image_labels_train.csv has no row of train/0123.dicom .1 such images."):
+        vindr.load_table(root)
+
+
+def test_a_vindr_row_without_a_reader_or_twice(vindr_at):
+    root = vindr_at()
+    path = root / "annotations/image_labels_train.csv"
+    text = path.read_text()
+    path.write_text(text.replace(",R10,", ",,", 1))
+    with pytest.raises(UserError, match="rad_id is empty in data row 1"):
+        vindr.load_table(root)
+    path.write_text(text.replace(",R10,", ",R8,", 1))
+    with pytest.raises(UserError, match="image 0+ of the reader R8 has more than one row"):
+        vindr.load_table(root)
+
+
+def test_nih_lists_that_are_at_odds(nih_at):
+    root = nih_at()
+    train, test = (root / name for name in ("train_val_list.txt", "test_list.txt"))
+    names = train.read_text().splitlines()
+    train.write_text("\n".join(names[1:]))
+    assert nih.load_table(root).left_out["image that neither list of the split names"] == 1
+    test.write_text(test.read_text() + names[5] + "\n")
+    with pytest.raises(UserError, match=f"test_list.txt: {names[5]} is in train_val_list.txt too"):
+        nih.load_table(root)
+    train.write_text("\n".join(name for name in names if name != names[5]))  # its patient's other image stays
+    with pytest.raises(UserError, match="are in more than one split, such as subject_id 3"):
+        nih.load_table(root)
+
+
+def test_a_finding_that_nih_does_not_have(nih_at):
+    root = nih_at()
+    path = root / "Data_Entry_2017_v2020.csv"
+    path.write_text(path.read_text().replace("Infiltration,", "Infiltrate,", 1))
+    with pytest.raises(UserError, match=r"the finding 'Infiltrate' is none of NIH's \(did you mean Infiltration\?\)"):
+        nih.load_table(root)
+
+
+def test_a_partial_download(release_at):
+    for name, module in LOAD.items():
+        root = release_at(name)
+        table = module.load_table(root)
+        (root / table.path[0].decode()).unlink()
+        with pytest.raises(UserError, match="image missing: .*DATA.ALLOW_MISSING"):
+            module.load_table(root)
+        assert len(module.load_table(root, allow_missing=True)) == len(table) - 1
+
+
+CXR_LT = "dicom_id,subject_id,study_id,fpath,Atelectasis,Pneumomediastinum,Subcutaneous Emphysema,Tortuous Aorta"
+
+
+@pytest.mark.parametrize("header, name", [
+    (CXR_LT, "train_labeled.csv"), (CXR_LT.replace("fpath", "path"), "any.csv"),
+    ("dicom_id,subject_id,study_id,fpath,A,B,C,D", "cxr-lt-2024-test.csv"),
+])  # fmt: skip
+def test_tables_of_cxr_lt_are_refused(tmp_path, header, name):
+    path = "files/p10/p10000032/s50414267/02aa804e.jpg"
+    write(tmp_path / name, header, f"02aa804e,10000032,50414267,{path},1,0,0,0")
+    for csv in ("", name):
+        with pytest.raises(UserError, match="is a table of CXR-LT.*most of its test patients are in MIMIC-CXR's train"):
+            load_mimic(tmp_path, csv=csv)
+    write(tmp_path / name, header, "1,2,3,a.jpg,1,0,0,0")  # such labels of another hospital are no fault
+    with pytest.raises(UserError, match="no mimic-cxr|column|does not exist|image missing"):
+        load_mimic(tmp_path)
+
+
+@pytest.mark.parametrize("name, labels", [("nih", nih.FINDINGS), ("vindr", vindr.FINDINGS)])
+def test_training_on_the_labels_of_a_release(run_main, release_at, name, labels):
+    opts = {"DATA__LABELS": list(labels), "MODEL__NUM_CLASSES": len(labels), "DATA__BATCH_SIZE": 4}
+    run = run_main(data=release_at(name), DATA__DATASET=name, TRAIN__EPOCHS=1, **opts)
+    assert torch.load(run / "last_ckpt.pth", weights_only=True)["label_names"] == list(labels)
+    loss = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["train_loss"]
+    assert 0 < loss < 2
+
+
+def test_patients_known_to_a_model():
+    """Exact unions; another data set, and images without patients, are compared with their own kind only."""
+    import config as config_module
+
+    config = config_module.from_dict({"DATA": {"DATASET": "nih"}}, "test")
+
+    def dataset(*subjects):
+        return SimpleNamespace(
+            ids=lambda: {"dicom_id": [f"i{k}" for k in range(len(subjects))], "subject_id": subjects}
+        )
+
+    known = together(patients_of(dataset("1", "2", "2"), config), patients_of(dataset("2", "3"), config), {})
+    assert known["nih"].dtype == torch.int64 and len(known["nih"]) == 3
+    refuse_known(known, dataset("4", "01", "1.0"), config, "a.pth")
+    refuse_known({"chexpert": known["nih"]}, dataset("1"), config, "a.pth")
+    refuse_known({}, dataset("1"), config, "a.pth")
+    refuse_known(known, SimpleNamespace(ids=lambda: {"path": ["1"]}), config, "a.pth")  # photographs have no patients
+    with pytest.raises(UserError, match="a.pth was trained or chosen on 2 of the 3 patients .*, such as 2: the score"):
+        refuse_known(known, dataset("4", "2", "3", "3"), config, "a.pth")
+    images = patients_of(dataset("", ""), config)
+    with pytest.raises(UserError, match="on 1 of the 1 patients"):
+        refuse_known(images, dataset(""), config, "a.pth")
+
+
+def test_training_without_a_split_asks_for_one(run_main, release_at):
+    opts = {"DATA__DATASET": "brax", "DATA__BATCH_SIZE": 4, "TRAIN__EPOCHS": 1}
+    with pytest.raises(UserError, match="brax has no splits of its own.*DATA.SPLIT_SEED"):
+        run_main(data=release_at("brax"), **opts)
+    run = run_main(data=release_at("brax"), DATA__SPLIT_SEED=0, **opts)
+    assert json.loads((run / "config.json").read_text())["DATA"]["SPLIT_SEED"] == 0
+    assert "split drawn by DATA.SPLIT_SEED 0: 70 % of the patients train" in (run / "log_rank0.txt").read_text()
+
+
+def test_nih_at_its_full_size(tmp_path, monkeypatch):
+    """The official counts; a sample of the files is looked for, not 112,120."""
+    images, looked = write_tables(tmp_path), []
+    monkeypatch.setattr(FileStore, "missing", lambda _, paths: np.zeros(looked.append(len(paths)) or len(paths), bool))
+    table = nih.load_table(tmp_path)
+    assert len(images) == len(table) == 112_120 and len(np.unique(table.subject)) == 30_805
+    train, validate, test = (table.select(table.split == k) for k in range(3))
+    assert len(train) + len(validate) == 86_524 and len(test) == 25_596
+    patients = [len(np.unique(t.subject)) for t in (train, validate, test)]
+    assert patients == [28_008 - 2_801, 2_801, 2_797]  # a tenth, rounded up
+    assert sum(looked) < 1_000
