@@ -47,7 +47,7 @@ class Knob:
 
     allowed: one of the functions above.
     acts: what must hold for it to have an effect: other keys and their values; `task`, that of the dataset;
-        `model`, that the backbone heeds it. Where that does not hold, a value other than the default is warned about.
+        `model`, that the backbone heeds it; `device`, what is computed on. Where that does not hold, a value other than the default is warned about.
     kind: the type besides None, where the default is None. mapping: a mapping is allowed as well.
     flag: its own flag of main.py.
     """
@@ -64,7 +64,7 @@ class Knob:
 XRAYS, PHOTOS = {"task": "multilabel"}, {"task": "single_label"}
 OFFICIAL = {"DATA.DATASET": "mimic_cxr", "DATA.CSV": ""}
 INTERN_IMAGE, TIMM, MODEL = {"MODEL.TYPE": "intern_image"}, {"MODEL.TYPE": "timm"}, {"model": True}
-STEP = {"TRAIN.LR_SCHEDULER.NAME": "step"}
+STEP, GPU = {"TRAIN.LR_SCHEDULER.NAME": "step"}, {"device": "cuda"}
 SGD, ADAMW = {"TRAIN.OPTIMIZER.NAME": "sgd"}, {"TRAIN.OPTIMIZER.NAME": "adamw"}
 
 # fmt: off
@@ -106,6 +106,7 @@ KNOBS = {
                         one_of("squeeze", "pad"), acts=XRAYS),
     "DATA.NUM_WORKERS": Knob(8, "loading processes per GPU", at_least(0)),
     "DATA.PIN_MEMORY": Knob(True, "batches in memory that a GPU reads directly"),
+    "DATA.PREFETCH": Knob(1, "(new) batches that cross to the GPU while it computes", at_least(0), acts=GPU),
     # ------------------------------------------------------------------------------------ model
     "MODEL.TYPE": Knob("intern_image", "a file in models/: intern_image, timm"),
     "MODEL.NAME": Knob("", "folder of the run below OUTPUT; empty: the name of the YAML file"),
@@ -154,6 +155,7 @@ KNOBS = {
     "TRAIN.ACCUMULATION_STEPS": Knob(1, "forward passes per update", at_least(1), flag="--accumulation-steps"),
     "TRAIN.USE_CHECKPOINT": Knob(False, "recompute activations in the backward pass to save memory", acts=MODEL,
                                  flag="--use-checkpoint"),
+    "TRAIN.COMPILE": Knob(False, "(new) torch.compile: fewer passes over memory; the first update takes minutes, once"),
     "TRAIN.AUTO_RESUME": Knob(True, "go on from the run's last checkpoint"),
     "TRAIN.LOSS": Knob("bce", "(new) multi-label tasks: a row of utils_multilabel.LOSSES", acts=XRAYS),
     "TRAIN.LOSS_OPTIONS": Knob({}, "(new) parameters of the loss, such as {gamma: 2.0}", acts=XRAYS, mapping=True),
@@ -199,6 +201,8 @@ KNOBS = {
     "AMP_OPT_LEVEL": Knob("O1", "O0: float32, O1: mixed precision", one_of("O0", "O1"), flag="--amp-opt-level"),
     "AMP_DTYPE": Knob("auto", "(new) auto: what is fast on the device", one_of("auto", "bfloat16", "float16"),
                       acts={"AMP_OPT_LEVEL": "O1"}),
+    "TF32": Knob(False, "(new) what is computed in float32 has 10 bits of mantissa, and is faster", acts=GPU),
+    "DETERMINISTIC": Knob(False, "(new) the same run is the same to the bit on a GPU too, where it is slower"),
     "OUTPUT": Knob("output", "root of all runs: one lives in OUTPUT/MODEL.NAME/TAG", flag="--output"),
     "RESULTS": Knob("results", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>"),
     "TAG": Knob("default", "name of this run", flag="--tag"),
@@ -431,10 +435,10 @@ def differences(old, new):
     return {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
 
 
-def without_effect(config, task, heeds):
+def without_effect(config, task, heeds, device):
     """A line for each knob that is set and does nothing, by its `acts`.
 
-    task: of the dataset. heeds: the keys that the backbone acts on.
+    task: of the dataset. heeds: the keys that the backbone acts on. device: its type, cpu or cuda.
     """
     lines = []
     for key, knob in KNOBS.items():
@@ -444,6 +448,8 @@ def without_effect(config, task, heeds):
         for condition, wanted in knob.acts.items():
             if condition == "model":
                 missing = None if key in heeds else f"the backbone MODEL.TYPE {config.MODEL.TYPE} has no such thing"
+            elif condition == "device":
+                missing = None if device == wanted else f"it acts on a GPU, and this runs on {device}"
             elif condition == "task":
                 missing = None if task == wanted else f"it is for {wanted} data, this is {task}"
             else:

@@ -10,6 +10,7 @@ Read `main` at the end first: it leads to `train` and `evaluate`.
 import contextlib
 import json
 import math
+import os
 import signal
 import time
 import traceback
@@ -21,6 +22,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 import checkpoint
+import compiling
 import config as config_module
 import distributed
 import faults
@@ -35,7 +37,7 @@ from dataset.domain import domain_warning
 from dataset.tables import EmptySplit
 from dataset.transforms import build_mixup
 from errors import UserError, run_command
-from inference import autocast, compute_threads, device_name, progress
+from inference import autocast, compute_threads, device_name, peak_memory, progress, set_up_device
 from lr_scheduler import build_schedule
 from models import build_model, own_values, pretrained_file
 from models.cost import count_gmacs
@@ -50,20 +52,26 @@ def train_epoch(run, epoch, first_update):
     run.model.train()
     sums, checked = dict(run.sums), first_update
     started, seconds_before = time.time(), sums["seconds"]
+    told, waited_before = started, sums["waited"]  # of the last line of the log
     for update in progress(range(first_update, run.updates), run.world, desc=f"epoch {epoch + 1}", unit="update"):
         lr = run.schedule(epoch * run.updates + update)
         run.update(batches, lr, sums)
-        sums["seconds"] = seconds_before + time.time() - started
+        now = time.time()
+        sums["seconds"] = seconds_before + now - started
+        run.say_compiled(now - started)
         last, stopped_by = update == run.updates - 1, run.stop.agreed()
         if last or stopped_by or (update + 1) % run.config.PRINT_FREQ == 0:
             # Looked at here only: reading a GPU value waits for the GPU.
             run.check_finite(sums, f"epoch {epoch + 1}, update {checked + 1} to {update + 1}")
             checked = update + 1
-            speed = (update + 1 - first_update) * run.images_per_update / (time.time() - started)
+            now = time.time()
+            speed = (update + 1 - first_update) * run.images_per_update / (now - started)
+            waited = (sums["waited"] - waited_before) / (now - told)
+            told, waited_before = now, sums["waited"]
             run.log.info(
                 f"epoch {epoch + 1}/{run.config.TRAIN.EPOCHS} update {update + 1}/{run.updates} loss "
                 f"{sums['loss'].item() / sums['updates']:.4f} lr {lr:.3e} norm {sums['last_norm'].item():.3f} "
-                f"{speed:.1f} images/s"
+                f"{speed:.1f} images/s, {waited:.0%} waiting for data, peak memory {peak_memory(run.world.device):.2f} GB"
             )
         if stopped_by and not last:
             run.save([checkpoint.LAST], epoch, update + 1, sums)
@@ -74,7 +82,8 @@ def train_epoch(run, epoch, first_update):
 def zero_sums(device):
     """What an epoch adds up, on the device, so that adding does not wait for it."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return {"loss": zero, "norm": zero, "last_norm": zero, "updates": 0, "skipped": 0, "seconds": 0.0}
+    sums = {"loss": zero, "norm": zero, "last_norm": zero, "updates": 0, "skipped": 0}
+    return sums | {"seconds": 0.0, "waited": 0.0}  # the second is a part of the first
 
 
 class Best:
@@ -100,6 +109,8 @@ class Run:
             from analysis import tensorboard
 
             self.board = tensorboard.open_board(folder)
+        if config.TRAIN.COMPILE:
+            compiling.prepare(Path(config.OUTPUT) / "compile_cache", world.device)
         torch.manual_seed(config.SEED)
         self._build_data()  # 1. first, since most mistakes show here, before anything slow
         found = self._find_checkpoint()  # 2. before the model, which then needs no foreign weights
@@ -143,14 +154,17 @@ class Run:
     def _build_model(self, pretrained):
         config, world = self.config, self.world
         self.model = build_model(config)
-        log_without_effect(self.log, config, self.task_name, self.model)
+        log_without_effect(self.log, config, self.task_name, self.model, world.device)
         if pretrained:  # before anything copies or wraps the model
             checkpoint.load_pretrained(self.model, pretrained, self.log)
         self.model.to(world.device)
-        self.parallel = self.model
+        # What trains: validation, the average and checkpoints take the model itself, whose parameters these are.
+        self.trained, self.to_compile = self.model, config.TRAIN.COMPILE
+        if config.TRAIN.COMPILE:
+            self.trained = compiling.compile_model(self.model)
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self.parallel = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            self.trained = torch.nn.parallel.DistributedDataParallel(self.trained, device_ids=ids)
         self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
 
     def _build_optimisation(self):
@@ -227,16 +241,19 @@ class Run:
         accumulation = self.config.TRAIN.ACCUMULATION_STEPS
         set_lr(self.optimizer, lr)
         for k in range(accumulation):
+            asked = time.time()
             images, targets, _ = next(batches)
+            sums["waited"] += time.time() - asked
             sums["skipped"] += self.config.DATA.BATCH_SIZE - len(images)
+            small = len(images) < self.config.DATA.BATCH_SIZE  # to compile for each such size would take minutes
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             self.last_images = images
             # Gradients cross the network once per update, with the last forward pass.
             silent = self.world.size > 1 and k < accumulation - 1
-            with self.parallel.no_sync() if silent else contextlib.nullcontext():
-                with self.amp():
-                    loss = self.criterion(self.parallel(images), targets)
+            with self.trained.no_sync() if silent else contextlib.nullcontext():
+                with self.amp(), compiling.uncompiled(self.config.TRAIN.COMPILE and small):
+                    loss = self.criterion(self.trained(images), targets)
                 self.scaler.scale(loss / accumulation).backward()
             sums["loss"] = sums["loss"] + loss.detach().double() / accumulation
         self.scaler.unscale_(self.optimizer)
@@ -250,6 +267,15 @@ class Run:
             norm = norm.where(norm.isfinite(), 0)
         sums["norm"], sums["last_norm"] = sums["norm"] + norm.double(), norm.double()
         sums["updates"] += 1
+
+    def say_compiled(self, seconds):
+        """After the first update: how long it took, if it compiled the model."""
+        if self.to_compile:
+            self.log.info(
+                f"the first update took {seconds:.0f} s: it compiled the model; what it made is kept in "
+                f"{os.environ['TORCHINDUCTOR_CACHE_DIR']}"
+            )
+        self.to_compile = False
 
     def check_finite(self, sums, where):
         """A UserError if the loss or the gradient's norm has been infinite or NaN on any rank."""
@@ -315,9 +341,12 @@ class Run:
         if self.ema is not None:
             validated, is_ema_best = self.validate(self.ema.module, self.ema_best)
             record["ema"] = {**validated, "best": self.ema_best.value}
-        images = self.images_per_update * sums["updates"]
+        images, waited = self.images_per_update * sums["updates"], distributed.gather(sums["waited"], self.world)
         record["skipped"] = sum(distributed.gather(sums["skipped"], self.world))
         record |= {"seconds": round(sums["seconds"], 1), "images_per_s": round(images / sums["seconds"], 1)}
+        # The others wait, for its gradients, for the one that waits longest.
+        record |= {"waited": round(max(waited) / sums["seconds"], 3)}
+        record |= {"peak_memory_gb": round(max(distributed.gather(peak_memory(self.world.device), self.world)), 2)}
 
         # The log before the checkpoint: a resume from it rewrites the lines of later epochs, so none is ever missing.
         if self.world.is_main:
@@ -382,9 +411,9 @@ def log_datasets(log, config, *datasets):
         log.warning(warning)
 
 
-def log_without_effect(log, config, task, model):
-    """Warn of the options that are set and do nothing for this data and this model."""
-    for line in config_module.without_effect(config, task, model.heeds):
+def log_without_effect(log, config, task, model, device):
+    """Warn of the options that are set and do nothing for this data, this model and this device."""
+    for line in config_module.without_effect(config, task, model.heeds, device.type):
         log.warning(line)
 
 
@@ -520,6 +549,7 @@ def main(argv=None):
     config = config_module.get_config(config_module.parse_args(argv), own_values)
     with distributed.session() as world:
         folder, log = open_run(config, world)
+        set_up_device(config, world.device)
         try:
             if config.THROUGHPUT_MODE:
                 measure_throughput(config, world, log)
