@@ -47,7 +47,8 @@ class Knob:
 
     allowed: one of the functions above.
     acts: what must hold for it to have an effect: other keys and their values; `task`, that of the dataset;
-        `model`, that the backbone heeds it; `device`, what is computed on. Where that does not hold, a value other than the default is warned about.
+        `model`, that the backbone heeds it; `device`, the type of what computes. Where that does not hold, a value
+        other than the default is warned about.
     kind: the type besides None, where the default is None. mapping: a mapping is allowed as well.
     flag: its own flag of main.py.
     """

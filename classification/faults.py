@@ -42,8 +42,8 @@ def _files(found, config, world):
 
 def _not_deterministic(found, config, world):
     return (
-        f"DETERMINISTIC True: {found[1]} has no deterministic form on {world.device}; set DETERMINISTIC False, or leave "
-        "out the option that needs it (its place is in log_rank0.txt)"
+        f"DETERMINISTIC True: {found[1]} has no deterministic form on {world.device}; set DETERMINISTIC False, or "
+        "leave out the option that needs it (its place is in log_rank0.txt)"
     )
 
 

@@ -67,11 +67,11 @@ def train_epoch(run, epoch, first_update):
             now = time.time()
             speed = (update + 1 - first_update) * run.images_per_update / (now - started)
             waited = (sums["waited"] - waited_before) / (now - told)
-            told, waited_before = now, sums["waited"]
+            told, waited_before, memory = now, sums["waited"], peak_memory(run.world.device)
             run.log.info(
                 f"epoch {epoch + 1}/{run.config.TRAIN.EPOCHS} update {update + 1}/{run.updates} loss "
                 f"{sums['loss'].item() / sums['updates']:.4f} lr {lr:.3e} norm {sums['last_norm'].item():.3f} "
-                f"{speed:.1f} images/s, {waited:.0%} waiting for data, peak memory {peak_memory(run.world.device):.2f} GB"
+                f"{speed:.1f} images/s, {waited:.0%} waiting for data, peak memory {memory:.2f} GB"
             )
         if stopped_by and not last:
             run.save([checkpoint.LAST], epoch, update + 1, sums)
