@@ -212,7 +212,8 @@ KNOBS = {
     "PRINT_FREQ": Knob(10, "updates between lines of the log", at_least(1)),
     "SEED": Knob(0, "of all random numbers", at_least(0)),
     "EVAL_MODE": Knob(False, "evaluate on the test split instead of training", flag="--eval"),
-    "THROUGHPUT_MODE": Knob(False, "measure images/s of the forward pass and stop", flag="--throughput"),
+    "THROUGHPUT_MODE": Knob(False, "measure the training step, and the loading of --data-path, and stop",
+                            flag="--throughput"),
 }
 # fmt: on
 

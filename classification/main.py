@@ -27,6 +27,7 @@ import config as config_module
 import distributed
 import faults
 import logger
+import throughput
 from analysis import training_log
 from analysis.evaluation import TEST, VALIDATE, digest, new_evaluation, read_evaluation, write_evaluation
 from analysis.figures import plot_training
@@ -109,8 +110,6 @@ class Run:
             from analysis import tensorboard
 
             self.board = tensorboard.open_board(folder)
-        if config.TRAIN.COMPILE:
-            compiling.prepare(Path(config.OUTPUT) / "compile_cache", world.device)
         torch.manual_seed(config.SEED)
         self._build_data()  # 1. first, since most mistakes show here, before anything slow
         found = self._find_checkpoint()  # 2. before the model, which then needs no foreign weights
@@ -510,21 +509,32 @@ def evaluate(config, world, folder, log):
 
 
 def measure_throughput(config, world, log):
-    """Images/s of the forward pass on random images: median of 10 batches after 3 to warm up."""
-    model = build_model(config).to(world.device).eval()
-    amp, dtype = autocast(config, world.device)
-    images = torch.randn(config.DATA.BATCH_SIZE, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=world.device)
-    seconds = []
-    with torch.no_grad():
-        for _ in range(13):
-            started = time.time()
-            with amp():
-                model(images)
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.time() - started)
-    median = sorted(seconds[3:])[5]
-    log.info(f"forward pass: {len(images) / median:.1f} images/s (batch {len(images)}, {dtype}, {world.device})")
+    """The training step of this configuration, and its parts: on random images, and on those of DATA_PATH, if given."""
+    torch.manual_seed(config.SEED)
+    loader = None
+    if config.DATA.DATA_PATH:
+        (dataset,) = build_datasets(config, "train")
+        loader = build_loader(config, dataset, train=True, world=world, log=log)
+        limit_threads(config, world)
+    step = throughput.Step(config, world.device)
+    seconds = throughput.step_seconds({"": step}, rounds=10)[""]
+    rate, matrices = len(step.images) / sum(seconds), throughput.matrix_rate(world.device, step.dtype)
+    parts = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in zip(throughput.PARTS, seconds))
+    log.info(
+        f"training step: {rate:.1f} images/s (batch {len(step.images)}, {step.dtype}, {world.device}), ms: {parts}; "
+        f"peak memory {peak_memory(world.device):.2f} GB\n{step.gmacs:.3f} GMACs an image: "
+        f"{throughput.share_of(matrices, step.gmacs, rate):.0%} of the rate of matrix products, "
+        f"{matrices / 1e12:.3f} TFLOP/s on {device_name(world.device)}"
+    )
+    if loader is not None:
+        # Until what the loading processes hold ready is used up.
+        warm_up = 2 * worker_count(config) + 2
+        batches = min(len(loader) - warm_up, 100 if world.device.type == "cuda" else 10)
+        if batches < 1:
+            log.warning(f"{len(loader)} batches of images are too few to measure loading by")
+            return
+        fed, waited = throughput.fed_rate(step, loader, batches, warm_up)
+        log.info(f"fed by the loader: {fed:.1f} images/s, {fed / rate:.0%} of that; {waited:.0%} waiting for data")
 
 
 # ------------------------------------------------------------------------------------------ entry
@@ -549,8 +559,10 @@ def main(argv=None):
     config = config_module.get_config(config_module.parse_args(argv), own_values)
     with distributed.session() as world:
         folder, log = open_run(config, world)
-        set_up_device(config, world.device)
         try:
+            set_up_device(config, world.device)
+            if config.TRAIN.COMPILE and not config.EVAL_MODE:
+                compiling.prepare(Path(config.OUTPUT) / "compile_cache", world.device)
             if config.THROUGHPUT_MODE:
                 measure_throughput(config, world, log)
             elif config.EVAL_MODE:
