@@ -266,7 +266,8 @@ def load_pretrained(model, path, log):
     """Start from the weights of a published checkpoint (InternImage's own, the Hugging Face copy, timm's).
 
     A classifier of another size is left as initialised, and so is a part of the model of which the file has nothing.
-    Returns {loaded, replaced, missing, unexpected}, lists of keys as files have them, and logs them.
+    Returns {loaded, replaced, missing, unexpected}, lists of keys as files have them, and logs them; and the `patients`
+    it was trained on, see `dataset.patients`, {} where the file does not say.
 
     Raises:
         UserError: the file is of another architecture.
@@ -274,7 +275,8 @@ def load_pretrained(model, path, log):
     # What wraps all of our own names is not in the file's either.
     wrapped = _WRAPPED.match(os.path.commonprefix([*model.state_dict()]))[0]
     ours = {k.removeprefix(wrapped): v for k, v in model.state_dict().items()}
-    theirs = _state_dict(read(path), path, ours.keys())
+    content = read(path)
+    theirs = _state_dict(content, path, ours.keys())
     if hasattr(model, "fitted"):
         theirs = model.fitted(theirs)
     classifier = model.classifier.removeprefix(wrapped)
@@ -309,7 +311,8 @@ def load_pretrained(model, path, log):
     log.info(f"pretrained weights from {path}: {len(matching)} of {len(ours)} keys loaded, all but those named here")
     for what in ("replaced", "missing", "unexpected"):
         log.info(f"  {what}: {', '.join(report[what]) or 'none'}")
-    return report
+    known = content.get("patients")
+    return report | {"patients": known if isinstance(known, dict) else {}}
 
 
 def _nothing_fits(path, theirs, ours):

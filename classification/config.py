@@ -41,14 +41,33 @@ def area_range(value):
     return None if 0 < low <= high <= 1 else "it must be [smallest, largest] area within 0 to 1"
 
 
+def sources(value):
+    """DATA.SOURCES: mappings with dataset, path and further :data:`SOURCE_KEYS`, of different names."""
+    form, known, seen = "{dataset: mimic_cxr, path: FOLDER}", ["name", *SOURCE_KEYS], set()
+    for k, source in enumerate(value, start=1):
+        if not isinstance(source, dict):
+            return f"source {k} must be a mapping such as {form}"
+        for key in source:
+            if key not in known:
+                nearest = did_you_mean(str(key), known)
+                return f"source {k} has the unknown key {key!r}{nearest}; the keys are {', '.join(known)}"
+        for key in ("dataset", "path", *({"name"} & set(source))):
+            if not isinstance(source.get(key), str) or not source[key]:
+                return f"source {k} needs a text as {key}, such as {form}"
+        if source_name(source) in seen:
+            return f"two sources are called {source_name(source)}: give each a name of its own, or make them one folder"
+        seen.add(source_name(source))
+    return None
+
+
 @dataclass(frozen=True)
 class Knob:
     """One option.
 
     allowed: one of the functions above.
     acts: what must hold for it to have an effect: other keys and their values; `task`, that of the dataset;
-        `model`, that the backbone heeds it; `device`, the type of what computes. Where that does not hold, a value
-        other than the default is warned about.
+        `model`, that the backbone heeds it; `data`, that the dataset does; `device`, the type of what computes. Where
+        that does not hold, a value other than the default is warned about.
     kind: the type besides None, where the default is None. mapping: a mapping is allowed as well.
     flag: its own flag of main.py.
     """
@@ -64,31 +83,44 @@ class Knob:
 
 XRAYS, PHOTOS = {"task": "multilabel"}, {"task": "single_label"}
 OFFICIAL = {"DATA.DATASET": "mimic_cxr", "DATA.CSV": ""}
-INTERN_IMAGE, TIMM, MODEL = {"MODEL.TYPE": "intern_image"}, {"MODEL.TYPE": "timm"}, {"model": True}
-STEP, GPU = {"TRAIN.LR_SCHEDULER.NAME": "step"}, {"device": "cuda"}
+INTERN_IMAGE, TIMM = {"MODEL.TYPE": "intern_image"}, {"MODEL.TYPE": "timm"}
+MODEL, DATA, GPU = {"model": True}, {"data": True}, {"device": "cuda"}
+STEP = {"TRAIN.LR_SCHEDULER.NAME": "step"}
 SGD, ADAMW = {"TRAIN.OPTIMIZER.NAME": "sgd"}, {"TRAIN.OPTIMIZER.NAME": "adamw"}
 
 # fmt: off
 KNOBS = {
     # ------------------------------------------------------------------------------------- data
-    "DATA.DATASET": Knob("imagenet", "a file in dataset/: mimic_cxr, imagenet", flag="--dataset"),
+    "DATA.DATASET": Knob("imagenet", "a file in dataset/: mimic_cxr, chexpert, nih, padchest, vindr, brax, imagenet",
+                         flag="--dataset"),
     "DATA.DATA_PATH": Knob("", "the data folder: a release, or its files/", flag="--data-path"),
+    "DATA.SOURCES": Knob([], "(new) several releases at once, instead of DATASET and DATA_PATH: [{dataset: mimic_cxr, "
+                         "path: FOLDER}, ...]; a source may have its own name, csv, split_seed, ...", sources),
+    "DATA.SOURCES_MIX": Knob("size", "(new) an epoch of several sources: every image once (size), or as many of each "
+                             "source (even)", one_of("size", "even"), acts=DATA),
     "DATA.CSV": Knob("", "(new) a table of your own instead of the official ones: path, split, labels[, subject_id]",
-                     acts=XRAYS),
+                     acts=DATA),
     "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"), acts=OFFICIAL),
     "DATA.TEST_LABELER": Knob("same", "(new) labels of the test split: those, or mimic-cxr-*-test-set-labeled.csv",
                               one_of("same", "radiologist"), acts=OFFICIAL),
     "DATA.VIEWS": Knob("all", "(new) which views; for a blank one the texts of the metadata decide",
                        one_of("all", "frontal", "AP", "PA", "lateral"), acts=XRAYS),
-    "DATA.LABELS": Knob([], "(new) label columns; empty: the 14 of CheXpert", acts=XRAYS),
+    "DATA.LABELS": Knob([], "(new) label columns, the release's own too; empty: the 14 of CheXpert", acts=XRAYS),
+    "DATA.APPROXIMATE_LABELS": Knob(True, "(new) False: labels that a release has only nearly are unknown", acts=DATA),
+    "DATA.SPLIT_SEED": Knob(None, "(new) draws by patient the splits that a release does not have: null is 0 for a "
+                            "validation split, and a release without any splits is then all test", kind=int, acts=DATA),
+    "DATA.READERS": Knob("majority", "(new) VinDr: positive is what most of the readers marked, or any of them",
+                         one_of("majority", "any"), acts=DATA),
+    "DATA.LABELLED_BY": Knob("physicians", "(new) PadChest: the images whose labels are physicians', or all",
+                             one_of("physicians", "all"), acts=DATA),
     "DATA.UNCERTAIN": Knob("zeros", "(new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics), smooth; "
                            "for all labels, or by label: {default: zeros, Consolidation: ignore}",
                            acts=XRAYS, mapping=True),
     "DATA.MISSING": Knob("zeros", "(new) what a blank becomes, likewise", acts=XRAYS, mapping=True),
     "DATA.NO_FINDING_CLEARS": Knob(False, "(new) where No Finding is 1, a blank label is 0, but for Support Devices",
                                    acts=XRAYS),
-    "DATA.IMAGE_FORMAT": Knob("auto", "(new) which images of the official layout to read",
-                              one_of("auto", "jpg", "dcm", "png"), acts=OFFICIAL),
+    "DATA.IMAGE_FORMAT": Knob("auto", "(new) which images of a release to read",
+                              one_of("auto", "jpg", "dcm", "png"), acts=DATA),
     "DATA.DICOM_RECIPE": Knob("window", "(new) window: as displayed; mimic_jpg: as MIMIC-CXR's JPG release was made",
                               one_of("window", "mimic_jpg"), acts=XRAYS),
     "DATA.DICOM_WINDOW": Knob(0, "(new) which window or VOI LUT of a DICOM that has several", at_least(0),
@@ -205,7 +237,7 @@ KNOBS = {
     "TF32": Knob(False, "(new) what is computed in float32 has 10 bits of mantissa, and is faster", acts=GPU),
     "DETERMINISTIC": Knob(False, "(new) the same run is the same to the bit on a GPU too, where it is slower"),
     "OUTPUT": Knob("output", "root of all runs: one lives in OUTPUT/MODEL.NAME/TAG", flag="--output"),
-    "RESULTS": Knob("results", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>"),
+    "RESULTS": Knob("", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>; empty: results/<DATA.DATASET>"),
     "TAG": Knob("default", "name of this run", flag="--tag"),
     "SAVE_FREQ": Knob(1, "epochs between ckpt_epoch_N.pth; the last checkpoint is kept after every epoch", at_least(1)),
     "LOG.TENSORBOARD": Knob(False, "(new) write epochs and a batch for TensorBoard too, which must be installed"),
@@ -325,14 +357,24 @@ def _backbone(config):
 
 def _set(config, pairs, source):
     """Writes (key, value) pairs of one source: a file, --opts or the flags."""
-    pairs, before = dict(pairs), _backbone(config)
+    pairs, before, type_before = dict(pairs), _backbone(config), config.MODEL.TYPE
+    results_before = f"results/{data_name(config)}"
     for key, value in pairs.items():
         if key not in KNOBS:
             raise UserError(f"{source}: unknown key {key}{did_you_mean(key.upper(), KNOBS)}")
         section, _, name = key.rpartition(".")
         (lookup(config, section) if section else config)[name] = _typed(key, value, source)
+    # What a file below said of another backbone is not said of this one: its name, and how it is built.
     if _backbone(config) != before and config.MODEL.NAME and "MODEL.NAME" not in pairs:
-        config.MODEL.NAME = _backbone(config)  # the name that a file below gave is that of another backbone
+        config.MODEL.NAME = _backbone(config)
+    for key, knob in KNOBS.items():
+        if knob.acts.get("MODEL.TYPE", config.MODEL.TYPE) == type_before != config.MODEL.TYPE and key not in pairs:
+            section, _, name = key.rpartition(".")
+            lookup(config, section)[name] = copy.deepcopy(knob.default)
+    if "DATA.DATASET" in pairs and "DATA.SOURCES" not in pairs:
+        config.DATA.SOURCES = []  # of a file below
+    if config.RESULTS == results_before != f"results/{data_name(config)}" and "RESULTS" not in pairs:
+        config.RESULTS = ""  # the folder of a run's own data (its config.json, say), which are not tested now
 
 
 def _merge_file(config, path, above=()):
@@ -397,6 +439,7 @@ def _merge_arguments(config, args):
     flags = {k: getattr(args, knob.flag.strip("-").replace("-", "_"), None) for k, knob in KNOBS.items() if knob.flag}
     _set(config, {key: value for key, value in flags.items() if value is not None}, "command line")
     config.MODEL.NAME = config.MODEL.NAME or Path(args.cfg).stem
+    config.RESULTS = config.RESULTS or f"results/{data_name(config)}"
 
 
 def from_dict(content, source):
@@ -420,6 +463,38 @@ def _checked(config):
     return config
 
 
+# --------------------------------------------------------------------------------------- sources
+# Key of one of DATA.SOURCES -> key of the config, for that source alone: what its reader heeds.
+SOURCE_KEYS = {"dataset": "DATA.DATASET", "path": "DATA.DATA_PATH"} | {
+    key.removeprefix("DATA.").lower(): key
+    for key, knob in KNOBS.items()
+    if key in ("DATA.ALLOW_MISSING", "DATA.ZIP_MODE") or ({"data", "DATA.DATASET"} & set(knob.acts))
+}
+SOURCE_KEYS.pop("sources_mix")
+
+
+def source_name(source):
+    return source.get("name", source["dataset"])
+
+
+def source_configs(config):
+    """{name of a source: its config} for each of DATA.SOURCES; without them that of DATA.DATASET."""
+    found = {}
+    for source in config.DATA.SOURCES:
+        name, one = source_name(source), config.clone()
+        one.defrost()
+        own = {SOURCE_KEYS[key]: value for key, value in source.items() if key != "name"}
+        _set(one, {**own, "DATA.SOURCES": [], "DATA.SOURCES_MIX": "size"}, f"DATA.SOURCES {name}")
+        found[name] = _checked(one)
+    return found or {config.DATA.DATASET: config}
+
+
+def data_name(config):
+    """What the data are called: DATA.DATASET, or the names of DATA.SOURCES."""
+    named = [] if sources(config.DATA.SOURCES) else map(source_name, config.DATA.SOURCES)  # `_checked` tells the fault
+    return "+".join(named) or config.DATA.DATASET
+
+
 # --------------------------------------------------------------------------------------- reading
 def to_dict(config):
     """The config as plain dictionaries, for JSON and checkpoints."""
@@ -440,16 +515,19 @@ def differences(old, new):
 def without_effect(config, task, heeds, device):
     """A line for each knob that is set and does nothing, by its `acts`.
 
-    task: of the dataset. heeds: the keys that the backbone acts on. device: its type, cpu or cuda.
+    task: of the dataset. heeds: the keys that the backbone and the dataset act on. device: its type, cpu or cuda.
     """
     lines = []
     for key, knob in KNOBS.items():
         value = lookup(config, key)
-        if not value or value == knob.default:
+        off = not value and "data" not in knob.acts  # a seed of 0 is one
+        if off or value == knob.default:
             continue
         for condition, wanted in knob.acts.items():
             if condition == "model":
                 missing = None if key in heeds else f"the backbone MODEL.TYPE {config.MODEL.TYPE} has no such thing"
+            elif condition == "data":
+                missing = None if key in heeds else f"DATA.DATASET {config.DATA.DATASET} has no such thing"
             elif condition == "device":
                 missing = None if device == wanted else f"it acts on a GPU, and this runs on {device}"
             elif condition == "task":

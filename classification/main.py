@@ -35,6 +35,8 @@ from analysis.results import Options
 from analysis.writing import write_report
 from dataset.build import build_datasets, build_loader, fingerprint, worker_count
 from dataset.domain import domain_warning
+from dataset.patients import patients_of, refuse_known, together
+from dataset.sources import parts_of
 from dataset.tables import EmptySplit
 from dataset.transforms import build_mixup
 from errors import UserError, run_command
@@ -129,11 +131,14 @@ class Run:
         self.val_loader = build_loader(config, val_set, train=False, world=self.world, log=log)
         self.updates = self.train_loader.batch_sampler.updates
         self.images_per_update = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * self.world.size
-        self.data = {"train": fingerprint(train_set), "validate": fingerprint(val_set)}
+        groups = self.train_loader.batch_sampler.groups
+        self.data = {"train": fingerprint(train_set, groups), "validate": fingerprint(val_set)}
         self.mixup = build_mixup(config)
         self.label_names, self.task = train_set.label_names, TASKS[train_set.task]
         self.criterion = self.task.build_criterion(config, train_set.targets)
-        self.task_name, self.domain = train_set.task, getattr(train_set, "domain", "")
+        self.train_set, self.domain = train_set, getattr(train_set, "domain", "")
+        self.val_sources = getattr(val_set, "sources", None)
+        self.patients = together(patients_of(train_set, config), patients_of(val_set, config))
 
     def _find_checkpoint(self):
         """(path, content) of the checkpoint to go on from, or None."""
@@ -153,9 +158,10 @@ class Run:
     def _build_model(self, pretrained):
         config, world = self.config, self.world
         self.model = build_model(config)
-        log_without_effect(self.log, config, self.task_name, self.model, world.device)
+        log_without_effect(self.log, config, self.train_set, self.model, world.device)
         if pretrained:  # before anything copies or wraps the model
-            checkpoint.load_pretrained(self.model, pretrained, self.log)
+            keys = checkpoint.load_pretrained(self.model, pretrained, self.log)
+            self.patients = together(self.patients, keys["patients"])
         self.model.to(world.device)
         # What trains: validation, the average and checkpoints take the model itself, whose parameters these are.
         self.trained, self.to_compile = self.model, config.TRAIN.COMPILE
@@ -186,6 +192,7 @@ class Run:
             config=self.config, label_names=self.label_names, world=self.world, log=self.log,
         )  # fmt: skip
         self.epoch, self.first_update = state["epoch"], state["update"]
+        self.patients = together(self.patients, state.get("patients", {}))
         if warning := domain_warning(state.get("domain"), self.domain):
             self.log.warning(warning)
         saved = state.get("data", self.data)
@@ -311,6 +318,7 @@ class Run:
             "label_names": list(self.label_names),
             "data": self.data,
             "domain": self.domain,
+            "patients": self.patients,
             "config": config_module.to_dict(self.config),
         }
         state["model"] = state[weights]
@@ -321,9 +329,11 @@ class Run:
         """Loss, score and details of `model` on the validation split, the same on all ranks; is it a new best?"""
         task = self.task
         distributed.share_buffers(model, self.world)
-        metrics = task.validate(model, self.val_loader, self.world, self.amp, label_names=self.label_names)
+        metrics = task.validate(
+            model, self.val_loader, self.world, self.amp, label_names=self.label_names, sources=self.val_sources
+        )
         is_best = best.beaten_by(metrics[task.score])
-        return {"val_loss": metrics["loss"], **{k: metrics[k] for k in (task.score, task.details)}}, is_best
+        return {"val_loss": metrics.pop("loss"), **metrics}, is_best
 
     def finish_epoch(self, epoch, sums):
         """Validate, write the log lines and every checkpoint that is due after `epoch`."""
@@ -405,22 +415,31 @@ def limit_threads(config, world):
 
 def log_datasets(log, config, *datasets):
     """What is read, and what its reader warns of."""
-    log.info(f"data in {config.DATA.DATA_PATH}\n{datasets[0].summary}")
+    folders = ", ".join(one.DATA.DATA_PATH for one in config_module.source_configs(config).values())
+    log.info(f"data in {folders}\n{datasets[0].summary}")
     for warning in dict.fromkeys(text for dataset in datasets for text in dataset.warnings):
         log.warning(warning)
 
 
-def log_without_effect(log, config, task, model, device):
-    """Warn of the options that are set and do nothing for this data, this model and this device."""
-    for line in config_module.without_effect(config, task, model.heeds, device.type):
-        log.warning(line)
+def log_without_effect(log, config, dataset, model, device):
+    """Warn of the options that are set and do nothing for this data, any of its sources, this model and this device."""
+    if config.DATA.SOURCES and config.DATA.DATA_PATH:
+        log.warning(f"DATA.DATA_PATH {config.DATA.DATA_PATH!r} has no effect: DATA.SOURCES names the folders")
+    by_source = [
+        config_module.without_effect(one, part.task, model.heeds | getattr(part, "heeds", frozenset()), device.type)
+        for one, part in parts_of(dataset, config).values()
+    ]
+    for line in by_source[0]:
+        key = line.split()[0]
+        if all(any(other.split()[0] == key for other in lines) for lines in by_source):
+            log.warning(line)
 
 
 # --------------------------------------------------------------------------------------- evaluate
-def load_for_evaluation(model, config, folder, label_names, log):
-    """Put the weights to evaluate into `model`: those of --resume, the run's best, or --pretrained.
+def load_for_evaluation(model, config, folder, dataset, log):
+    """Put the weights to evaluate on `dataset` into `model`: those of --resume, the run's best, or --pretrained.
 
-    Returns (their file, the domain of the images they were trained on, "" where that is not known).
+    Returns (their file, what the checkpoint tells of the training: domain, patients; {} where that is not known).
     """
     # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
     path = Path(config.MODEL.RESUME or folder / (checkpoint.EMA_BEST if config.TEST.EMA else checkpoint.BEST))
@@ -429,12 +448,14 @@ def load_for_evaluation(model, config, folder, label_names, log):
         keys = checkpoint.load_pretrained(model, path, log)
         if keys["replaced"] or keys["missing"]:
             raise UserError(f"--eval: {path} has no head for these {config.MODEL.NUM_CLASSES} classes; train first")
-        return path, ""
+        refuse_known(keys["patients"], dataset, config, path)
+        return path, {}
     state = checkpoint.read(path)
-    checkpoint.load_weights(model, state, path, label_names, averaged=config.TEST.EMA)
+    checkpoint.load_weights(model, state, path, dataset.label_names, averaged=config.TEST.EMA)
+    refuse_known(state.get("patients", {}), dataset, config, path)
     of_evaluation = ("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
     checkpoint.log_differences(state, config, log, but=of_evaluation)
-    return path, state.get("domain", "")
+    return path, {key: state[key] for key in ("domain", "patients") if key in state}
 
 
 def build_evaluation_sets(config, log):
@@ -456,8 +477,9 @@ def evaluate(config, world, folder, log):
     dataset, held_out = build_evaluation_sets(config, log)
     log_datasets(log, config, dataset)
     task, model = TASKS[dataset.task], build_model(config)
-    path, trained_on = load_for_evaluation(model, config, folder, dataset.label_names, log)
-    domain = getattr(dataset, "domain", "")
+    log_without_effect(log, config, dataset, model)
+    path, training = load_for_evaluation(model, config, folder, dataset, log)
+    trained_on, domain = training.get("domain", ""), getattr(dataset, "domain", "")
     warnings = [text for text in [domain_warning(trained_on, domain)] if text]
     for text in warnings:
         log.warning(text)
@@ -467,7 +489,8 @@ def evaluate(config, world, folder, log):
 
     def test(split):
         loader = build_loader(config, split, train=False, world=world, log=log)
-        return split, task.test(model, loader, world, amp, label_names=split.label_names)
+        sources = getattr(split, "sources", None)
+        return split, task.test(model, loader, world, amp, label_names=split.label_names, sources=sources)
 
     log.info(f"evaluating {path} on {len(dataset):,} test images")
     started = time.time()
@@ -482,6 +505,10 @@ def evaluate(config, world, folder, log):
     skipped = len(dataset) - metrics["images"]
     processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
     about = {
+        "dataset": config_module.data_name(config),
+        "root": str(getattr(dataset, "root", config.DATA.DATA_PATH)),
+        "tested_on": sorted({one.DATA.DATASET for one in config_module.source_configs(config).values()}),
+        "trained_on": sorted(training.get("patients", {})),
         "checkpoint": str(path),
         "checkpoint_sha256": digest(path),
         "backbone": config_module.backbone_name(config),
@@ -496,6 +523,7 @@ def evaluate(config, world, folder, log):
     }
     if task.report:
         about["label_policy"] = {"uncertain": config.DATA.UNCERTAIN, "missing": config.DATA.MISSING}
+        about["label_mapping"] = getattr(dataset, "label_mapping", {})
         about["cohort"] = getattr(dataset, "cohort", {})
     write_evaluation(target, about | metrics, predicted, Path(path).parent / "metrics.jsonl")
     log.info("test split\n" + task.table(metrics))
@@ -512,7 +540,7 @@ def measure_throughput(config, world, log):
     """The training step of this configuration, and its parts: on random images, and on those of DATA_PATH, if given."""
     torch.manual_seed(config.SEED)
     loader = None
-    if config.DATA.DATA_PATH:
+    if config.DATA.DATA_PATH or config.DATA.SOURCES:
         (dataset,) = build_datasets(config, "train")
         loader = build_loader(config, dataset, train=True, world=world, log=log)
         limit_threads(config, world)

@@ -36,6 +36,8 @@ def epoch_lines(record, score):
         line += f", {record['skipped']} images skipped"
     if "ema" in record:
         line += f", EMA {score} {number(record['ema'][score])} (best {number(record['ema']['best'])})"
+    if "by_source" in record:
+        line += ", " + ", ".join(f"{name} {number(own[score])}" for name, own in record["by_source"].items())
     if "auc" in record:
         line += "\n" + "  ".join(f"{name} {number(value)}" for name, value in record["auc"].items())
         line += "".join("\n" + note for note in undefined_note(record["auc"]))

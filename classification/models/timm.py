@@ -23,12 +23,12 @@ class TimmBackbone(nn.Module):
     def __init__(self, network, heeds):
         super().__init__()
         self.backbone, self.heeds = network, frozenset(heeds)
-        head = network.get_classifier()
-        name = next((name for name, module in network.named_modules() if module is head), None)
-        if not isinstance(head, nn.Linear) or name is None:
+        name = network.pretrained_cfg["classifier"]
+        head = dict(network.named_modules()).get(name) if isinstance(name, str) else None
+        if not isinstance(head, nn.Linear):
             raise UserError(
-                f"MODEL.TIMM.NAME: the head of {network.pretrained_cfg['architecture']} is a {type(head).__name__}, "
-                "not one linear layer; choose another backbone"
+                f"MODEL.TIMM.NAME: {network.pretrained_cfg['architecture']} does not end in one linear layer "
+                f"(timm names {name!r}); choose another backbone"
             )
         self.classifier = f"backbone.{name}"
 
@@ -149,8 +149,8 @@ def _create(name, wanted):
         try:
             return timm.create_model(name, **taken), taken
         except TypeError as error:  # raised before anything is built
-            refused = next((key for key in taken if f"unexpected keyword argument '{key}'" in str(error)), None)
-            if refused is None:
+            refused = next((key for key in taken if f"'{key}'" in str(error)), None)
+            if refused is None or "unexpected keyword" not in str(error):
                 raise
             del taken[refused]
 
