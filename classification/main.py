@@ -477,7 +477,7 @@ def evaluate(config, world, folder, log):
     dataset, held_out = build_evaluation_sets(config, log)
     log_datasets(log, config, dataset)
     task, model = TASKS[dataset.task], build_model(config)
-    log_without_effect(log, config, dataset, model)
+    log_without_effect(log, config, dataset, model, world.device)
     path, training = load_for_evaluation(model, config, folder, dataset, log)
     trained_on, domain = training.get("domain", ""), getattr(dataset, "domain", "")
     warnings = [text for text in [domain_warning(trained_on, domain)] if text]

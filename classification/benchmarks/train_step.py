@@ -1,6 +1,6 @@
 """The training step of InternImage beside timm's backbones of like size, and beside naive settings.
 
-    python benchmarks/train_step.py [--size T] [--batch 8] [--rounds 7] [--compiled] [--threads 2] [--quick]
+    python benchmarks/train_step.py [--size T] [--batch 8] [--compiled] [--grid-sample] [--threads 2] [--quick]
 
 Each row is a configuration's own step (`throughput.Step`): mixed precision where the device has it, channels last,
 fused AdamW, the average of the weights by one call. Naive: float32, NCHW, an average and an optimizer that go parameter
@@ -16,13 +16,16 @@ from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops_dcnv3"))
 
 import torchvision_shim  # noqa: F401, I001  (before timm)
 
 import torch
 
+import benchmark as operator_benchmark  # takes its own folder off the path again: the installed dcnv3 is meant
 import compiling
 import config as config_module
+import dcnv3
 import throughput
 from inference import device_name, set_up_device
 from models import own_values
@@ -68,6 +71,48 @@ def naive(step):
     return step
 
 
+def by_grid_sample(step):
+    """The same step with the operator as most write it in PyTorch."""
+    trained = step.trained
+
+    def slow(input, offset, mask, *, group, mask_is_logits=False, **_):
+        if mask_is_logits:
+            mask = mask.unflatten(-1, (group, 9)).softmax(-1).flatten(-2)
+        return operator_benchmark.grid_sample_reference(input, offset.contiguous(), mask.contiguous(), group)
+
+    def run(images):
+        ours, dcnv3.module.dcnv3 = dcnv3.module.dcnv3, slow
+        try:
+            return trained(images)
+        finally:
+            dcnv3.module.dcnv3 = ours
+
+    step.trained = run
+    return step
+
+
+def operator_share(step):
+    """The part of a step's time that the operator's calls, forward and backward, take; None without any."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gpu = step.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as recorded:
+        step()
+        if gpu:
+            torch.cuda.synchronize()
+    operator = total = 0
+    for event in recorded.key_averages():
+        if not gpu:
+            total += event.self_cpu_time_total
+        # Kernels only: the calls that started them have the same time once more.
+        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            total += event.self_device_time_total
+        # Outermost calls, with all that they call; autograd's own names hold the same once more.
+        if event.key in ("dcnv3::forward", "dcnv3::backward"):
+            operator += event.device_time_total if gpu else event.cpu_time_total
+    return operator / total if operator else None
+
+
 def weighed(make, device):
     """(the step that `make` builds, GB on the GPU while it runs, with weights, moments and average; None on a CPU)."""
     if device.type == "cpu":
@@ -87,6 +132,8 @@ def rows_of(size, device, arguments):
         wanted |= {f"{row}, compiled": [*wanted[row], "TRAIN.COMPILE", "True"] for row in (ours, convnext)}
     makers = {row: lambda opts=opts: build(device, size, arguments.batch, *opts) for row, opts in wanted.items()}
     makers[f"{ours}, naive"] = lambda: naive(build(device, size, arguments.batch, "AMP_OPT_LEVEL", "O0"))
+    if arguments.grid_sample:
+        makers[f"{ours}, grid_sample"] = lambda: by_grid_sample(build(device, size, arguments.batch))
     return {row: weighed(make, device) for row, make in makers.items()}
 
 
@@ -97,17 +144,19 @@ def table(size, device, arguments):
     rates = {dtype: throughput.matrix_rate(device, dtype) for dtype in {step.dtype for step in steps.values()}}
     said = ", ".join(f"{str(d).removeprefix('torch.')} {rate / 1e12:.3f} TFLOP/s" for d, rate in rates.items())
     print(f"\nbatch {arguments.batch}, 224 pixels; matrix products: {said}\n")
-    print("| | images/s | of ConvNeXt's | forward | backward | optimizer | peak GB | GMACs | of the matrix rate |")
-    print("| --- " * 9 + "|")
+    print(
+        "| | images/s | of ConvNeXt's | forward | backward | optimizer | operator | peak GB | GMACs | of matrix rate |"
+    )
+    print("| --- " * 10 + "|")
     convnext = sum(seconds[PEERS[size][0]])
     for row, (step, memory) in rows.items():
         whole = sum(seconds[row])
         speed = arguments.batch / whole
         parts = " | ".join(f"{1e3 * s:.0f}" for s in seconds[row])
-        share = throughput.share_of(rates[step.dtype], step.gmacs, speed)
+        share, operator = throughput.share_of(rates[step.dtype], step.gmacs, speed), operator_share(step)
         print(
             f"| {row} | {speed:.2f} | {convnext / whole:.2f} | {parts} | "
-            f"{'' if memory is None else f'{memory:.1f}'} | {step.gmacs:.2f} | {share:.0%} |"
+            f"{'' if operator is None else f'{operator:.0%}'} | {'' if memory is None else f'{memory:.1f}'} | {step.gmacs:.2f} | {share:.0%} |"
         )
 
 
@@ -118,6 +167,7 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=32 if gpu else 8)
     parser.add_argument("--rounds", type=int, default=20 if gpu else 7)
     parser.add_argument("--compiled", action="store_true", help="these rows too: minutes of compiling before the first")
+    parser.add_argument("--grid-sample", action="store_true", help="a row with `grid_sample` in the operator's place")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU (default 2)")
     parser.add_argument("--quick", action="store_true", help="one round of two images: whether it runs, not how fast")
     arguments = parser.parse_args(argv)
