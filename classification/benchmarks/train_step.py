@@ -144,20 +144,16 @@ def table(size, device, arguments):
     rates = {dtype: throughput.matrix_rate(device, dtype) for dtype in {step.dtype for step in steps.values()}}
     said = ", ".join(f"{str(d).removeprefix('torch.')} {rate / 1e12:.3f} TFLOP/s" for d, rate in rates.items())
     print(f"\nbatch {arguments.batch}, 224 pixels; matrix products: {said}\n")
-    print(
-        "| | images/s | of ConvNeXt's | forward | backward | optimizer | operator | peak GB | GMACs | of matrix rate |"
-    )
-    print("| --- " * 10 + "|")
-    convnext = sum(seconds[PEERS[size][0]])
+    head = ["", "images/s", "of ConvNeXt's", *throughput.PARTS, "operator", "peak GB", "GMACs", "of matrix rate"]
+    cells, convnext = [], sum(seconds[PEERS[size][0]])
     for row, (step, memory) in rows.items():
-        whole = sum(seconds[row])
+        whole, operator = sum(seconds[row]), operator_share(step)
         speed = arguments.batch / whole
-        parts = " | ".join(f"{1e3 * s:.0f}" for s in seconds[row])
-        share, operator = throughput.share_of(rates[step.dtype], step.gmacs, speed), operator_share(step)
-        print(
-            f"| {row} | {speed:.2f} | {convnext / whole:.2f} | {parts} | "
-            f"{'' if operator is None else f'{operator:.0%}'} | {'' if memory is None else f'{memory:.1f}'} | {step.gmacs:.2f} | {share:.0%} |"
-        )
+        cells.append([row, f"{speed:.2f}", f"{convnext / whole:.2f}", *(f"{1e3 * s:.0f}" for s in seconds[row])])
+        cells[-1].append("" if operator is None else f"{operator:.0%}")
+        cells[-1].append("" if memory is None else f"{memory:.1f}")
+        cells[-1] += [f"{step.gmacs:.2f}", f"{throughput.share_of(rates[step.dtype], step.gmacs, speed):.0%}"]
+    operator_benchmark.table(head, cells)
 
 
 def main(argv=None):
