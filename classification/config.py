@@ -66,8 +66,8 @@ class Knob:
 
     allowed: one of the functions above.
     acts: what must hold for it to have an effect: other keys and their values; `task`, that of the dataset;
-        `model`, that the backbone heeds it; `data`, that the dataset does. Where that does not hold, a value other
-        than the default is warned about.
+        `model`, that the backbone heeds it; `data`, that the dataset does; `device`, the type of what computes. Where
+        that does not hold, a value other than the default is warned about.
     kind: the type besides None, where the default is None. mapping: a mapping is allowed as well.
     flag: its own flag of main.py.
     """
@@ -84,7 +84,7 @@ class Knob:
 XRAYS, PHOTOS = {"task": "multilabel"}, {"task": "single_label"}
 OFFICIAL = {"DATA.DATASET": "mimic_cxr", "DATA.CSV": ""}
 INTERN_IMAGE, TIMM = {"MODEL.TYPE": "intern_image"}, {"MODEL.TYPE": "timm"}
-MODEL, DATA = {"model": True}, {"data": True}
+MODEL, DATA, GPU = {"model": True}, {"data": True}, {"device": "cuda"}
 STEP = {"TRAIN.LR_SCHEDULER.NAME": "step"}
 SGD, ADAMW = {"TRAIN.OPTIMIZER.NAME": "sgd"}, {"TRAIN.OPTIMIZER.NAME": "adamw"}
 
@@ -139,6 +139,7 @@ KNOBS = {
                         one_of("squeeze", "pad"), acts=XRAYS),
     "DATA.NUM_WORKERS": Knob(8, "loading processes per GPU", at_least(0)),
     "DATA.PIN_MEMORY": Knob(True, "batches in memory that a GPU reads directly"),
+    "DATA.PREFETCH": Knob(1, "(new) batches that cross to the GPU while it computes", at_least(0), acts=GPU),
     # ------------------------------------------------------------------------------------ model
     "MODEL.TYPE": Knob("intern_image", "a file in models/: intern_image, timm"),
     "MODEL.NAME": Knob("", "folder of the run below OUTPUT; empty: the name of the YAML file"),
@@ -187,6 +188,7 @@ KNOBS = {
     "TRAIN.ACCUMULATION_STEPS": Knob(1, "forward passes per update", at_least(1), flag="--accumulation-steps"),
     "TRAIN.USE_CHECKPOINT": Knob(False, "recompute activations in the backward pass to save memory", acts=MODEL,
                                  flag="--use-checkpoint"),
+    "TRAIN.COMPILE": Knob(False, "(new) torch.compile: fewer passes over memory; the first update takes minutes, once"),
     "TRAIN.AUTO_RESUME": Knob(True, "go on from the run's last checkpoint"),
     "TRAIN.LOSS": Knob("bce", "(new) multi-label tasks: a row of utils_multilabel.LOSSES", acts=XRAYS),
     "TRAIN.LOSS_OPTIONS": Knob({}, "(new) parameters of the loss, such as {gamma: 2.0}", acts=XRAYS, mapping=True),
@@ -232,6 +234,8 @@ KNOBS = {
     "AMP_OPT_LEVEL": Knob("O1", "O0: float32, O1: mixed precision", one_of("O0", "O1"), flag="--amp-opt-level"),
     "AMP_DTYPE": Knob("auto", "(new) auto: what is fast on the device", one_of("auto", "bfloat16", "float16"),
                       acts={"AMP_OPT_LEVEL": "O1"}),
+    "TF32": Knob(False, "(new) what is computed in float32 has 10 bits of mantissa, and is faster", acts=GPU),
+    "DETERMINISTIC": Knob(False, "(new) the same run is the same to the bit on a GPU too, where it is slower"),
     "OUTPUT": Knob("output", "root of all runs: one lives in OUTPUT/MODEL.NAME/TAG", flag="--output"),
     "RESULTS": Knob("", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>; empty: results/<DATA.DATASET>"),
     "TAG": Knob("default", "name of this run", flag="--tag"),
@@ -240,7 +244,8 @@ KNOBS = {
     "PRINT_FREQ": Knob(10, "updates between lines of the log", at_least(1)),
     "SEED": Knob(0, "of all random numbers", at_least(0)),
     "EVAL_MODE": Knob(False, "evaluate on the test split instead of training", flag="--eval"),
-    "THROUGHPUT_MODE": Knob(False, "measure images/s of the forward pass and stop", flag="--throughput"),
+    "THROUGHPUT_MODE": Knob(False, "measure the training step, and the loading of --data-path, and stop",
+                            flag="--throughput"),
 }
 # fmt: on
 
@@ -507,10 +512,10 @@ def differences(old, new):
     return {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
 
 
-def without_effect(config, task, heeds):
+def without_effect(config, task, heeds, device):
     """A line for each knob that is set and does nothing, by its `acts`.
 
-    task: of the dataset. heeds: the keys that the backbone and the dataset act on.
+    task: of the dataset. heeds: the keys that the backbone and the dataset act on. device: its type, cpu or cuda.
     """
     lines = []
     for key, knob in KNOBS.items():
@@ -523,6 +528,8 @@ def without_effect(config, task, heeds):
                 missing = None if key in heeds else f"the backbone MODEL.TYPE {config.MODEL.TYPE} has no such thing"
             elif condition == "data":
                 missing = None if key in heeds else f"DATA.DATASET {config.DATA.DATASET} has no such thing"
+            elif condition == "device":
+                missing = None if device == wanted else f"it acts on a GPU, and this runs on {device}"
             elif condition == "task":
                 missing = None if task == wanted else f"it is for {wanted} data, this is {task}"
             else:

@@ -10,6 +10,7 @@ Read `main` at the end first: it leads to `train` and `evaluate`.
 import contextlib
 import json
 import math
+import os
 import signal
 import time
 import traceback
@@ -21,10 +22,12 @@ import torch
 from timm.utils import ModelEmaV3
 
 import checkpoint
+import compiling
 import config as config_module
 import distributed
 import faults
 import logger
+import throughput
 from analysis import training_log
 from analysis.evaluation import TEST, VALIDATE, digest, new_evaluation, read_evaluation, write_evaluation
 from analysis.figures import plot_training
@@ -37,7 +40,7 @@ from dataset.sources import parts_of
 from dataset.tables import EmptySplit
 from dataset.transforms import build_mixup
 from errors import UserError, run_command
-from inference import autocast, compute_threads, device_name, progress
+from inference import autocast, compute_threads, device_name, peak_memory, progress, set_up_device
 from lr_scheduler import build_schedule
 from models import build_model, own_values, pretrained_file
 from models.cost import count_gmacs
@@ -52,20 +55,26 @@ def train_epoch(run, epoch, first_update):
     run.model.train()
     sums, checked = dict(run.sums), first_update
     started, seconds_before = time.time(), sums["seconds"]
+    told, waited_before = started, sums["waited"]  # of the last line of the log
     for update in progress(range(first_update, run.updates), run.world, desc=f"epoch {epoch + 1}", unit="update"):
         lr = run.schedule(epoch * run.updates + update)
         run.update(batches, lr, sums)
-        sums["seconds"] = seconds_before + time.time() - started
+        now = time.time()
+        sums["seconds"] = seconds_before + now - started
+        run.say_compiled(now - started)
         last, stopped_by = update == run.updates - 1, run.stop.agreed()
         if last or stopped_by or (update + 1) % run.config.PRINT_FREQ == 0:
             # Looked at here only: reading a GPU value waits for the GPU.
             run.check_finite(sums, f"epoch {epoch + 1}, update {checked + 1} to {update + 1}")
             checked = update + 1
-            speed = (update + 1 - first_update) * run.images_per_update / (time.time() - started)
+            now = time.time()
+            speed = (update + 1 - first_update) * run.images_per_update / (now - started)
+            waited = (sums["waited"] - waited_before) / (now - told)
+            told, waited_before, memory = now, sums["waited"], peak_memory(run.world.device)
             run.log.info(
                 f"epoch {epoch + 1}/{run.config.TRAIN.EPOCHS} update {update + 1}/{run.updates} loss "
                 f"{sums['loss'].item() / sums['updates']:.4f} lr {lr:.3e} norm {sums['last_norm'].item():.3f} "
-                f"{speed:.1f} images/s"
+                f"{speed:.1f} images/s, {waited:.0%} waiting for data, peak memory {memory:.2f} GB"
             )
         if stopped_by and not last:
             run.save([checkpoint.LAST], epoch, update + 1, sums)
@@ -76,7 +85,8 @@ def train_epoch(run, epoch, first_update):
 def zero_sums(device):
     """What an epoch adds up, on the device, so that adding does not wait for it."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return {"loss": zero, "norm": zero, "last_norm": zero, "updates": 0, "skipped": 0, "seconds": 0.0}
+    sums = {"loss": zero, "norm": zero, "last_norm": zero, "updates": 0, "skipped": 0}
+    return sums | {"seconds": 0.0, "waited": 0.0}  # the second is a part of the first
 
 
 class Best:
@@ -148,15 +158,18 @@ class Run:
     def _build_model(self, pretrained):
         config, world = self.config, self.world
         self.model = build_model(config)
-        log_without_effect(self.log, config, self.train_set, self.model)
+        log_without_effect(self.log, config, self.train_set, self.model, world.device)
         if pretrained:  # before anything copies or wraps the model
             keys = checkpoint.load_pretrained(self.model, pretrained, self.log)
             self.patients = together(self.patients, keys["patients"])
         self.model.to(world.device)
-        self.parallel = self.model
+        # What trains: validation, the average and checkpoints take the model itself, whose parameters these are.
+        self.trained, self.to_compile = self.model, config.TRAIN.COMPILE
+        if config.TRAIN.COMPILE:
+            self.trained = compiling.compile_model(self.model)
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self.parallel = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            self.trained = torch.nn.parallel.DistributedDataParallel(self.trained, device_ids=ids)
         self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
 
     def _build_optimisation(self):
@@ -234,16 +247,19 @@ class Run:
         accumulation = self.config.TRAIN.ACCUMULATION_STEPS
         set_lr(self.optimizer, lr)
         for k in range(accumulation):
+            asked = time.time()
             images, targets, _ = next(batches)
+            sums["waited"] += time.time() - asked
             sums["skipped"] += self.config.DATA.BATCH_SIZE - len(images)
+            small = len(images) < self.config.DATA.BATCH_SIZE  # to compile for each such size would take minutes
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             self.last_images = images
             # Gradients cross the network once per update, with the last forward pass.
             silent = self.world.size > 1 and k < accumulation - 1
-            with self.parallel.no_sync() if silent else contextlib.nullcontext():
-                with self.amp():
-                    loss = self.criterion(self.parallel(images), targets)
+            with self.trained.no_sync() if silent else contextlib.nullcontext():
+                with self.amp(), compiling.uncompiled(self.config.TRAIN.COMPILE and small):
+                    loss = self.criterion(self.trained(images), targets)
                 self.scaler.scale(loss / accumulation).backward()
             sums["loss"] = sums["loss"] + loss.detach().double() / accumulation
         self.scaler.unscale_(self.optimizer)
@@ -257,6 +273,15 @@ class Run:
             norm = norm.where(norm.isfinite(), 0)
         sums["norm"], sums["last_norm"] = sums["norm"] + norm.double(), norm.double()
         sums["updates"] += 1
+
+    def say_compiled(self, seconds):
+        """After the first update: how long it took, if it compiled the model."""
+        if self.to_compile:
+            self.log.info(
+                f"the first update took {seconds:.0f} s: it compiled the model; what it made is kept in "
+                f"{os.environ['TORCHINDUCTOR_CACHE_DIR']}"
+            )
+        self.to_compile = False
 
     def check_finite(self, sums, where):
         """A UserError if the loss or the gradient's norm has been infinite or NaN on any rank."""
@@ -325,9 +350,12 @@ class Run:
         if self.ema is not None:
             validated, is_ema_best = self.validate(self.ema.module, self.ema_best)
             record["ema"] = {**validated, "best": self.ema_best.value}
-        images = self.images_per_update * sums["updates"]
+        images, waited = self.images_per_update * sums["updates"], distributed.gather(sums["waited"], self.world)
         record["skipped"] = sum(distributed.gather(sums["skipped"], self.world))
         record |= {"seconds": round(sums["seconds"], 1), "images_per_s": round(images / sums["seconds"], 1)}
+        # The others wait, for its gradients, for the one that waits longest.
+        record |= {"waited": round(max(waited) / sums["seconds"], 3)}
+        record |= {"peak_memory_gb": round(max(distributed.gather(peak_memory(self.world.device), self.world)), 2)}
 
         # The log before the checkpoint: a resume from it rewrites the lines of later epochs, so none is ever missing.
         if self.world.is_main:
@@ -393,12 +421,12 @@ def log_datasets(log, config, *datasets):
         log.warning(warning)
 
 
-def log_without_effect(log, config, dataset, model):
-    """Warn of the options that are set and do nothing for this data, any of its sources, and this model."""
+def log_without_effect(log, config, dataset, model, device):
+    """Warn of the options that are set and do nothing for this data, any of its sources, this model and this device."""
     if config.DATA.SOURCES and config.DATA.DATA_PATH:
         log.warning(f"DATA.DATA_PATH {config.DATA.DATA_PATH!r} has no effect: DATA.SOURCES names the folders")
     by_source = [
-        config_module.without_effect(one, part.task, model.heeds | getattr(part, "heeds", frozenset()))
+        config_module.without_effect(one, part.task, model.heeds | getattr(part, "heeds", frozenset()), device.type)
         for one, part in parts_of(dataset, config).values()
     ]
     for line in by_source[0]:
@@ -449,7 +477,7 @@ def evaluate(config, world, folder, log):
     dataset, held_out = build_evaluation_sets(config, log)
     log_datasets(log, config, dataset)
     task, model = TASKS[dataset.task], build_model(config)
-    log_without_effect(log, config, dataset, model)
+    log_without_effect(log, config, dataset, model, world.device)
     path, training = load_for_evaluation(model, config, folder, dataset, log)
     trained_on, domain = training.get("domain", ""), getattr(dataset, "domain", "")
     warnings = [text for text in [domain_warning(trained_on, domain)] if text]
@@ -509,21 +537,32 @@ def evaluate(config, world, folder, log):
 
 
 def measure_throughput(config, world, log):
-    """Images/s of the forward pass on random images: median of 10 batches after 3 to warm up."""
-    model = build_model(config).to(world.device).eval()
-    amp, dtype = autocast(config, world.device)
-    images = torch.randn(config.DATA.BATCH_SIZE, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=world.device)
-    seconds = []
-    with torch.no_grad():
-        for _ in range(13):
-            started = time.time()
-            with amp():
-                model(images)
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.time() - started)
-    median = sorted(seconds[3:])[5]
-    log.info(f"forward pass: {len(images) / median:.1f} images/s (batch {len(images)}, {dtype}, {world.device})")
+    """The training step of this configuration, and its parts: on random images, and on those of DATA_PATH, if given."""
+    torch.manual_seed(config.SEED)
+    loader = None
+    if config.DATA.DATA_PATH or config.DATA.SOURCES:
+        (dataset,) = build_datasets(config, "train")
+        loader = build_loader(config, dataset, train=True, world=world, log=log)
+        limit_threads(config, world)
+    step = throughput.Step(config, world.device)
+    seconds = throughput.step_seconds({"": step}, rounds=10)[""]
+    rate, matrices = len(step.images) / sum(seconds), throughput.matrix_rate(world.device, step.dtype)
+    parts = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in zip(throughput.PARTS, seconds))
+    log.info(
+        f"training step: {rate:.1f} images/s (batch {len(step.images)}, {step.dtype}, {world.device}), ms: {parts}; "
+        f"peak memory {peak_memory(world.device):.2f} GB\n{step.gmacs:.3f} GMACs an image: "
+        f"{throughput.share_of(matrices, step.gmacs, rate):.0%} of the rate of matrix products, "
+        f"{matrices / 1e12:.3f} TFLOP/s on {device_name(world.device)}"
+    )
+    if loader is not None:
+        # Until what the loading processes hold ready is used up.
+        warm_up = 2 * worker_count(config) + 2
+        batches = min(len(loader) - warm_up, 100 if world.device.type == "cuda" else 10)
+        if batches < 1:
+            log.warning(f"{len(loader)} batches of images are too few to measure loading by")
+            return
+        fed, waited = throughput.fed_rate(step, loader, batches, warm_up)
+        log.info(f"fed by the loader: {fed:.1f} images/s, {fed / rate:.0%} of that; {waited:.0%} waiting for data")
 
 
 # ------------------------------------------------------------------------------------------ entry
@@ -549,6 +588,9 @@ def main(argv=None):
     with distributed.session() as world:
         folder, log = open_run(config, world)
         try:
+            set_up_device(config, world.device)
+            if config.TRAIN.COMPILE and not config.EVAL_MODE:
+                compiling.prepare(Path(config.OUTPUT) / "compile_cache", world.device)
             if config.THROUGHPUT_MODE:
                 measure_throughput(config, world, log)
             elif config.EVAL_MODE:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+from collections import deque
 from typing import Protocol
 
 import numpy as np
@@ -256,8 +257,20 @@ class EvalSampler(torch.utils.data.Sampler):
             yield [(0, i) for i in self.indices[start : start + self.batch_size]]
 
 
+def taken_ahead(items, count):
+    """The same items; each is handed out when `count` more have been taken, or the last."""
+    waiting = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
+
+
 class Loader(DataLoader):
     """Batches on the device: images float32 [B, 3, S, S], normalised; targets; indices into the dataset [B].
+
+    DATA.PREFETCH batches are on their way to a GPU, on a stream of their own, while it computes with the one before.
 
     An unreadable image is an error. With DATA.ON_BAD_IMAGE skip it is named in the log and left out: no other image
     takes its place, and the batch is smaller. What is odd about images that are read is said once a kind.
@@ -279,10 +292,30 @@ class Loader(DataLoader):
         self.device, self.log = device, log
         self.said = set()
         self.skip_bad = config.DATA.ON_BAD_IMAGE == "skip"
+        self.prefetch = config.DATA.PREFETCH if device.type == "cuda" else 0
         # On the device once: as lists they would cross, and be waited for, with every batch.
         self.mean, self.std = (torch.tensor(v, device=device) for v in (config.AUG.MEAN, config.AUG.STD))
 
     def __iter__(self):
+        stream = torch.cuda.Stream(self.device) if self.prefetch else None
+        crossing = (self._send(batch, stream) for batch in self._readable())
+        for images, targets, indices, sent in taken_ahead(crossing, self.prefetch):
+            if sent is not None:
+                here = torch.cuda.current_stream(self.device)
+                here.wait_event(sent)
+                for tensor in (images, targets):
+                    tensor.record_stream(here)  # or its memory might be given to a later batch while it is read
+            yield normalize(images, self.mean, self.std), targets, indices
+
+    def _send(self, batch, stream):
+        """(images, targets, indices, the event of their arrival): a batch under way to the device on `stream`."""
+        images, targets, indices = batch
+        with torch.cuda.stream(stream):  # None: the stream of the computation
+            images, targets = (t.to(self.device, non_blocking=True) for t in (images, targets))
+        return images, targets, indices, stream.record_event() if stream else None
+
+    def _readable(self):
+        """Batches as they are loaded, bytes on the CPU; what could not be read is said, or raised."""
         for batch, errors, odd in super().__iter__():
             for _, text, name in odd:
                 if (kind := warning_kind(text)) not in self.said:
@@ -292,9 +325,7 @@ class Loader(DataLoader):
                 raise errors[0]
             for error in errors:
                 self.log.warning(f"skipped (DATA.ON_BAD_IMAGE): {error}")
-            images, targets, indices = batch
-            images, targets = (t.to(self.device, non_blocking=True) for t in (images, targets))
-            yield normalize(images, self.mean, self.std), targets, indices
+            yield batch
 
 
 def worker_count(config):

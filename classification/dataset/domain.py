@@ -42,11 +42,15 @@ def image_domain(store, paths, recipe):
     return " and ".join(sorted(found))
 
 
+def kinds(domain):
+    """The kinds of grey values in a domain, those that a model cannot tell apart as one."""
+    alike = {"dicom mimic_jpg": "pictures"}  # which that recipe makes
+    return {alike.get(kind, kind) for kind in domain.split(" and ")} if domain else set()
+
+
 def domain_warning(trained, here):
     """One line for the user where images are `here` of another domain than a model was `trained` on; else empty."""
-    alike = {"dicom mimic_jpg": "pictures"}  # which that recipe makes
-    known, seen = ({alike.get(kind, kind) for kind in domain.split(" and ")} for domain in (trained or "", here or ""))
-    if not trained or not here or seen <= known:
+    if not trained or kinds(here) <= kinds(trained):
         return ""
     said = f"the model was trained on {trained}, these images are {here}: its scores are lower on another kind of image"
     if here.startswith("dicom ") and " and " not in trained:

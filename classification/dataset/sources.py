@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from config import source_configs
+from dataset.domain import kinds
 from dataset.labels import unlearnable
 from dataset.tables import SPLITS, aligned
 from errors import UserError
@@ -39,7 +40,8 @@ class Sources:
             self.labels = np.concatenate([part.labels for part in datasets])
         self.label_mapping = _joined_mapping(self.label_names, parts)
         self.cohort = _joined_cohort(parts)
-        self.domain = " and ".join(sorted({kind for part in datasets for kind in _kinds(part)}))
+        domains = {kind for part in datasets for kind in getattr(part, "domain", "").split(" and ")}
+        self.domain = " and ".join(sorted(domains - {""}))
         self.summary = self._summary()
         self.warnings = [*self._warnings(split), *warnings]
 
@@ -77,13 +79,14 @@ class Sources:
         return columns
 
     def _summary(self):
-        lines = [("", *SPLITS)]
+        lines = [("images of patients", *SPLITS)]
         told = {name: part.cohort["splits"] for name, part in self.parts.items() if hasattr(part, "cohort")}
         if len(told) > 1:
             told["together"] = self.cohort["splits"]
         for name, splits in told.items():
             lines.append((name, *(_size(splits.get(split)) for split in SPLITS)))
         if "together" in told:
+            lines.append(("positives of known labels", "", "", ""))
             for label in self.label_names:
                 counts = (self.cohort["splits"].get(split, {}).get("labels", {}).get(label) for split in SPLITS)
                 lines.append((f"  {label}", *(f"{c['positives']:,} of {c['known']:,}" if c else "-" for c in counts)))
@@ -99,10 +102,10 @@ class Sources:
         found = [
             text if len(names) == len(self.parts) else f"{', '.join(names)}: {text}" for text, names in by_text.items()
         ]
-        if " and " in self.domain:
-            kinds = "; ".join(f"{name} {' and '.join(_kinds(part))}" for name, part in self.parts.items())
+        if len(kinds(self.domain)) > 1:
+            told = "; ".join(f"{name} {getattr(part, 'domain', '')}" for name, part in self.parts.items())
             found.append(
-                f"the sources are of different image domains ({kinds}), by which a model can tell them apart; "
+                f"the sources are of different image domains ({told}), by which a model can tell them apart; "
                 "DATA.DICOM_RECIPE mimic_jpg makes DICOMs like the JPGs of MIMIC-CXR"
             )
         return found + (unlearnable(self) if split == "train" else [])
@@ -140,12 +143,6 @@ def check_alike(parts):
                 f"DATA.SOURCES {name} has the labels {', '.join(part.label_names)}; {first} has "
                 f"{', '.join(parts[first].label_names)}: say which to learn with DATA.LABELS"
             )
-
-
-def _kinds(part):
-    """Its image domains, see `dataset.domain`."""
-    domain = getattr(part, "domain", "")
-    return domain.split(" and ") if domain else []
 
 
 def _size(counts):

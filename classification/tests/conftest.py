@@ -108,9 +108,10 @@ def edit_csv(root, kind, change):
 
 
 def epochs(folder):
-    """The lines of metrics.jsonl, without what depends on the clock."""
+    """The lines of metrics.jsonl, without what depends on the machine and its clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines]
+    of_the_machine = {"seconds", "images_per_s", "waited", "peak_memory_gb"}
+    return [{k: v for k, v in line.items() if k not in of_the_machine} for line in lines]
 
 
 def write_checkpoint(path, *, seed=3, intern_image=(), labels=None, ema_seed=None, domain="", **opts):

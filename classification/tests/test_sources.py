@@ -167,6 +167,8 @@ def test_images_of_a_source_without_patients_are_patients_of_their_own(load, lay
     assert not (ids["subject_id"] == ids["dicom_id"])[~of_vindr].any()
     (warning,) = [text for text in train.warnings if "image domains" in text]
     assert "nih pictures; vindr dicom window" in warning and train.domain == "dicom window and pictures"
+    (train,) = build_datasets(load(sources, DATA__DICOM_RECIPE="mimic_jpg"), "train")
+    assert not any("image domains" in text for text in train.warnings)
 
 
 def test_a_model_of_two_domains_knows_each():
