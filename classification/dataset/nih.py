@@ -57,6 +57,7 @@ def _places(folder, images):
 
 
 def read(folder):
+    """The release in a :class:`dataset.releases.Folder` as a :class:`dataset.releases.Reading`."""
     entries = folder.needed("Data_Entry_2017_v2020.csv", "Data_Entry_2017*.csv", why="the table of the images")
     frame = tables.read_csv(entries, ("Image Index", "Finding Labels", "Patient ID", "Follow-up #", "View Position"))
     images = tables.names(frame, "Image Index", entries)

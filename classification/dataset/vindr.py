@@ -68,7 +68,10 @@ def _agree(values, row, count, readers):
 
 
 def read(folder, readers="majority", need_rows=True):
-    """readers: majority or any; need_rows: an image without a row is an error."""
+    """The release in a :class:`dataset.releases.Folder` as a :class:`dataset.releases.Reading`.
+
+    readers: majority or any; need_rows: an image without a row is an error.
+    """
     images, rows, frames, files = {}, {}, {}, {}
     for split in ("train", "test"):
         name = f"image_labels_{split}.csv"
