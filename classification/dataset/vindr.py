@@ -20,9 +20,14 @@ FINDINGS = (
 )  # fmt: skip
 ALSO = {"Other diseases": "Other disease"}  # so in some of the tables
 MAPPING = {
-    **{name: exact(name) for name in ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema")},
-    **{name: exact(name) for name in ("Lung Opacity", "Pneumonia", "Pneumothorax")},
+    "Atelectasis": exact("Atelectasis"),
+    "Cardiomegaly": exact("Cardiomegaly"),
+    "Consolidation": exact("Consolidation"),
+    "Edema": exact("Edema"),
+    "Lung Opacity": exact("Lung Opacity"),
     "Pleural Effusion": exact("Pleural effusion"),
+    "Pneumonia": exact("Pneumonia"),
+    "Pneumothorax": exact("Pneumothorax"),
     "Fracture": approximate("Clavicle fracture", "Rib fracture"),
     "Lung Lesion": approximate("Nodule/Mass", "Lung tumor"),
     "No Finding": approximate("No finding"),
