@@ -37,7 +37,7 @@ def find_cuobjdump():
 def kernel_of(symbol):
     """(kernel, dtype, version) of a mangled name: version "3x3", "any", or "" where there is one only."""
     name, dtype, points = re.search(
-        r"(forward|atomic|ordered|owning)_kernelI(d|f|N.*?\d(?:B?Float16)E)(?:Li(\d+))?", symbol
+        r"(forward|atomic|tiled|owning|ordered)_kernelI(d|f|N.*?\d(?:B?Float16)E)(?:Li(\d+))?", symbol
     ).groups()
     dtype = DTYPES[dtype if len(dtype) == 1 else re.search(r"B?Float16", dtype)[0]]
     return name, dtype, {"9": "3x3", "0": "any", None: ""}[points]
@@ -77,16 +77,22 @@ def listings(folder, architecture):
 
 
 def launches(folder):
-    """{(kernel, dtype): [(height, blocks, shared bytes), ...]} of the levels of InternImage-B, batch 32."""
+    """({(kernel, dtype): [(height, blocks, shared bytes), ...]} of the levels of InternImage-B, batch 32,
+    {(kernel, height, spread of the offsets): what tests/imitation/launches.cpp counted})."""
     program = Path(folder, "launches")
     compiler = os.environ.get("CXX", "c++").split()
     command = [*compiler, "-std=c++17", "-w", "-I", SOURCES, "-I", IMITATION, IMITATION / "launches.cpp", "-o", program]
     subprocess.run(command, check=True)
-    found = {}
+    started, added = {}, {}
     for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
-        kernel, dtype, height, blocks, shared = line.split("|")
-        found.setdefault((kernel, dtype), []).append((int(height), int(blocks), int(shared)))
-    return found
+        kernel, *rest = line.split("|")
+        if len(rest) == 4:
+            dtype, height, blocks, shared = rest
+            started.setdefault((kernel, dtype), []).append((int(height), int(blocks), int(shared)))
+        else:
+            height, spread, rows = rest
+            added[kernel, int(height), float(spread)] = float(rows)
+    return started, added
 
 
 def blocks_of(architecture, registers, shared, threads=128):
