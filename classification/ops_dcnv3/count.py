@@ -1,8 +1,10 @@
-"""What the compiler made of the CUDA kernels, as a table: `python ops_dcnv3/count.py`. No GPU and no torch needed.
+"""What the compiler made of the CUDA kernels, and what the backward ones add to memory, as two tables:
+`python ops_dcnv3/count.py`. No GPU and no torch needed.
 
 Instructions (of the whole kernel, with its branches and unrolled loops), registers and spilled bytes come from nvcc and
 cuobjdump; shared memory and the number of blocks from the kernels' own source, compiled for the CPU; blocks a
-multiprocessor follow from those by arithmetic. Needs nvcc and a C++ compiler, and for instructions cuobjdump.
+multiprocessor follow from those by arithmetic. Additions are counted while the kernels run on the CPU, with drawn
+offsets. Needs nvcc and a C++ compiler, and for instructions cuobjdump.
 """
 
 import importlib.util
@@ -103,12 +105,11 @@ def blocks_of(architecture, registers, shared, threads=128):
     return min(2048 // threads, by_registers, by_shared)
 
 
-def rows():
-    """The table: one row a kernel, dtype and shape of shared memory, both architectures in each."""
+def rows(started):
+    """The first table: one row a kernel, dtype and shape of shared memory, both architectures in each."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = compile_kernels(SHARED, folder)
         code = {a: listings(folder, a) for a in SHARED} if find_cuobjdump() else {a: {} for a in SHARED}
-        started = launches(folder)
     for kernel, dtype, version in sorted({key[1:] for key in compiled}):
         usage = {a: compiled[a, kernel, dtype, version] for a in SHARED}
         length = {a: len(code[a].get((kernel, dtype, version), ())) or "?" for a in SHARED}
@@ -124,6 +125,12 @@ def rows():
             yield [kernel, version, dtype, ", ".join(names), *both, str(shared), held]
 
 
+def table(header, body):
+    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
+    for row in body:
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
 def main():
     if find_nvcc() is None:
         raise SystemExit("count.py: no nvcc: install the CUDA toolkit, or set CUDA_HOME to it")
@@ -132,9 +139,14 @@ def main():
     print("shared memory of the levels of InternImage-B at 224 pixels\n")
     header = ["kernel", "points", "dtype", "level", "instructions", "registers", "spilled bytes", "shared bytes"]
     header += ["blocks a multiprocessor"]
-    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
-    for row in rows():
-        print("| " + " | ".join(row) + " |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        started, added = launches(folder)
+    table(header, rows(started))
+    print("\nRows of channels added to memory for an output pixel and group, by the spread of the offsets in pixels\n")
+    spreads = sorted({spread for *_, spread in added})
+    shapes = dict.fromkeys(key[:2] for key in added)
+    body = [[kernel, f"{n}x{n}", *(f"{added[kernel, n, s]:.1f}" for s in spreads)] for kernel, n in shapes]
+    table(["kernel", "level", *(f"{spread:g}" for spread in spreads)], body)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@
 // sum to memory once: 2 to 3 adds an output pixel, where its corners are 36. A point with a corner outside the
 // window is added to memory as in the atomic kernel.
 //
-// A pixel finds its points by lists: every point is in the list of its cell, the pixel at its low corner, and
-// a pixel is a corner of the points of four cells. To put a point into a list is one exchange of integers.
-// Sums in shared memory would take compare-and-swap loops, or a window of sums for every warp that adds: room
-// for two or three blocks of a multiprocessor, where this leaves seven or eight.
+// A pixel of the window has a list of the corners that lie on it. To put a corner into a list is one exchange of
+// integers. Sums in shared memory would take compare-and-swap loops, or a window of sums for every warp that
+// adds: room for two or three blocks of a multiprocessor, where this leaves six or seven.
 #include "cuda_backward.h"
 
 namespace dcnv3 {
@@ -53,20 +52,18 @@ __device__ inline int window_of(int first, int kernel, int stride, int padding, 
   return (first + kTile / 2) * stride - padding + dilation * (kernel - 1) / 2 - kWindow / 2;
 }
 
-// Shared memory beside the points. Point k of pair i has the number k * kPairs + i.
-constexpr int kCells = kWindow + 1;  // of a side: before the window's first pixels lie cells without points
+// Shared memory beside the points. Corner q of point k of pair i has the number (k * kPairs + i) * 4 + q.
 constexpr uint16_t kEnd = 0xffff, kOutside = 0xfffe;
 template <typename A>
 struct Lists {
   A* const grads;        // output gradients: [pair][thread of a window's pixel][its channels]
-  int* const first;      // [cell row][cell column]: number of a point, or kEnd
-  uint16_t* const next;  // [point]: the next one of its cell, kEnd, or kOutside if it is not in the window
+  int* const first;      // [row][column of the window]: number of a corner, or kEnd
+  uint16_t* const next;  // [corner]: the next one of its pixel, or kEnd; kOutside if its point is not listed
   __device__ Lists(void* memory, int channels)
       : grads(static_cast<A*>(memory)), first(reinterpret_cast<int*>(grads + kPairs * channels)),
-        next(reinterpret_cast<uint16_t*>(first + kCells * kCells)) {}
+        next(reinterpret_cast<uint16_t*>(first + kWindow * kWindow)) {}
   static int64_t bytes(int64_t channels, int64_t points) {
-    const int64_t bytes = kPairs * (channels * int64_t(sizeof(A)) + points * 2) + kCells * kCells * 4;
-    return (bytes + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+    return kPairs * (channels * int64_t(sizeof(A)) + points * 4 * 2) + kWindow * kWindow * 4;
   }
 };
 
@@ -81,6 +78,7 @@ template <typename T, int size, int vector, int kPoints, typename Index>
 __device__ inline void link(const Tiled& a, const Tile<Index>& tile, int top, int left,
                             const Lists<Accumulator<T>>& lists,
                             const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
+  using A = Accumulator<T>;
   const Problem& p = a.problem;
   const int lanes = a.lanes.value;
   for (int item = threadIdx.x; item < shared.points * kPairs; item += kThreads) {
@@ -88,9 +86,17 @@ __device__ inline void link(const Tiled& a, const Tile<Index>& tile, int top, in
     if (!pair_of(a.cut, tile, i).valid) continue;
     const Index pixel = shared.places[shared.at(k, i)] - tile.image * Index(p.height * p.width);
     const int row = int(a.width.quotient(pixel)), y = row - top, x = int(pixel) - row * int(p.width) - left;
-    // The high corners are in the window as well.
+    // Low and high corners.
     const bool inside = y >= 0 && y < kWindow - 1 && x >= 0 && x < kWindow - 1;
-    lists.next[item] = inside ? uint16_t(atomicExch(&lists.first[(y + 1) * kCells + x + 1], item)) : kOutside;
+    const Corners<A> corners = shared.corners[shared.at(k, i)];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int corner = item * 4 + q;
+      uint16_t next = inside ? kEnd : kOutside;
+      if (inside && corners.weight[q] != A(0))
+        next = uint16_t(atomicExch(&lists.first[(y + q / 2) * kWindow + x + q % 2], corner));
+      lists.next[corner] = next;
+    }
   }
   for (int item = threadIdx.x; item < kPairs * lanes; item += kThreads) {
     const int i = int(a.lanes.quotient(uint32_t(item))), lane = item - i * lanes;
@@ -111,23 +117,19 @@ __device__ inline void gather(const Tiled& a, const Tile<Index>& tile, int top, 
   const Problem& p = a.problem;
   const int lanes = a.lanes.value;
   for (int item = threadIdx.x; item < kWindow * kWindow * lanes; item += kThreads) {
-    const int pixel = int(a.lanes.quotient(uint32_t(item))), lane = item - pixel * lanes;
-    const int y = pixel / kWindow, x = pixel % kWindow;
+    const int number = int(a.lanes.quotient(uint32_t(item))), lane = item - number * lanes;
+    // Pixels by 2x4, which a warp takes together: their lists are about as long.
+    const int y = number / 32 * 2 + number % 8 / 4, x = number % 32 / 8 * 4 + number % 4;
+    uint32_t corner = lists.first[y * kWindow + x];
+    if (corner == kEnd) continue;  // perhaps no pixel of the image
     A sum[size] = {};
-    bool touched = false;  // only then the pixel need exist
+    for (; corner != kEnd; corner = lists.next[corner]) {
+      const int q = corner % 4, i = corner / 4 % kPairs, k = corner / (4 * kPairs);
+      const A weight = shared.corners[shared.at(k, i)].weight[q];
+      const Pack<A, size> grad = load<size>(lists.grads + (i * lanes + lane) * size);
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      for (int point = lists.first[(y + 1 - q / 2) * kCells + x + 1 - q % 2]; point != kEnd; point = lists.next[point]) {
-        const int k = point / kPairs, i = point % kPairs;
-        const A weight = shared.corners[shared.at(k, i)].weight[q];
-        if (weight == A(0)) continue;
-        touched = true;
-        const Pack<A, size> grad = load<size>(lists.grads + (i * lanes + lane) * size);
-#pragma unroll
-        for (int j = 0; j < size; ++j) sum[j] += grad.numbers[j] * weight;
-      }
+      for (int j = 0; j < size; ++j) sum[j] += grad.numbers[j] * weight;
     }
-    if (!touched) continue;
     const Index place = (tile.image * Index(p.height) + Index(top + y)) * Index(p.width) + Index(left + x);
     A* const to = static_cast<A*>(p.grad_input) + (place * Index(p.group) + tile.group) * Index(p.channels);
 #pragma unroll
@@ -147,14 +149,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T> - 1) tiled_kernel(Tiled a
   const Tile<Index> tile = tile_of<Index>(a, blockIdx.x);
   const int top = window_of(tile.row, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
   const int left = window_of(tile.column, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
-  for (int cell = threadIdx.x; cell < kCells * kCells; cell += kThreads) lists.first[cell] = kEnd;
+  for (int i = threadIdx.x; i < kWindow * kWindow; i += kThreads) lists.first[i] = kEnd;
   locate<T>(p, cut, tile, shared);
   __syncthreads();
   constexpr int sums = kPoints ? int(kVectorBytes / sizeof(A)) : 1;  // of a thread
   constexpr int vector = vector_of<A, kPoints>;
   link<T, sums, vector>(a, tile, top, left, lists, shared);
   __syncthreads();
-  scatter<T>(p, cut, tile, shared, [&](int k, int i) { return lists.next[k * kPairs + i] == kOutside; });
+  scatter<T>(p, cut, tile, shared, [&](int k, int i) { return lists.next[(k * kPairs + i) * 4] == kOutside; });
   gather<T, sums, vector>(a, tile, top, left, lists, shared);
   __syncthreads();
   multiply<T, size>(p, cut, tile, shared);

@@ -358,9 +358,10 @@ def test_the_forward_kernel_stays_within_its_instructions(architecture, compiled
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-def test_blocks_of_internimage_b(tmp_path):
+def test_blocks_and_additions_of_internimage_b(tmp_path):
     """Closed form: 7 groups of 9 pixels a block at the first two levels, 4 of 16 where 4 divide them; an owning block
-    for every image and group; four tiles of float32 sums beside the points, as many as the kernels may take."""
+    for every image and group; four tiles of float32 sums beside the points, as many as the kernels may take; a tiled
+    block for every group of 8x8 pixels."""
     started, added = count.launches(tmp_path)
     forward = {height: blocks for height, blocks, _ in started["forward", "bfloat16"]}
     assert forward[56] == -(-32 * 56**2 // 9) and forward[28] == 2 * -(-32 * 28**2 // 9)
@@ -369,6 +370,19 @@ def test_blocks_of_internimage_b(tmp_path):
     assert {height: blocks for height, (blocks, _) in owning.items()} == {28: 32 * 14, 14: 32 * 28, 7: 32 * 56}
     points = 9 * 65 * (16 + 4) + (9 * 65 + 1) * 4  # weights and places, masks
     assert owning[14][1] == 4 * 14 * 14 * 16 * 4 + points <= 65536 and owning[7][1] == 4 * 7 * 7 * 16 * 4 + points
+    tiled = {height: (blocks, shared) for height, blocks, shared in started["tiled", "bfloat16"]}
+    assert {height: blocks for height, (blocks, _) in tiled.items()} == {
+        56: 32 * 7 * 49, 28: 32 * 14 * 16, 14: 32 * 28 * 4, 7: 32 * 56
+    }  # fmt: skip
+    lists = 64 * 16 * 4 + 16 * 16 * 4 + 64 * 36 * 2  # gradients, pixels, corners
+    assert {shared for _, shared in tiled.values()} == {lists + points}
+    # Without offsets a point is one pixel. A row of 56 pixels has 3 points each but 2 at its ends; its seven tiles
+    # reach 10 pixels each but 9 at its ends. Of 28 pixels the last tile has four, and reaches five.
+    assert added["atomic", 56, 0] == pytest.approx((3 * 56 - 2) ** 2 / 56**2, abs=1e-5)
+    assert added["tiled", 56, 0] == pytest.approx((5 * 10 + 2 * 9) ** 2 / 56**2, abs=1e-5)
+    assert added["tiled", 28, 0] == pytest.approx((9 + 10 + 10 + 5) ** 2 / 28**2, abs=1e-5)
+    # With offsets, a pixel has 36 corners, few of them its own.
+    assert 30 < added["atomic", 28, 1] < 36 and added["tiled", 56, 1] < 3 and added["tiled", 28, 2] < 4
     # Registers and shared memory by hand: 64 registers leave 8 blocks of 128 threads, 64 KB leave 2 and 3.
     assert count.blocks_of("sm_80", 64, points) == 8
     assert [count.blocks_of(a, 80, owning[14][1]) for a in ("sm_80", "sm_90")] == [2, 3]
