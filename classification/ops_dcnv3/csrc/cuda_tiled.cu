@@ -74,6 +74,7 @@ __device__ inline int channel_of(int lane, int lanes, int j) {
   return vector == size ? lane * size + j : j * lanes + lane;
 }
 
+// What step 2 needs: the lists of corners, and the output gradients.
 template <typename T, int size, int vector, int kPoints, typename Index>
 __device__ inline void link(const Tiled& a, const Tile<Index>& tile, int top, int left,
                             const Lists<Accumulator<T>>& lists,
@@ -86,7 +87,7 @@ __device__ inline void link(const Tiled& a, const Tile<Index>& tile, int top, in
     if (!pair_of(a.cut, tile, i).valid) continue;
     const Index pixel = shared.places[shared.at(k, i)] - tile.image * Index(p.height * p.width);
     const int row = int(a.width.quotient(pixel)), y = row - top, x = int(pixel) - row * int(p.width) - left;
-    // Low and high corners.
+    // With the high corners, one row and one column on.
     const bool inside = y >= 0 && y < kWindow - 1 && x >= 0 && x < kWindow - 1;
     const Corners<A> corners = shared.corners[shared.at(k, i)];
 #pragma unroll
@@ -201,29 +202,23 @@ const char* by_tiles(const Problem& whole, void* stream) {
   });
 }
 
-// The version for any problem needs the most shared memory.
-template <typename T>
-bool tiles_fit(const Problem& p) {
-  return tiling_of<T, 0, 1, int64_t>(p).blocks > 0;
+// Of a block. The version for any problem needs the most.
+int64_t shared_bytes_of(const Problem& p) {
+  const Tiled a = p.dtype == Dtype::float64 ? tiling_of<double, 0, 1, int64_t>(p) : tiling_of<float, 0, 1, int64_t>(p);
+  return a.blocks > 0 ? a.bytes : kMostSharedBytes + 1;
 }
 
 }  // namespace
 
-bool tiled_fits(const Problem& p) {
-  switch (p.dtype) {
-    case Dtype::float64: return tiles_fit<double>(p);
-    case Dtype::float32: return tiles_fit<float>(p);
-    case Dtype::float16: return tiles_fit<Float16>(p);
-    case Dtype::bfloat16: return tiles_fit<BFloat16>(p);
-  }
-  return false;
-}
+bool tiled_fits(const Problem& p) { return shared_bytes_of(p) <= kMostSharedBytes; }
 
-// With strides the tile's points are too far apart to share corners; with unfilled tiles threads are idle.
+// With strides the tile's points are too far apart to share corners, with unfilled tiles threads are idle, and
+// with half of the shared memory or more a multiprocessor has few blocks.
 bool tiled_pays(const Problem& p) {
   const int64_t filled = p.out_height * p.out_width;
   const int64_t tiles = ((p.out_width + kTile - 1) / kTile) * ((p.out_height + kTile - 1) / kTile);
-  return p.stride_h == 1 && p.stride_w == 1 && 4 * filled >= 3 * tiles * kPairs && tiled_fits(p);
+  return p.stride_h == 1 && p.stride_w == 1 && 4 * filled >= 3 * tiles * kPairs &&
+         shared_bytes_of(p) <= kMostSharedBytes / 2;
 }
 
 const char* tiled_backward(const Problem& p, void* stream) {

@@ -376,6 +376,7 @@ def test_blocks_and_additions_of_internimage_b(tmp_path):
     }  # fmt: skip
     lists = 64 * 16 * 4 + 16 * 16 * 4 + 64 * 36 * 2  # gradients, pixels, corners
     assert {shared for _, shared in tiled.values()} == {lists + points}
+    assert started["by shape", "bfloat16"] == started["tiled", "bfloat16"][:2] + started["owning", "bfloat16"][-2:]
     # Without offsets a point is one pixel. A row of 56 pixels has 3 points each but 2 at its ends; its seven tiles
     # reach 10 pixels each but 9 at its ends. Of 28 pixels the last tile has four, and reaches five.
     assert added["atomic", 56, 0] == pytest.approx((3 * 56 - 2) ** 2 / 56**2, abs=1e-5)

@@ -48,6 +48,9 @@ int main() {
       };
       tell("forward"), dcnv3::cuda_forward(p, nullptr);
       tell("atomic"), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::atomic, nullptr);
+      dcnv3::BackwardKernel suits;
+      dcnv3::cuda_backward_kernel(p, nullptr, false, &suits);
+      tell("by shape"), dcnv3::cuda_backward(p, suits, nullptr);
       tell("tiled"), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::tiled, nullptr);
       if (dcnv3::owning_tiles(p) > 0) tell("owning"), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::owning, nullptr);
     }
