@@ -19,9 +19,11 @@ static_assert(kTile * kTile == kPairs, "a tile is what a block's points have roo
 struct Tiled {
   Problem problem;  // grad_input: the sums, of type Accumulator<T>
   Cut cut;          // one group a block
-  Divisor groups, across, down;  // block = ((image * down + tile row) * across + tile column) * groups + group
-  Divisor width;                 // of the input
-  Divisor lanes;                 // threads of a pixel of the window
+  // block = ((image * down + tile row) * across + tile column) * groups + group: blocks that run together share
+  // lines of memory.
+  Divisor groups, across, down;
+  Divisor width;  // of the input
+  Divisor lanes;  // threads of a pixel of the window
   int64_t blocks, list_bytes, bytes;
 };
 
