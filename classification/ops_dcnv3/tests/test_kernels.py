@@ -87,8 +87,8 @@ CASES = {
     "two tiles": dict(h=4, w=5, group=2, width=256, dtype=torch.bfloat16),
     "one tile": dict(h=4, w=5, group=1, width=512),
     "no tile": dict(h=4, w=5, group=1, width=1000),
-    "six windows": dict(h=11, w=17, group=2, width=16, softmax=True, dtype=torch.bfloat16),
-    "windows apart": dict(h=21, w=19, group=1, width=8, stride=(2, 1), dilation=(1, 3), padding=(1, 3)),
+    "three windows": dict(h=5, w=22, group=1, width=16, softmax=True, dtype=torch.bfloat16),
+    "windows apart": dict(h=21, w=5, group=1, width=8, stride=(2, 1), dilation=(1, 3), padding=(1, 3)),
 }  # fmt: skip
 # The backward kernels that a case does not fit: more points or channels than the shared memory of a block holds.
 UNFIT = {
@@ -164,7 +164,8 @@ def test_kernels_alone(program, name, tmp_path):
     ]
     eps, few = torch.finfo(dtype).eps, (group, case["scale"], case["remove_center"], case["softmax"])
     sets = run_alone(program, few, shape, inputs, grad, tmp_path / "problem", case["shift"], case["extra"])
-    assert {kernel for kernel, missing, _ in sets if missing} == (UNFIT.get(name, set()) if program[0] == "cuda" else set())
+    if program[0] == "cuda":
+        assert {kernel for kernel, missing, _ in sets if missing} == UNFIT.get(name, set())
     for kernel, missing, got in sets:
         if not missing:
             most = max(1.0, max(t.abs().max().item() for t in expected))
