@@ -59,7 +59,7 @@ GOLDEN = np.load(HERE / "dcnv3_op.npz")
 GOLDEN_CASES = json.loads(str(GOLDEN["cases"]))
 CASES = {
     "fast": dict(h=5, w=7, group=3, width=16),
-    "wide": dict(h=3, w=5, group=9, width=32),
+    "wide": dict(h=3, w=5, group=3, width=32),
     "logits": dict(h=5, w=7, group=7, width=16, softmax=True),
     "half": dict(h=5, w=7, group=3, width=16, softmax=True, dtype=torch.float16),
     "bfloat": dict(h=5, w=7, group=3, width=32, softmax=True, dtype=torch.bfloat16),
@@ -76,8 +76,8 @@ CASES = {
     ),
     "large kernel": dict(h=5, w=4, group=3, width=4, kernel=(7, 7), padding=(3, 3), softmax=True),
     "huge kernel": dict(h=2, w=3, group=1, width=2, kernel=(41, 41), padding=(20, 20), dtype=torch.float64),
-    "one pixel": dict(h=1, w=1, group=5, width=16, softmax=True),
-    "one row": dict(h=1, w=9, group=4, width=16, softmax=True),
+    "one pixel": dict(h=1, w=1, group=2, width=16, softmax=True),
+    "one row": dict(h=1, w=9, group=1, width=16, softmax=True),
     "one column": dict(h=9, w=1, group=2, width=5),
     "two columns": dict(h=6, w=2, group=4, width=16, softmax=True),
     "width 8": dict(h=5, w=7, group=6, width=8, softmax=True, dtype=torch.bfloat16),
