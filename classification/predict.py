@@ -99,7 +99,7 @@ def _explained(args, models):
         return []
     if len(models) > 1:
         raise UserError("--explain takes one checkpoint: the maps of several models have no common scale")
-    explain.check(models[0].model, models[0].path)
+    explain.check(models[0].model, models[0].config.DATA.IMG_SIZE, models[0].path)
     try:
         Path(args.explain).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -441,8 +441,16 @@ def test_the_command_line_prints_one_line_and_no_traceback(tiny, tmp_path):
 
 
 def test_throughput(run_main, capsys):
-    run_main("--throughput")
-    assert "images/s (batch 16, torch.float32, cpu)" in capsys.readouterr().out
+    run_main("--throughput", "--batch-size", 4)
+    said = capsys.readouterr().out
+    assert re.search(
+        r"training step: [\d.]+ images/s \(batch 4, torch.float32, cpu\), ms: forward [\d.]+, backward [\d.]+, "
+        r"optimizer [\d.]+; peak memory [\d.]+ GB\n +0.003 GMACs an image: \d+% of the rate of matrix products",
+        said,
+    )
+    assert re.search(r"fed by the loader: [\d.]+ images/s, \d+% of that; \d+% waiting for data", said)
+    run_main("--throughput", data="")
+    assert "fed by the loader" not in capsys.readouterr().out
 
 
 def test_imagenet_folders(tiny, tmp_path):
