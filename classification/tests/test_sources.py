@@ -25,6 +25,7 @@ from dataset.build import SeededDataset, TrainSampler, build_datasets, fingerpri
 from dataset.domain import domain_warning
 from dataset.labels import LABELS
 from dataset.synthetic_layouts import LAYOUTS
+from dataset.tables import EmptySplit
 from errors import UserError
 
 OTHERS = [name for name in LAYOUTS if name != "mimic"]
@@ -157,6 +158,26 @@ def test_the_same_id_in_two_releases_is_not_the_same_patient(load, tmp_path):
     sources[1]["path"] = own_table(tmp_path / "c", "aabcde")
     with pytest.raises(UserError, match=r"^DATA.SOURCES there: 1 patient\(s\) are in more than one split"):
         build_datasets(load(sources, **opts), "train", "validate")
+
+
+def test_a_source_may_lack_a_split_of_its_own(load, tmp_path):
+    sources = [
+        {"dataset": "mimic_cxr", "path": own_table(tmp_path / "a", "abcdef"), "name": "here"},
+        {"dataset": "mimic_cxr", "path": own_table(tmp_path / "b", "abcdef"), "name": "there"},
+    ]
+    table = tmp_path / "b" / "table.csv"
+    table.write_text(table.read_text().replace("validate", "train"))
+    config = load(sources, DATA__LABELS="[Edema]", MODEL__NUM_CLASSES=1)
+    train, validate = build_datasets(config, "train", "validate")
+    assert list(train.sources) == ["here"] * 2 + ["there"] * 4 and set(validate.sources) == {"here"}
+    assert any(text.startswith("DATA.SOURCES there has no part in validate: ") for text in train.warnings)
+    table.write_text(table.read_text().replace("train", "test"))
+    with pytest.raises(UserError, match="^DATA.SOURCES there: .*split 'train' has no image"):
+        build_datasets(config, "train", "validate")
+    table = tmp_path / "a" / "table.csv"
+    table.write_text(table.read_text().replace("validate", "train"))
+    with pytest.raises(EmptySplit, match="none of DATA.SOURCES has an image of the split 'validate'"):
+        build_datasets(config, "test", "validate")
 
 
 def test_images_of_a_source_without_patients_are_patients_of_their_own(load, layouts):
