@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import shutil
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def read(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
+        raise UserError(f"checkpoint {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -90,7 +91,8 @@ def read(path):
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except ValueError:  # the format before torch 1.6: nothing is allowed there
             unknown = []
-        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
+        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle protocol of foreign files
             return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file can raise almost anything (RuntimeError, EOFError, UnpicklingError, KeyError, ...).
     except Exception as error:
@@ -107,6 +109,7 @@ def _what_is_wrong(path, error):
         return f"{path} is a web page, not a checkpoint: the download failed; download it again"
     # torch's own text about unpickling advises to load unsafely: it is not handed on.
     reason = str(error).splitlines()[0] if str(error) and "weights_only" not in str(error) else type(error).__name__
+    reason = reason.split(". ")[0]  # the rest guesses at causes
     reason = reason if start else "the file is empty"
     return f"{path} is not a whole checkpoint ({reason}); use another one"
 

@@ -133,7 +133,7 @@ KNOBS = {
     "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node", acts=XRAYS),
     "DATA.BATCH_SIZE": Knob(128, "images per GPU and forward pass", at_least(1), flag="--batch-size"),
     "DATA.IMG_SIZE": Knob(224, "side in pixels of what the model sees; timm: the backbone's own unless set",
-                          at_least(32)),
+                          between(32, 4096)),
     "DATA.INTERPOLATION": Knob("bicubic", "how images are resized", one_of("bicubic", "bilinear")),
     "DATA.RESIZE": Knob("squeeze", "(new) how an X-ray becomes a square: squeeze, or pad (aspect kept, black beside)",
                         one_of("squeeze", "pad"), acts=XRAYS),

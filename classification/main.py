@@ -545,8 +545,9 @@ def measure_throughput(config, world, log):
         loader = build_loader(config, dataset, train=True, world=world, log=log)
         limit_threads(config, world)
     step = throughput.Step(config, world.device)
-    seconds = throughput.step_seconds({"": step}, rounds=10)[""]
-    rate, matrices = len(step.images) / sum(seconds), throughput.matrix_rate(world.device, step.dtype)
+    product = throughput.Product(world.device, step.dtype)
+    seconds, of_product = throughput.step_seconds({"step": step, "product": product}, rounds=10).values()
+    rate, matrices = len(step.images) / sum(seconds), product.rate(*of_product)
     parts = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in zip(throughput.PARTS, seconds))
     log.info(
         f"training step: {rate:.1f} images/s (batch {len(step.images)}, {step.dtype}, {world.device}), ms: {parts}; "

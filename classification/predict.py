@@ -12,6 +12,7 @@ Read `predict` first.
 
 import argparse
 import os
+import re
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +38,7 @@ from inference import autocast
 from prediction_file import FORMATS, PredictionFile
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
+CPU_BATCH = 8  # a CPU is no faster with more, and rows come sooner
 # Parts of the image that --tta averages over: left, top and side as parts of its own. No flip: the heart has a side.
 TTA = ((0, 0, 1), (0.05, 0.05, 0.9), (0, 0, 0.95), (0.05, 0, 0.95), (0, 0.05, 0.95), (0.05, 0.05, 0.95))
 
@@ -46,7 +48,7 @@ def parse_args(argv):
         prog="predict.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="of main.py; what follows and ends in .pth is averaged with it")
+    add("checkpoint", metavar="CHECKPOINT", help="of main.py; a PATH that ends in .pth is one to average with it")
     add("paths", nargs="+", metavar="PATH", help="image, folder, pattern, or CSV with a column path")
     add("--output", required=True, metavar="FILE", help="the table to write; run.json beside it says how it was made")
     add("--format", choices=list(FORMATS), default="csv", help="of the table")
@@ -54,12 +56,17 @@ def parse_args(argv):
     add("--tta", action="store_true", help=f"mean over {len(TTA)} shifts and scales, {len(TTA)} times the work")
     add("--calibrated", metavar="EVALUATION", help="apply calibration.json of this evaluation, which report.py wrote")
     add("--thresholds", metavar="EVALUATION", help="add <label>_positive, 1 or 0, by the thresholds of its report.json")
-    add("--rule", default="youden", help="which of the report's thresholds: youden, f1, sensitivity, specificity")
+    add("--rule", help="which of the report's thresholds: youden (where none is said), f1, sensitivity, specificity")
     add("--dicom-recipe", choices=["window", "mimic_jpg"], help="how a DICOM becomes grey (that of the training)")
     add("--explain", metavar="DIR", help="a picture of each image and label: Grad-CAM, and where DCNv3 looks")
     add("--labels", nargs="+", metavar="LABEL", help="with --explain: these labels only")
     add("--device", help="cuda, cuda:1, cpu (a GPU where there is one)")
-    add("-b", "--batch-size", type=int, help="images per forward pass (that of the training)")
+    add(
+        "-b",
+        "--batch-size",
+        type=int,
+        help=f"images per forward pass (that of the training; on a CPU at most {CPU_BATCH})",
+    )
     add("-j", "--workers", type=int, help="loading processes (on a GPU up to 8, else 1)")
     return parser.parse_args(argv)
 
@@ -68,18 +75,26 @@ def parse_args(argv):
 def _device(name):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
+        if device.type in ("cpu", "cuda"):
+            torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: the models run on cpu and cuda")
     return device
+
+
+def batch_size(config, device, asked):
+    """Images per forward pass: as asked, or that of the training; on a CPU few, or it would wait for a whole batch."""
+    if asked is not None:
+        return asked
+    return min(CPU_BATCH, config.DATA.BATCH_SIZE) if device.type == "cpu" else config.DATA.BATCH_SIZE
 
 
 def _models(args, device):
     """The checkpoints, and the paths that are left."""
-    paths = list(args.paths)
-    checkpoints = [args.checkpoint]
-    while paths and paths[0].endswith(CHECKPOINT_SUFFIXES):
-        checkpoints.append(paths.pop(0))
+    paths = [path for path in args.paths if not path.endswith(CHECKPOINT_SUFFIXES)]
+    checkpoints = [args.checkpoint, *(path for path in args.paths if path.endswith(CHECKPOINT_SUFFIXES))]
     if not paths:
         raise UserError("no image is named: give files, folders, patterns or a CSV behind the checkpoint")
     models = [trained.load(path, ema=args.ema, device=device, dicom_recipe=args.dicom_recipe) for path in checkpoints]
@@ -91,7 +106,7 @@ def _models(args, device):
     return models, paths
 
 
-def _explained(args, models):
+def _explained(args, models, paths):
     """Indices of the labels to explain."""
     if not args.explain:
         if args.labels:
@@ -100,14 +115,21 @@ def _explained(args, models):
     if len(models) > 1:
         raise UserError("--explain takes one checkpoint: the maps of several models have no common scale")
     explain.check(models[0].model, models[0].config.DATA.IMG_SIZE, models[0].path)
-    try:
-        Path(args.explain).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--explain {args.explain} cannot be written ({error.strerror}); choose another") from error
     names = models[0].label_names
     for name in args.labels or []:
         if name not in names:
             raise UserError(f"--labels: the model has no label {name!r}{did_you_mean(name, names)}")
+    folder = Path(args.explain).resolve()
+    for path in paths:
+        if os.path.isdir(path) and folder.is_relative_to(Path(path).resolve()):
+            raise UserError(
+                f"--explain {args.explain} lies in {path}: its pictures would be predicted the next time; choose "
+                "another folder"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--explain {args.explain} cannot be written ({error.strerror}); choose another") from error
     return [names.index(name) for name in args.labels or names]
 
 
@@ -203,11 +225,14 @@ def _draw(args, model, listed, number, tensor, row, labels):
     levels = explain.sampling_points(model.model, images.expand(len(labels), -1, -1, -1), places)
     for k, label in enumerate(labels):
         name = model.label_names[label]
-        path = Path(args.explain) / f"{number:06d}_{Path(listed.path).stem}_{name.replace(' ', '_')}.png"
-        explain.draw_overlay(
-            path, grey, placement(model.config, *grey.shape), maps[k], [(p[k], w[k]) for p, w in levels],
-            f"{name}: {row[name]:.3f}",
-        )  # fmt: skip
+        file = re.sub(r"[^\w.-]+", "_", f"{number:06d}_{Path(listed.path).stem[:100]}_{name}.png")
+        try:
+            explain.draw_overlay(
+                Path(args.explain) / file, grey, placement(model.config, *grey.shape), maps[k],
+                [(p[k], w[k]) for p, w in levels], f"{name}: {row[name]:.3f}",
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"--explain: {error.filename or file} cannot be written ({error.strerror})") from error
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -216,8 +241,8 @@ def predict(args):
     device = _device(args.device)
     models, paths = _models(args, device)
     names, first = models[0].label_names, models[0]
-    labels = _explained(args, models)
-    batch = first.config.DATA.BATCH_SIZE if args.batch_size is None else args.batch_size
+    labels = _explained(args, models, paths)
+    batch = batch_size(first.config, device, args.batch_size)
     cpus = len(os.sched_getaffinity(0))
     workers = (1 if device.type == "cpu" else min(8, cpus)) if args.workers is None else args.workers
     if batch < 1 or workers < 0:
@@ -225,13 +250,16 @@ def predict(args):
     adjust, fitted_for = applied.read_calibration(args.calibrated, names) if args.calibrated else (None, None)
     if fitted_for and [fitted_for] != [model.digest for model in models]:
         print(f"note: {args.calibrated} was fitted for another checkpoint (sha256 {fitted_for[:12]}...)")
-    cuts = applied.read_thresholds(args.thresholds, args.rule, names) if args.thresholds else {}
+    if args.rule and not args.thresholds:
+        raise UserError("--rule says which thresholds to take: give --thresholds EVALUATION as well")
+    rule = (args.rule or "youden") if args.thresholds else None
+    cuts = applied.read_thresholds(args.thresholds, rule, names) if args.thresholds else {}
     images = list_images(paths)
 
     command = {
         "checkpoints": [model.digest for model in models],
         **{k: getattr(args, k) for k in ("paths", "format", "ema", "tta", "calibrated", "thresholds", "dicom_recipe")},
-        "rule": args.rule if args.thresholds else None,
+        "rule": rule,
         "explain": [args.explain, [names[k] for k in labels]] if args.explain else None,
     }
     about = {
@@ -242,6 +270,8 @@ def predict(args):
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "dcnv3": dcnv3.__version__},
     }
     columns = ["path", "error", *IDS, *names, *(f"{name}_positive" for name in names if args.thresholds)]
+    if repeated := [name for k, name in enumerate(columns) if name in columns[:k]]:
+        raise UserError(f"{first.path}: the label {repeated[0]!r} has the name of another column of the table")
     table = PredictionFile(
         args.output, columns, [image.path for image in images], command=command, about=about, batch=batch,
         form=args.format,

@@ -14,6 +14,7 @@ from pathlib import Path
 from errors import UserError
 
 RUN = "run.json"
+BYTES = "surrogateescape"  # a file's name need not be UTF-8
 
 
 class _Csv:
@@ -25,9 +26,12 @@ class _Csv:
 
     @staticmethod
     def _lines(rows):
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        return text.getvalue().encode()
+        lines = []
+        for row in rows:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\r\n").writerow(row)  # so that a name with \r in it is quoted
+            lines.append(text.getvalue().removesuffix("\r\n") + "\n")
+        return "".join(lines).encode(errors=BYTES)
 
     def rows(self, rows, first):
         return self._lines([[row[c] for c in self.columns] for row in rows])
@@ -42,7 +46,7 @@ class _Csv:
                 if not line.endswith(b"\n"):
                     return
                 end += len(line)
-                yield line.decode()
+                yield line.decode(errors=BYTES)
 
         try:
             for fields in csv.reader(lines(), strict=True):
@@ -99,8 +103,12 @@ class PredictionFile:
 
     def __init__(self, path, columns, paths, *, command, about, batch, form="csv"):
         self.path, self.paths, self.form = Path(path), paths, FORMATS[form](columns)
+        if self.path.name == RUN:
+            raise UserError(f"--output {path}: {RUN} is what stands beside the table; choose another name")
         self.command, self.about = json.loads(json.dumps(command)), about  # as they come back from run.json
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise UserError(f"--output {path} cannot be written (it is no file); choose another file")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             begun = self._read_run()
             self._check_command(begun)

@@ -21,6 +21,8 @@ PARTS = ("forward", "backward", "optimizer")
 class Marks:
     """Moments of the device's time: on a GPU they are recorded among its work, and nothing waits for them."""
 
+    clock = time.perf_counter  # of a CPU, in seconds
+
     def __init__(self, device):
         self.device, self.marks = device, []
 
@@ -29,7 +31,7 @@ class Marks:
             mark = torch.cuda.Event(enable_timing=True)
             mark.record()
         else:
-            mark = time.perf_counter()
+            mark = Marks.clock()
         self.marks.append(mark)
 
     def seconds(self):
@@ -85,8 +87,27 @@ class Step:
         self.model.train()
 
 
+class Product:
+    """A product of two large square matrices, to have its turn among steps: the rate that they are held against."""
+
+    def __init__(self, device, dtype):
+        self.device, self.side = device, 8192 if device.type == "cuda" else 1024
+        self.a, self.b = (torch.randn(self.side, self.side, device=device).to(dtype) for _ in range(2))
+
+    def __call__(self, mark):
+        mark()
+        self.a @ self.b
+        mark()
+
+    def rate(self, seconds):
+        """Multiplications and additions a second."""
+        return 2 * self.side**3 / seconds
+
+
 def step_seconds(steps, rounds, warm_up=2):
     """{name: seconds of each of PARTS}: medians over `rounds`, in which each of `steps` ({name: Step}) has its turn.
+
+    A :class:`Product` has one part.
 
     By turns, since a machine that others share is not equally fast all the time. On a GPU a turn is ten steps without
     a wait, as in training.
@@ -124,20 +145,6 @@ def fed_rate(step, loader, batches, warm_up):
 def _finish(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def matrix_rate(device, dtype):
-    """Multiplications and additions a second, in a product of two large square matrices; the median of seven."""
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(8):
-        marks = Marks(device)
-        marks()
-        a @ b
-        marks()
-        seconds += marks.seconds()
-    return 2 * side**3 / statistics.median(seconds[1:])
 
 
 def share_of(rate, gmacs, images_per_s):

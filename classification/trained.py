@@ -72,8 +72,8 @@ def load(path, *, ema=False, device="cpu", dicom_recipe=None):
             f"{path} is not a checkpoint of this project: it holds no {missing[0]}; give one that main.py wrote"
         )
     names = state["label_names"]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is not a checkpoint of this project: its label_names are no list of names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise UserError(f"{path} is not a checkpoint of this project: its label_names are no list of different names")
     if not isinstance(state["config"], dict):
         raise UserError(f"{path} is not a checkpoint of this project: its config is no dictionary")
     config = config_module.from_dict(state["config"], path)

@@ -34,6 +34,8 @@ def read_calibration(evaluation, label_names):
 
     path, content = _read(evaluation, "calibration.json")
     platt, temperature = content.get("platt") or {}, content.get("temperature")
+    if not isinstance(platt, dict):
+        raise UserError(f"{path} is not a calibration.json of report.py: its platt is no dictionary")
     lacking = [name for name in label_names if platt.get(name) is None and temperature is None]
     if lacking:
         raise UserError(f"{path} has no calibration of {', '.join(lacking)}; predict without --calibrated")
@@ -45,6 +47,10 @@ def read_calibration(evaluation, label_names):
         ]
         return np.stack(columns, 1)
 
+    try:
+        adjust(np.full((1, len(label_names)), 0.5))
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a calibration.json of report.py: its values are no numbers") from error
     return adjust, content.get("checkpoint_sha256")
 
 
@@ -56,11 +62,15 @@ def read_thresholds(evaluation, rule, label_names):
     """
     path, content = _read(evaluation, "report.json")
     rules = content.get("thresholds") or {}
-    if not isinstance(rules.get(rule), dict) or "labels" not in rules[rule]:
+    if not isinstance(rules.get(rule), dict) or not isinstance(rules[rule].get("labels"), dict):
         why = rules.get("left_out") or f"choose one of {', '.join(k for k in rules if isinstance(rules[k], dict))}"
         raise UserError(f"{path} has no thresholds by the rule {rule!r}: {why}")
     labels = rules[rule]["labels"]
     lacking = [name for name in label_names if name not in labels]
     if lacking:
         raise UserError(f"{path} is of a model with other labels: it has none of {', '.join(lacking)}")
-    return {name: labels[name]["threshold"] for name in label_names}
+    cuts = {name: isinstance(labels[name], dict) and labels[name].get("threshold", False) for name in label_names}
+    for name, cut in cuts.items():
+        if cut is not None and (isinstance(cut, bool) or not isinstance(cut, int | float)):
+            raise UserError(f"{path} is not a report.json of report.py: the threshold of {name} is no number")
+    return cuts

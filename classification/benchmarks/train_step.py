@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -140,8 +141,9 @@ def rows_of(size, device, arguments):
 def table(size, device, arguments):
     rows = rows_of(size, device, arguments)
     steps = {row: step for row, (step, _) in rows.items()}
-    seconds = throughput.step_seconds(steps, arguments.rounds)
-    rates = {dtype: throughput.matrix_rate(device, dtype) for dtype in {step.dtype for step in steps.values()}}
+    products = {step.dtype: throughput.Product(device, step.dtype) for step in steps.values()}
+    seconds = throughput.step_seconds(steps | products, arguments.rounds)
+    rates = {dtype: product.rate(*seconds[dtype]) for dtype, product in products.items()}
     said = ", ".join(f"{str(d).removeprefix('torch.')} {rate / 1e12:.3f} TFLOP/s" for d, rate in rates.items())
     print(f"\nbatch {arguments.batch}, 224 pixels; matrix products: {said}\n")
     head = ["", "images/s", "of ConvNeXt's", *throughput.PARTS, "operator", "peak GB", "GMACs", "of matrix rate"]
@@ -165,11 +167,16 @@ def main(argv=None):
     parser.add_argument("--compiled", action="store_true", help="these rows too: minutes of compiling before the first")
     parser.add_argument("--grid-sample", action="store_true", help="a row with `grid_sample` in the operator's place")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU (default 2)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, by the time that the CPU gave it: for a machine in use"
+    )
     parser.add_argument("--quick", action="store_true", help="one round of two images: whether it runs, not how fast")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.batch, arguments.rounds = 2, 1
     device = torch.device("cuda" if gpu else "cpu")
+    if arguments.cpu_time:
+        arguments.threads, throughput.Marks.clock = 1, time.process_time
     if not gpu:
         torch.set_num_threads(arguments.threads)
     if arguments.compiled:
@@ -177,7 +184,8 @@ def main(argv=None):
     timm = importlib.metadata.version("timm")
     print(
         f"{device_name(device)}, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, timm {timm}; medians of {arguments.rounds} rounds, ms"
+        f"torch {torch.__version__}, timm {timm}; medians of {arguments.rounds} rounds, "
+        f"ms{' of CPU time' if arguments.cpu_time else ''}"
     )
     for size in [arguments.size] if arguments.size else PEERS:
         table(size, device, arguments)

@@ -54,6 +54,7 @@ def _test_images(folder, path, tops):
 
 
 def read(folder):
+    """The release in a :class:`dataset.releases.Folder` as a :class:`dataset.releases.Reading`."""
     files = {"train": folder.needed("train.csv", why="the training split of CheXpert")}
     files["validate"] = folder.needed("valid.csv", why="the validation split of CheXpert")
     frames = {split: tables.read_csv(path, COLUMNS) for split, path in files.items()}

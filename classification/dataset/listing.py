@@ -4,18 +4,19 @@ import glob
 import io
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import pydicom
 
-from dataset.images import ImageError, sniff
-from dataset.tables import read_csv
+from dataset import tables
+from dataset.images import SUFFIXES, ImageError, sniff
 from dataset.views import TEXT_COLUMNS, find_views
 from errors import UserError
 
-SUFFIXES = (".dcm", ".dicom", ".jpg", ".jpeg", ".png")
+TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 IDS = ("dicom_id", "study_id", "subject_id", "view")
 _OFFICIAL = re.compile(r"p\d\d/p(?P<subject_id>\d{8})/s(?P<study_id>\d{8})/(?P<dicom_id>[^/]+)\.\w+$")
 _HEADER = {"dicom_id": "SOPInstanceUID", "study_id": "StudyID", "subject_id": "PatientID"}
@@ -33,15 +34,19 @@ class Listed:
     def read(self):
         """Bytes of the file; an ImageError where it cannot be read."""
         try:
+            if not stat.S_ISREG(self.file.stat().st_mode):  # to read a pipe could take for ever
+                raise ImageError(f"{self.file}: is no file")
             return self.file.read_bytes()
-        except OSError as error:
-            raise ImageError(f"{self.file}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # ValueError: a table may hold a path that no system takes
+            raise ImageError(f"{self.file}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _looks_like_an_image(path):
     # A broken image is known by its name only, one without a suffix by its content only.
-    if path.suffix.lower() in SUFFIXES:
-        return True
+    if path.suffix and path.suffix.lower() in SUFFIXES:
+        return path.is_file() or path.is_symlink()
+    if not path.is_file():
+        return False
     try:
         with open(path, "rb") as file:
             return sniff(file.read(4096)) != ""
@@ -49,62 +54,82 @@ def _looks_like_an_image(path):
         return False
 
 
-def _of_folder(folder):
-    found = []
-    for where, folders, names in os.walk(folder, followlinks=True):
+def _cannot_be_listed(error):
+    raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror})") from error
+
+
+def _images_below(folder):
+    found, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_be_listed):
+        if (real := os.path.realpath(where)) in seen:  # a link to where the search has been: a circle, perhaps
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (Path(where, name) for name in sorted(names) if not name.startswith("."))
         found += [Listed(str(path), path) for path in paths if _looks_like_an_image(path)]
-    if not found:
-        raise UserError(f"{folder}: no image in this folder or below it (DICOM, JPG or PNG)")
     return found
 
 
+def _is_table(name):
+    return name.lower().endswith(TABLES)
+
+
 def _of_table(table):
-    frame = read_csv(table, ("path",))
-    blank = frame["path"].isna()
-    if blank.any():
-        raise UserError(f"{table}: data row {int(blank.to_numpy().argmax()) + 1} has no path")
+    frame = tables.read_csv(table, ("path",))
+    frame["path"] = tables.names(frame, "path", table)
     if "ViewPosition" in frame and "view" not in frame:
         frame["view"] = find_views(frame)
     columns = [c for c in IDS if c in frame]
-    rows = frame[["path", *columns]].astype(object)
     return [
-        Listed(row["path"], table.parent / row["path"], {c: _text(row[c]) for c in columns if pd.notna(row[c])})
-        for row in rows.to_dict("records")
+        Listed(row["path"], table.parent / row["path"], {c: row[c].strip() for c in columns if row[c].strip()})
+        for row in frame[["path", *columns]].to_dict("records")
     ]
 
 
-def _text(value):
-    # A column of numbers with a gap in it is read as floats.
-    return f"{value:.0f}" if isinstance(value, float) else str(value)
+def _of_pattern(pattern):
+    """What a pattern names: of folders and of files what looks like an image; tables where it asks for them."""
+    found = []
+    for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
+        if path.is_dir():
+            found += _images_below(path)
+        elif _is_table(pattern):
+            found += _of_table(path)
+        elif _looks_like_an_image(path):
+            found.append(Listed(str(path), path))
+    if not found:
+        raise UserError(f"{pattern}: no image matches this pattern (DICOM, JPG or PNG)")
+    return found
 
 
 def _expand(name):
     path = Path(name)
-    if path.is_dir():
-        return _of_folder(path)
-    if path.name.lower().endswith((".csv", ".csv.gz")) and path.is_file():
+    if os.path.isdir(name):
+        if images := _images_below(path):
+            return images
+        raise UserError(f"{name}: no image in this folder or below it (DICOM, JPG or PNG)")
+    if os.path.isfile(name) and _is_table(name):
         return _of_table(path)
-    if path.exists():
-        return [Listed(str(path), path)]
-    matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
-    if not matches:
-        raise UserError(f"{name}: {'nothing matches this pattern' if glob.has_magic(name) else 'does not exist'}")
-    return [listed for match in matches for listed in _expand(match)]
+    if os.path.lexists(name):
+        return [Listed(name, path)]
+    if glob.has_magic(name):
+        return _of_pattern(name)
+    raise UserError(f"{name}: does not exist")
 
 
 def list_images(names):
     """The images that files, folders, patterns (`*`, `**`) and tables name, each path once, in the order given.
 
-    Folders are searched to the bottom, for files with the suffix or the content of an image. A table is a CSV with
-    the column `path`, relative to the folder of the table; it may have those of IDS, or ViewPosition.
+    Folders are searched to the bottom, for files with the suffix or the content of an image; hidden ones are left out.
+    A table is a CSV with the column `path`, relative to the folder of the table; it may have those of IDS, or
+    ViewPosition.
 
     Raises:
-        UserError: a path that is not there, a folder without an image, a table without `path`.
+        UserError: a path that is not there, a folder without an image or that cannot be read, a table without `path`.
     """
     listed = [image for name in names for image in _expand(str(name))]
-    return list({image.path: image for image in listed}.values())
+    # Tables of two folders may call two images alike.
+    return list({(image.path, os.path.abspath(image.file)): image for image in listed}.values())
 
 
 def identify(listed, data):

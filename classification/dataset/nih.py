@@ -17,9 +17,13 @@ FINDINGS = (
 )  # fmt: skip
 NORMAL = "No Finding"
 MAPPING = {
-    **{name: exact(name) for name in ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema")},
-    **{name: exact(name) for name in ("Pneumonia", "Pneumothorax")},
+    "Atelectasis": exact("Atelectasis"),
+    "Cardiomegaly": exact("Cardiomegaly"),
+    "Consolidation": exact("Consolidation"),
+    "Edema": exact("Edema"),
     "Pleural Effusion": exact("Effusion"),
+    "Pneumonia": exact("Pneumonia"),
+    "Pneumothorax": exact("Pneumothorax"),
     "Lung Lesion": approximate("Mass", "Nodule"),
     "Lung Opacity": approximate("Infiltration"),
     "No Finding": approximate(NORMAL),  # none of these fourteen; CheXpert's are others, and allow devices
@@ -46,17 +50,15 @@ def _places(folder, images):
     """The paths of the images in one folder, or in the twelve of the download."""
     yield "images/" + images
     yield images
-    numbered = sorted(p.name for p in folder.root.glob("images_*") if p.is_dir())
-    if folder.files("images_001/images") or folder.files("images_001"):
-        numbered = numbered or [f"images_{k:03d}" for k in range(1, 13)]  # in zip files
     where = {}
-    for place in (place for name in numbered for place in (f"{name}/images", name)):
+    for place in (f"images_{k:03d}{below}" for k in range(1, 13) for below in ("/images", "")):
         where |= {name.partition(".")[0]: f"{place}/" for name in folder.files(place)}  # in a copy they are JPEGs
     if where:
         yield images.str.partition(".")[0].map(where).fillna("images_001/images/") + images
 
 
 def read(folder):
+    """The release in a :class:`dataset.releases.Folder` as a :class:`dataset.releases.Reading`."""
     entries = folder.needed("Data_Entry_2017_v2020.csv", "Data_Entry_2017*.csv", why="the table of the images")
     frame = tables.read_csv(entries, ("Image Index", "Finding Labels", "Patient ID", "Follow-up #", "View Position"))
     images = tables.names(frame, "Image Index", entries)

@@ -58,7 +58,10 @@ def read_terms(text):
 
 
 def read(folder, labelled_by="physicians"):
-    """labelled_by: physicians, all, or None: also the images without labels."""
+    """The release in a :class:`dataset.releases.Folder` as a :class:`dataset.releases.Reading`.
+
+    labelled_by: physicians, all, or None: also the images without labels.
+    """
     source = folder.needed("*.csv", why="the table of PadChest", columns=SIGNS["*.csv"])
     frame = tables.read_csv(source, COLUMNS)
     by_others = ~frame["MethodLabel"].str.strip().str.lower().str.startswith("physician").to_numpy(bool)
@@ -89,7 +92,7 @@ def read(folder, labelled_by="physicians"):
         subject=tables.names(frame, "PatientID", source),
         study=tables.names(frame, "StudyID", source),
         view=views(projection, PROJECTIONS),
-        paths=(frame["ImageDir"].str.strip() + "/" + image, image, "images/" + image),
+        paths=(tables.names(frame, "ImageDir", source) + "/" + image, image, "images/" + image),
         finding=lambda name: np.array([name in terms for terms in sets], np.float32)[codes],
         names=tuple(sorted(set().union(*sets))),
         left_out=dict(pd.Series(reason[~kept]).value_counts()),

@@ -5,6 +5,7 @@ own, and a `read` that turns its tables into a :class:`Reading`. All that comes 
 Runs without torch.
 """
 
+import functools
 import hashlib
 import importlib
 import os
@@ -161,10 +162,17 @@ class Folder:
     def files(self, where):
         """Names of the files in a folder below the root, without those of its own folders."""
         if isinstance(self.store, ZipStore):
-            paths = [path.decode() for path in self.store.index.paths.tolist()]
-            return [path[len(where) + 1 :] for path in paths if path.rpartition("/")[0] == where]
+            return self._members.get(where, [])
         place = self.root / where
-        return sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+        return sorted(os.listdir(place)) if place.is_dir() else []
+
+    @functools.cached_property
+    def _members(self):
+        found = {}
+        for path in self.store.index.paths.tolist():
+            where, _, name = path.decode().rpartition("/")
+            found.setdefault(where, []).append(name)
+        return found
 
 
 def _roots(folder, signs):
@@ -205,7 +213,11 @@ def find_root(given, name, signs):
         raise UserError(f"data path {folder} is not a folder; give the release folder with --data-path")
     roots = _roots(folder, signs)
     if not roots:
-        raise UserError(f"{folder} holds no tables of {name} ({', '.join(signs)}){use_instead(folder, name)}")
+        other = use_instead(folder, name)
+        for pattern, columns in signs.items() if not other else ():
+            for path in _having(folder, pattern, ()) if pattern[0] != "*" else ():  # of the name, but not such a table
+                tables.need_columns(tables.read_csv(path, (), rows=False), columns, path)
+        raise UserError(f"{folder} holds no tables of {name} ({', '.join(signs)}){other}")
     if len(roots) > 1:
         raise UserError(f"{folder} holds {name} more than once ({', '.join(r.name for r in roots)}); give one of them")
     return roots[0]

@@ -20,9 +20,14 @@ FINDINGS = (
 )  # fmt: skip
 ALSO = {"Other diseases": "Other disease"}  # so in some of the tables
 MAPPING = {
-    **{name: exact(name) for name in ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema")},
-    **{name: exact(name) for name in ("Lung Opacity", "Pneumonia", "Pneumothorax")},
+    "Atelectasis": exact("Atelectasis"),
+    "Cardiomegaly": exact("Cardiomegaly"),
+    "Consolidation": exact("Consolidation"),
+    "Edema": exact("Edema"),
+    "Lung Opacity": exact("Lung Opacity"),
     "Pleural Effusion": exact("Pleural effusion"),
+    "Pneumonia": exact("Pneumonia"),
+    "Pneumothorax": exact("Pneumothorax"),
     "Fracture": approximate("Clavicle fracture", "Rib fracture"),
     "Lung Lesion": approximate("Nodule/Mass", "Lung tumor"),
     "No Finding": approximate("No finding"),
@@ -68,7 +73,10 @@ def _agree(values, row, count, readers):
 
 
 def read(folder, readers="majority", need_rows=True):
-    """readers: majority or any; need_rows: an image without a row is an error."""
+    """The release in a :class:`dataset.releases.Folder` as a :class:`dataset.releases.Reading`.
+
+    readers: majority or any; need_rows: an image without a row is an error.
+    """
     images, rows, frames, files = {}, {}, {}, {}
     for split in ("train", "test"):
         name = f"image_labels_{split}.csv"

@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib
+import io
 import json
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -128,4 +130,6 @@ def save_torch(model, size, path, *, metadata):
     images, batch = _example(size)
     with _quiet():
         program = torch.export.export(model.eval(), images, dynamic_shapes=batch)
-        torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+        content = io.BytesIO()  # torch's own writer of files ends the process where the disk is full
+        torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata)})
+    Path(path).write_bytes(content.getbuffer())

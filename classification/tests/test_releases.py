@@ -596,8 +596,16 @@ def test_a_column_is_missing(release_at, name, column):
     path = LOAD[name].load_table(root).sources[0]
     text = path.read_text()
     path.write_text(text.replace(column, "Something", 1))
-    message = "holds no tables of nih" if name == "nih" else f"column '{column}' is missing"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"column '{column}' is missing"):
+        LOAD[name].load_table(root)
+
+
+@pytest.mark.parametrize("name", ["chexpert", "nih", "vindr", "brax"])
+def test_a_table_that_is_none(release_at, name):
+    root = release_at(name)
+    path = LOAD[name].load_table(root).sources[0]
+    path.write_bytes(b"\x1f\x8b<html>")
+    with pytest.raises(UserError, match=f"{path.name}: cannot be read as CSV"):
         LOAD[name].load_table(root)
 
 
