@@ -6,8 +6,8 @@ import pkgutil
 from errors import UserError, did_you_mean
 
 
-def _build_of(module):
-    """The `build` of the module of this full name; None where there is no such module, or it has none.
+def _with_build(module):
+    """The module of this full name; None where there is none, or it has no `build`.
 
     Raises:
         ModuleNotFoundError: the module is there, but not one that it imports.
@@ -15,7 +15,8 @@ def _build_of(module):
     if not all(part.isidentifier() for part in module.split(".")):
         return None
     try:
-        return getattr(importlib.import_module(module), "build", None)
+        found = importlib.import_module(module)
+        return found if hasattr(found, "build") else None
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):
             raise
@@ -23,20 +24,20 @@ def _build_of(module):
 
 
 def find(package, name, key):
-    """The `build` of `package.name`, else of the module `name`; `key` is the config key that named it.
+    """The module `package.name`, else the module `name`, which has a `build`; `key`: the config key that named it.
 
     Raises:
         UserError: no such module, one without `build`, or one that cannot be imported.
     """
     try:
-        build = _build_of(f"{package}.{name}") or _build_of(name)
+        module = _with_build(f"{package}.{name}") or _with_build(name)
     except ModuleNotFoundError as error:
         raise UserError(f"{key} {name} cannot be imported: {error}") from error
-    if build is None:
-        files = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
-        known = [file for file in files if _build_of(f"{package}.{file}")]
+    if module is None:
+        files = [file.name for file in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+        known = [file for file in files if _with_build(f"{package}.{file}")]
         raise UserError(
             f"{key} is {name!r}; choose one of {', '.join(known)}{did_you_mean(name, known)}, "
             "or name a module that has a function build"
         )
-    return build
+    return module

@@ -266,17 +266,24 @@ def _state_dict(content, path, ours):
 
 
 def load_pretrained(model, path, log):
-    """Start from the weights of a published checkpoint (InternImage's own, or the Hugging Face copy).
+    """Start from the weights of a published checkpoint (InternImage's own, the Hugging Face copy, timm's).
 
-    A classifier of another size is left as initialised, and so is a part of the model (a child of it) of which the
-    file has nothing. Returns {loaded, replaced, missing, unexpected}, lists of keys, and logs them.
+    A classifier of another size is left as initialised, and so is a part of the model of which the file has nothing.
+    Returns {loaded, replaced, missing, unexpected}, lists of keys as files have them, and logs them; and the `patients`
+    it was trained on, see `dataset.patients`, {} where the file does not say.
 
     Raises:
         UserError: the file is of another architecture.
     """
-    ours = model.state_dict()
-    theirs = _state_dict(read(path), path, ours.keys())
-    head = {f"{model.classifier}.weight", f"{model.classifier}.bias"}
+    # What wraps all of our own names is not in the file's either.
+    wrapped = _WRAPPED.match(os.path.commonprefix([*model.state_dict()]))[0]
+    ours = {k.removeprefix(wrapped): v for k, v in model.state_dict().items()}
+    content = read(path)
+    theirs = _state_dict(content, path, ours.keys())
+    if hasattr(model, "fitted"):
+        theirs = model.fitted(theirs)
+    classifier = model.classifier.removeprefix(wrapped)
+    head = {f"{classifier}.weight", f"{classifier}.bias"}
     matching = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
     replaced = sorted(head & ours.keys() & (theirs.keys() - matching.keys()))
     # One row of the head per class: a head that fits half is another head.
@@ -292,7 +299,7 @@ def load_pretrained(model, path, log):
         if k in theirs and k not in matching and k not in head
     ]
     wrong += [f"{k} is missing in the file" for k in missing if k not in head and k.split(".")[0] in parts]
-    known = {name for name, _ in model.named_children()} - {model.classifier}
+    known = {k.split(".")[0] for k in ours} - {classifier}
     wrong += [f"{k} is not in this model" for k in unexpected if k.split(".")[0] in known]
     if not matching:
         raise UserError(_nothing_fits(path, theirs, ours))
@@ -302,12 +309,13 @@ def load_pretrained(model, path, log):
             f"{path} is of another architecture: {first} ({len(wrong) or len(missing)} such keys); "
             "choose the configuration that belongs to the file"
         )
-    model.load_state_dict(matching, strict=False)
+    model.load_state_dict({wrapped + k: v for k, v in matching.items()}, strict=False)
     report = {"loaded": sorted(matching), "replaced": replaced, "missing": missing, "unexpected": unexpected}
     log.info(f"pretrained weights from {path}: {len(matching)} of {len(ours)} keys loaded, all but those named here")
     for what in ("replaced", "missing", "unexpected"):
         log.info(f"  {what}: {', '.join(report[what]) or 'none'}")
-    return report
+    known = content.get("patients")
+    return report | {"patients": known if isinstance(known, dict) else {}}
 
 
 def _nothing_fits(path, theirs, ours):

@@ -1,7 +1,7 @@
 """Every knob of the project: default, meaning, allowed values and when it acts; the only place that writes a config.
 
-Order of precedence, later wins: the defaults here, the files named in BASE, the YAML of `--cfg`,
-`--opts KEY VALUE ...`, the flags given on the command line. Keys of the published InternImage
+Order of precedence, later wins: the defaults here, those of the backbone, the files named in BASE, the YAML of
+`--cfg`, `--opts KEY VALUE ...`, the flags given on the command line. Keys of the published InternImage
 classification code keep their names and meanings; others are marked (new).
 """
 
@@ -41,13 +41,33 @@ def area_range(value):
     return None if 0 < low <= high <= 1 else "it must be [smallest, largest] area within 0 to 1"
 
 
+def sources(value):
+    """DATA.SOURCES: mappings with dataset, path and further :data:`SOURCE_KEYS`, of different names."""
+    form, known, seen = "{dataset: mimic_cxr, path: FOLDER}", ["name", *SOURCE_KEYS], set()
+    for k, source in enumerate(value, start=1):
+        if not isinstance(source, dict):
+            return f"source {k} must be a mapping such as {form}"
+        for key in source:
+            if key not in known:
+                nearest = did_you_mean(str(key), known)
+                return f"source {k} has the unknown key {key!r}{nearest}; the keys are {', '.join(known)}"
+        for key in ("dataset", "path", *({"name"} & set(source))):
+            if not isinstance(source.get(key), str) or not source[key]:
+                return f"source {k} needs a text as {key}, such as {form}"
+        if source_name(source) in seen:
+            return f"two sources are called {source_name(source)}: give each a name of its own, or make them one folder"
+        seen.add(source_name(source))
+    return None
+
+
 @dataclass(frozen=True)
 class Knob:
     """One option.
 
     allowed: one of the functions above.
     acts: what must hold for it to have an effect: other keys and their values; `task`, that of the dataset;
-        `model`, that the backbone heeds it. Where that does not hold, a value other than the default is warned about.
+        `model`, that the backbone heeds it; `data`, that the dataset does; `device`, the type of what computes. Where
+        that does not hold, a value other than the default is warned about.
     kind: the type besides None, where the default is None. mapping: a mapping is allowed as well.
     flag: its own flag of main.py.
     """
@@ -63,31 +83,44 @@ class Knob:
 
 XRAYS, PHOTOS = {"task": "multilabel"}, {"task": "single_label"}
 OFFICIAL = {"DATA.DATASET": "mimic_cxr", "DATA.CSV": ""}
-INTERN_IMAGE, MODEL = {"MODEL.TYPE": "intern_image"}, {"model": True}
+INTERN_IMAGE, TIMM = {"MODEL.TYPE": "intern_image"}, {"MODEL.TYPE": "timm"}
+MODEL, DATA, GPU = {"model": True}, {"data": True}, {"device": "cuda"}
 STEP = {"TRAIN.LR_SCHEDULER.NAME": "step"}
 SGD, ADAMW = {"TRAIN.OPTIMIZER.NAME": "sgd"}, {"TRAIN.OPTIMIZER.NAME": "adamw"}
 
 # fmt: off
 KNOBS = {
     # ------------------------------------------------------------------------------------- data
-    "DATA.DATASET": Knob("imagenet", "a file in dataset/: mimic_cxr, imagenet", flag="--dataset"),
+    "DATA.DATASET": Knob("imagenet", "a file in dataset/: mimic_cxr, chexpert, nih, padchest, vindr, brax, imagenet",
+                         flag="--dataset"),
     "DATA.DATA_PATH": Knob("", "the data folder: a release, or its files/", flag="--data-path"),
+    "DATA.SOURCES": Knob([], "(new) several releases at once, instead of DATASET and DATA_PATH: [{dataset: mimic_cxr, "
+                         "path: FOLDER}, ...]; a source may have its own name, csv, split_seed, ...", sources),
+    "DATA.SOURCES_MIX": Knob("size", "(new) an epoch of several sources: every image once (size), or as many of each "
+                             "source (even)", one_of("size", "even"), acts=DATA),
     "DATA.CSV": Knob("", "(new) a table of your own instead of the official ones: path, split, labels[, subject_id]",
-                     acts=XRAYS),
+                     acts={"DATA.DATASET": "mimic_cxr"}),
     "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"), acts=OFFICIAL),
     "DATA.TEST_LABELER": Knob("same", "(new) labels of the test split: those, or mimic-cxr-*-test-set-labeled.csv",
                               one_of("same", "radiologist"), acts=OFFICIAL),
     "DATA.VIEWS": Knob("all", "(new) which views; for a blank one the texts of the metadata decide",
                        one_of("all", "frontal", "AP", "PA", "lateral"), acts=XRAYS),
-    "DATA.LABELS": Knob([], "(new) label columns; empty: the 14 of CheXpert", acts=XRAYS),
+    "DATA.LABELS": Knob([], "(new) label columns, the release's own too; empty: the 14 of CheXpert", acts=XRAYS),
+    "DATA.APPROXIMATE_LABELS": Knob(True, "(new) False: labels that a release has only nearly are unknown", acts=DATA),
+    "DATA.SPLIT_SEED": Knob(None, "(new) draws by patient the splits that a release does not have: null is 0 for a "
+                            "validation split, and a release without any splits is then all test", kind=int, acts=DATA),
+    "DATA.READERS": Knob("majority", "(new) VinDr: positive is what most of the readers marked, or any of them",
+                         one_of("majority", "any"), acts=DATA),
+    "DATA.LABELLED_BY": Knob("physicians", "(new) PadChest: the images whose labels are physicians', or all",
+                             one_of("physicians", "all"), acts=DATA),
     "DATA.UNCERTAIN": Knob("zeros", "(new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics), smooth; "
                            "for all labels, or by label: {default: zeros, Consolidation: ignore}",
                            acts=XRAYS, mapping=True),
     "DATA.MISSING": Knob("zeros", "(new) what a blank becomes, likewise", acts=XRAYS, mapping=True),
     "DATA.NO_FINDING_CLEARS": Knob(False, "(new) where No Finding is 1, a blank label is 0, but for Support Devices",
                                    acts=XRAYS),
-    "DATA.IMAGE_FORMAT": Knob("auto", "(new) which images of the official layout to read",
-                              one_of("auto", "jpg", "dcm", "png"), acts=OFFICIAL),
+    "DATA.IMAGE_FORMAT": Knob("auto", "(new) which images of a release to read",
+                              one_of("auto", "jpg", "dcm", "png"), acts=DATA),
     "DATA.DICOM_RECIPE": Knob("window", "(new) window: as displayed; mimic_jpg: as MIMIC-CXR's JPG release was made",
                               one_of("window", "mimic_jpg"), acts=XRAYS),
     "DATA.DICOM_WINDOW": Knob(0, "(new) which window or VOI LUT of a DICOM that has several", at_least(0),
@@ -99,14 +132,16 @@ KNOBS = {
     "DATA.ZIP_MODE": Knob(False, "read the images from <DATA_PATH>/*.zip (uncompressed)", acts=XRAYS, flag="--zip"),
     "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node", acts=XRAYS),
     "DATA.BATCH_SIZE": Knob(128, "images per GPU and forward pass", at_least(1), flag="--batch-size"),
-    "DATA.IMG_SIZE": Knob(224, "side in pixels of what the model sees", between(32, 4096)),
+    "DATA.IMG_SIZE": Knob(224, "side in pixels of what the model sees; timm: the backbone's own unless set",
+                          between(32, 4096)),
     "DATA.INTERPOLATION": Knob("bicubic", "how images are resized", one_of("bicubic", "bilinear")),
     "DATA.RESIZE": Knob("squeeze", "(new) how an X-ray becomes a square: squeeze, or pad (aspect kept, black beside)",
                         one_of("squeeze", "pad"), acts=XRAYS),
     "DATA.NUM_WORKERS": Knob(8, "loading processes per GPU", at_least(0)),
     "DATA.PIN_MEMORY": Knob(True, "batches in memory that a GPU reads directly"),
+    "DATA.PREFETCH": Knob(1, "(new) batches that cross to the GPU while it computes", at_least(0), acts=GPU),
     # ------------------------------------------------------------------------------------ model
-    "MODEL.TYPE": Knob("intern_image", "a file in models/"),
+    "MODEL.TYPE": Knob("intern_image", "a file in models/: intern_image, timm"),
     "MODEL.NAME": Knob("", "folder of the run below OUTPUT; empty: the name of the YAML file"),
     "MODEL.PRETRAINED": Knob("", "weights to start from (a published checkpoint, say)", flag="--pretrained"),
     "MODEL.RESUME": Knob("", "checkpoint of this project to go on from, or to evaluate", flag="--resume"),
@@ -134,6 +169,10 @@ KNOBS = {
                                                           acts=INTERN_IMAGE),
     "MODEL.INTERN_IMAGE.CENTER_FEATURE_SCALE": Knob(False, "H, G", acts=INTERN_IMAGE),
     "MODEL.INTERN_IMAGE.REMOVE_CENTER": Knob(False, "no sampling point in the middle", acts=INTERN_IMAGE),
+    "MODEL.TIMM.NAME": Knob("", "(new) which backbone: a name of timm's, such as densenet121 or resnet50.a1_in1k",
+                            acts=TIMM),
+    "MODEL.TIMM.DOWNLOAD": Knob(False, "(new) start from the weights that timm names, fetched from Hugging Face",
+                                acts=TIMM | {"MODEL.PRETRAINED": ""}),
     # --------------------------------------------------------------------------------- training
     "TRAIN.EPOCHS": Knob(300, "passes over the train split", at_least(1)),
     "TRAIN.WARMUP_EPOCHS": Knob(20, "epochs of rising learning rate", at_least(0)),
@@ -149,6 +188,7 @@ KNOBS = {
     "TRAIN.ACCUMULATION_STEPS": Knob(1, "forward passes per update", at_least(1), flag="--accumulation-steps"),
     "TRAIN.USE_CHECKPOINT": Knob(False, "recompute activations in the backward pass to save memory", acts=MODEL,
                                  flag="--use-checkpoint"),
+    "TRAIN.COMPILE": Knob(False, "(new) torch.compile: fewer passes over memory; the first update takes minutes, once"),
     "TRAIN.AUTO_RESUME": Knob(True, "go on from the run's last checkpoint"),
     "TRAIN.LOSS": Knob("bce", "(new) multi-label tasks: a row of utils_multilabel.LOSSES", acts=XRAYS),
     "TRAIN.LOSS_OPTIONS": Knob({}, "(new) parameters of the loss, such as {gamma: 2.0}", acts=XRAYS, mapping=True),
@@ -184,8 +224,8 @@ KNOBS = {
     "AUG.CUTMIX": Knob(1.0, "strength of cutmix; 0: off", at_least(0)),
     "AUG.MIXUP_PROB": Knob(1.0, "probability that a batch is mixed at all", between(0, 1)),
     "AUG.MIXUP_SWITCH_PROB": Knob(0.5, "of those, the part that gets cutmix where both are on", between(0, 1)),
-    "AUG.MEAN": Knob([0.485, 0.456, 0.406], "of normalisation: ImageNet's"),
-    "AUG.STD": Knob([0.229, 0.224, 0.225], "of normalisation: ImageNet's"),
+    "AUG.MEAN": Knob([0.485, 0.456, 0.406], "of normalisation: ImageNet's; timm: the backbone's own unless set"),
+    "AUG.STD": Knob([0.229, 0.224, 0.225], "of normalisation, likewise"),
     # --------------------------------------------------------------------------- testing, other
     "TEST.EMA": Knob(False, "--eval takes the averaged weights: ema_best_ckpt.pth of the run, or those in --resume",
                      acts={"EVAL_MODE": True}, flag="--ema"),
@@ -194,15 +234,18 @@ KNOBS = {
     "AMP_OPT_LEVEL": Knob("O1", "O0: float32, O1: mixed precision", one_of("O0", "O1"), flag="--amp-opt-level"),
     "AMP_DTYPE": Knob("auto", "(new) auto: what is fast on the device", one_of("auto", "bfloat16", "float16"),
                       acts={"AMP_OPT_LEVEL": "O1"}),
+    "TF32": Knob(False, "(new) what is computed in float32 has 10 bits of mantissa, and is faster", acts=GPU),
+    "DETERMINISTIC": Knob(False, "(new) the same run is the same to the bit on a GPU too, where it is slower"),
     "OUTPUT": Knob("output", "root of all runs: one lives in OUTPUT/MODEL.NAME/TAG", flag="--output"),
-    "RESULTS": Knob("results", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>"),
+    "RESULTS": Knob("", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>; empty: results/<DATA.DATASET>"),
     "TAG": Knob("default", "name of this run", flag="--tag"),
     "SAVE_FREQ": Knob(1, "epochs between ckpt_epoch_N.pth; the last checkpoint is kept after every epoch", at_least(1)),
     "LOG.TENSORBOARD": Knob(False, "(new) write epochs and a batch for TensorBoard too, which must be installed"),
     "PRINT_FREQ": Knob(10, "updates between lines of the log", at_least(1)),
     "SEED": Knob(0, "of all random numbers", at_least(0)),
     "EVAL_MODE": Knob(False, "evaluate on the test split instead of training", flag="--eval"),
-    "THROUGHPUT_MODE": Knob(False, "measure images/s of the forward pass and stop", flag="--throughput"),
+    "THROUGHPUT_MODE": Knob(False, "measure the training step, and the loading of --data-path, and stop",
+                            flag="--throughput"),
 }
 # fmt: on
 
@@ -308,16 +351,30 @@ def _typed(key, value, source):
     return value
 
 
+def _backbone(config):
+    return config.MODEL.TIMM.NAME if config.MODEL.TYPE == "timm" else config.MODEL.TYPE
+
+
 def _set(config, pairs, source):
     """Writes (key, value) pairs of one source: a file, --opts or the flags."""
-    pairs, type_before = dict(pairs), config.MODEL.TYPE
+    pairs, before, type_before = dict(pairs), _backbone(config), config.MODEL.TYPE
+    results_before = f"results/{data_name(config)}"
     for key, value in pairs.items():
         if key not in KNOBS:
             raise UserError(f"{source}: unknown key {key}{did_you_mean(key.upper(), KNOBS)}")
         section, _, name = key.rpartition(".")
         (lookup(config, section) if section else config)[name] = _typed(key, value, source)
-    if config.MODEL.TYPE != type_before and config.MODEL.NAME and "MODEL.NAME" not in pairs:
-        config.MODEL.NAME = config.MODEL.TYPE  # the name that a file below gave is that of another backbone
+    # What a file below said of another backbone is not said of this one: its name, and how it is built.
+    if _backbone(config) != before and config.MODEL.NAME and "MODEL.NAME" not in pairs:
+        config.MODEL.NAME = _backbone(config)
+    for key, knob in KNOBS.items():
+        if knob.acts.get("MODEL.TYPE", config.MODEL.TYPE) == type_before != config.MODEL.TYPE and key not in pairs:
+            section, _, name = key.rpartition(".")
+            lookup(config, section)[name] = copy.deepcopy(knob.default)
+    if "DATA.DATASET" in pairs and "DATA.SOURCES" not in pairs:
+        config.DATA.SOURCES = []  # of a file below
+    if config.RESULTS == results_before != f"results/{data_name(config)}" and "RESULTS" not in pairs:
+        config.RESULTS = ""  # the folder of a run's own data (its config.json, say), which are not tested now
 
 
 def _merge_file(config, path, above=()):
@@ -361,18 +418,28 @@ def _pairs(opts):
     return [(key, _value(key, text)) for key, text in zip(opts[::2], opts[1::2])]
 
 
-def get_config(args):
+def get_config(args, own_values=None):
     """The config that parsed arguments describe, validated and frozen.
 
     args needs `cfg`; `opts` (a list KEY VALUE ...) and the flags (by argparse's names) count where they are not None.
+    own_values: function (config) -> {key: value}, what its backbone has as defaults (`models.own_values`).
     """
     config = _defaults()
+    _merge_arguments(config, args)
+    if own := own_values(config) if own_values else {}:
+        config = _defaults()
+        _set(config, own, f"MODEL.TYPE {config.MODEL.TYPE}")
+        _merge_arguments(config, args)
+    return _checked(config)
+
+
+def _merge_arguments(config, args):
     _merge_file(config, args.cfg)
     _set(config, _pairs(getattr(args, "opts", None) or []), "--opts")
     flags = {k: getattr(args, knob.flag.strip("-").replace("-", "_"), None) for k, knob in KNOBS.items() if knob.flag}
     _set(config, {key: value for key, value in flags.items() if value is not None}, "command line")
     config.MODEL.NAME = config.MODEL.NAME or Path(args.cfg).stem
-    return _checked(config)
+    config.RESULTS = config.RESULTS or f"results/{data_name(config)}"
 
 
 def from_dict(content, source):
@@ -396,10 +463,47 @@ def _checked(config):
     return config
 
 
+# --------------------------------------------------------------------------------------- sources
+# Key of one of DATA.SOURCES -> key of the config, for that source alone: what its reader heeds.
+SOURCE_KEYS = {"dataset": "DATA.DATASET", "path": "DATA.DATA_PATH"} | {
+    key.removeprefix("DATA.").lower(): key
+    for key, knob in KNOBS.items()
+    if key in ("DATA.ALLOW_MISSING", "DATA.ZIP_MODE") or ({"data", "DATA.DATASET"} & set(knob.acts))
+}
+SOURCE_KEYS.pop("sources_mix")
+
+
+def source_name(source):
+    return source.get("name", source["dataset"])
+
+
+def source_configs(config):
+    """{name of a source: its config} for each of DATA.SOURCES; without them that of DATA.DATASET."""
+    found = {}
+    for source in config.DATA.SOURCES:
+        name, one = source_name(source), config.clone()
+        one.defrost()
+        own = {SOURCE_KEYS[key]: value for key, value in source.items() if key != "name"}
+        _set(one, {**own, "DATA.SOURCES": [], "DATA.SOURCES_MIX": "size"}, f"DATA.SOURCES {name}")
+        found[name] = _checked(one)
+    return found or {config.DATA.DATASET: config}
+
+
+def data_name(config):
+    """What the data are called: DATA.DATASET, or the names of DATA.SOURCES."""
+    named = [] if sources(config.DATA.SOURCES) else map(source_name, config.DATA.SOURCES)  # `_checked` tells the fault
+    return "+".join(named) or config.DATA.DATASET
+
+
 # --------------------------------------------------------------------------------------- reading
 def to_dict(config):
     """The config as plain dictionaries, for JSON and checkpoints."""
     return {k: to_dict(v) if isinstance(v, CN) else v for k, v in config.items()}
+
+
+def backbone_name(config):
+    """What a table calls the model: timm's name of it, or that of the run (internimage_b, say)."""
+    return config.MODEL.TIMM.NAME if config.MODEL.TYPE == "timm" else config.MODEL.NAME
 
 
 def differences(old, new):
@@ -408,19 +512,24 @@ def differences(old, new):
     return {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
 
 
-def without_effect(config, task, heeds):
+def without_effect(config, task, heeds, device):
     """A line for each knob that is set and does nothing, by its `acts`.
 
-    task: of the dataset. heeds: the keys that the backbone acts on.
+    task: of the dataset. heeds: the keys that the backbone and the dataset act on. device: its type, cpu or cuda.
     """
     lines = []
     for key, knob in KNOBS.items():
         value = lookup(config, key)
-        if not value or value == knob.default:
+        off = not value and "data" not in knob.acts  # a seed of 0 is one
+        if off or value == knob.default:
             continue
         for condition, wanted in knob.acts.items():
             if condition == "model":
                 missing = None if key in heeds else f"the backbone MODEL.TYPE {config.MODEL.TYPE} has no such thing"
+            elif condition == "data":
+                missing = None if key in heeds else f"DATA.DATASET {config.DATA.DATASET} has no such thing"
+            elif condition == "device":
+                missing = None if device == wanted else f"it acts on a GPU, and this runs on {device}"
             elif condition == "task":
                 missing = None if task == wanted else f"it is for {wanted} data, this is {task}"
             else:

@@ -13,10 +13,12 @@ from dcnv3.definition import kernel_points
 from errors import UserError
 
 
-def check(model, name):
-    """Raise a UserError unless the model has features with places."""
+def check(model, size, name):
+    """Raise a UserError unless the model has features with places, at images of this side."""
     if not hasattr(model, "feature_maps") or not hasattr(model, "classify"):
         raise UserError(f"--explain: the model of {name} has no features with places (feature_maps, classify)")
+    with torch.no_grad():
+        model.feature_maps(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
 
 
 def grad_cam(model, images, labels):
@@ -50,12 +52,15 @@ def sampling_points(model, images, places):
         border, where the operator reads zeros; weights [N, G * P], whose sum over all groups is 1). Empty for a model
         without DCNv3.
     """
+    layers = [module for module in model.modules() if isinstance(module, DCNv3)]
+    if not layers:
+        return []
     found = {}  # (h, w) -> last layer of that resolution, and what its offsets and weights are made of
 
     def keep(layer):
         return lambda _module, _inputs, features: found.update({tuple(features.shape[1:3]): (layer, features)})
 
-    hooks = [m.dw_conv.register_forward_hook(keep(m)) for m in model.modules() if isinstance(m, DCNv3)]
+    hooks = [m.dw_conv.register_forward_hook(keep(m)) for m in layers]
     try:
         model.feature_maps(images)
     finally:
@@ -85,19 +90,20 @@ COLOURS = ("#4cc9f0", "#80ed99", "#ffd166", "#ef476f")  # of the levels, from th
 
 
 def draw_overlay(path, grey, extent, cam, levels, title):
-    """A picture of two parts: Grad-CAM over the X-ray with its scale, and the sampling points seen from its maximum.
+    """Grad-CAM over the X-ray with its scale; beside it, if there are any, the sampling points seen from its maximum.
 
     Args:
         grey: the X-ray, uint8 [H, W].
         extent: left, top, right, bottom of what the model sees of it, in its pixels.
         cam: of :func:`grad_cam`, [h, w].
-        levels: (points [M, 2], weights [M]) by level, of :func:`sampling_points`.
+        levels: (points [M, 2], weights [M]) by level, of :func:`sampling_points`; empty without DCNv3.
     """
     left, top, right, bottom = extent
     height, width = grey.shape
-    panel = 4.6
-    size = (2 * panel * width / height + 1.5, panel + 1.0)
-    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", facecolor="white")
+    panel, parts = 4.6, 2 if levels else 1
+    size = (parts * panel * width / height + 1.5, panel + 1.0)
+    figure, axes = plt.subplots(1, parts, figsize=size, layout="constrained", facecolor="white", squeeze=False)
+    axes = axes[0]
     for axis in axes:
         axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
         axis.set_axis_off()
@@ -121,7 +127,8 @@ def draw_overlay(path, grey, extent, cam, levels, title):
     bar.set_label("contribution to the logit, by place", fontsize=8)
     bar.ax.tick_params(labelsize=8)
 
-    axes[1].set_title("where DCNv3 looks from its maximum", fontsize=10)
+    if levels:
+        axes[1].set_title("where DCNv3 looks from its maximum", fontsize=10)
     for k, (points, weights) in reversed(list(enumerate(levels))):
         spots = np.array([left, top]) + points * [right - left, bottom - top]
         strength = weights / weights.max()

@@ -1,7 +1,9 @@
-"""A model and a loader -> logits; the precision and the threads to compute them in."""
+"""A model and a loader -> logits; the precision, the threads and the device's settings to compute them with."""
 
 import contextlib
 import os
+import platform
+import resource
 import sys
 from pathlib import Path
 
@@ -23,6 +25,16 @@ def _fast_dtype(device):
     return torch.bfloat16 if cpuinfo.exists() and units & set(cpuinfo.read_text().split()) else torch.float32
 
 
+def device_name(device):
+    """What a processor calls itself: 'NVIDIA A100-SXM4-80GB', 'AMD EPYC 7713 (8 threads)'."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name} ({torch.get_num_threads()} threads)"
+
+
 def autocast(config, device):
     """Function that returns a fresh autocast context, and the dtype it computes in."""
     auto = config.AMP_DTYPE == "auto"
@@ -30,6 +42,27 @@ def autocast(config, device):
     if config.AMP_OPT_LEVEL == "O0" or dtype == torch.float32:
         return contextlib.nullcontext, torch.float32
     return lambda: torch.autocast(device.type, dtype=dtype), dtype
+
+
+def set_up_device(config, device):
+    """What torch is told once a process: how exact, and whether the same each time, a device computes."""
+    # Before the first matrix product on the GPU, or torch refuses deterministic ones.
+    if config.DETERMINISTIC:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # The operator heeds it too: its backward pass then adds in a fixed order.
+    torch.use_deterministic_algorithms(config.DETERMINISTIC)
+    # Shapes do not change, so the fastest convolutions are worth a search; it may end differently each time.
+    torch.backends.cudnn.benchmark = not config.DETERMINISTIC
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.TF32
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device):
+    """The most memory so far, in GB: of a GPU what tensors took, on a CPU what the process did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def compute_threads(threads, workers):

@@ -10,6 +10,7 @@ Read `main` at the end first: it leads to `train` and `evaluate`.
 import contextlib
 import json
 import math
+import os
 import signal
 import time
 import traceback
@@ -21,10 +22,12 @@ import torch
 from timm.utils import ModelEmaV3
 
 import checkpoint
+import compiling
 import config as config_module
 import distributed
 import faults
 import logger
+import throughput
 from analysis import training_log
 from analysis.evaluation import TEST, VALIDATE, digest, new_evaluation, read_evaluation, write_evaluation
 from analysis.figures import plot_training
@@ -32,12 +35,15 @@ from analysis.results import Options
 from analysis.writing import write_report
 from dataset.build import build_datasets, build_loader, fingerprint, worker_count
 from dataset.domain import domain_warning
+from dataset.patients import patients_of, refuse_known, together
+from dataset.sources import parts_of
 from dataset.tables import EmptySplit
 from dataset.transforms import build_mixup
 from errors import UserError, run_command
-from inference import autocast, compute_threads, progress
+from inference import autocast, compute_threads, device_name, peak_memory, progress, set_up_device
 from lr_scheduler import build_schedule
-from models import build_model
+from models import build_model, own_values, pretrained_file
+from models.cost import count_gmacs
 from optimizer import build_optimizer, set_lr
 from tasks import TASKS
 
@@ -49,20 +55,26 @@ def train_epoch(run, epoch, first_update):
     run.model.train()
     sums, checked = dict(run.sums), first_update
     started, seconds_before = time.time(), sums["seconds"]
+    told, waited_before = started, sums["waited"]  # of the last line of the log
     for update in progress(range(first_update, run.updates), run.world, desc=f"epoch {epoch + 1}", unit="update"):
         lr = run.schedule(epoch * run.updates + update)
         run.update(batches, lr, sums)
-        sums["seconds"] = seconds_before + time.time() - started
+        now = time.time()
+        sums["seconds"] = seconds_before + now - started
+        run.say_compiled(now - started)
         last, stopped_by = update == run.updates - 1, run.stop.agreed()
         if last or stopped_by or (update + 1) % run.config.PRINT_FREQ == 0:
             # Looked at here only: reading a GPU value waits for the GPU.
             run.check_finite(sums, f"epoch {epoch + 1}, update {checked + 1} to {update + 1}")
             checked = update + 1
-            speed = (update + 1 - first_update) * run.images_per_update / (time.time() - started)
+            now = time.time()
+            speed = (update + 1 - first_update) * run.images_per_update / (now - started)
+            waited = (sums["waited"] - waited_before) / (now - told)
+            told, waited_before, memory = now, sums["waited"], peak_memory(run.world.device)
             run.log.info(
                 f"epoch {epoch + 1}/{run.config.TRAIN.EPOCHS} update {update + 1}/{run.updates} loss "
                 f"{sums['loss'].item() / sums['updates']:.4f} lr {lr:.3e} norm {sums['last_norm'].item():.3f} "
-                f"{speed:.1f} images/s"
+                f"{speed:.1f} images/s, {waited:.0%} waiting for data, peak memory {memory:.2f} GB"
             )
         if stopped_by and not last:
             run.save([checkpoint.LAST], epoch, update + 1, sums)
@@ -73,7 +85,8 @@ def train_epoch(run, epoch, first_update):
 def zero_sums(device):
     """What an epoch adds up, on the device, so that adding does not wait for it."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return {"loss": zero, "norm": zero, "last_norm": zero, "updates": 0, "skipped": 0, "seconds": 0.0}
+    sums = {"loss": zero, "norm": zero, "last_norm": zero, "updates": 0, "skipped": 0}
+    return sums | {"seconds": 0.0, "waited": 0.0}  # the second is a part of the first
 
 
 class Best:
@@ -102,7 +115,7 @@ class Run:
         torch.manual_seed(config.SEED)
         self._build_data()  # 1. first, since most mistakes show here, before anything slow
         found = self._find_checkpoint()  # 2. before the model, which then needs no foreign weights
-        self._build_model(pretrained=None if found else config.MODEL.PRETRAINED)  # 3.
+        self._build_model(pretrained="" if found else pretrained_file(config))  # 3.
         self._build_optimisation()  # 4. over the parameters as they lie on the device
         torch.manual_seed(config.SEED + world.rank)  # drop path differs between ranks
         self._begin()  # 5. at the start,
@@ -118,11 +131,14 @@ class Run:
         self.val_loader = build_loader(config, val_set, train=False, world=self.world, log=log)
         self.updates = self.train_loader.batch_sampler.updates
         self.images_per_update = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * self.world.size
-        self.data = {"train": fingerprint(train_set), "validate": fingerprint(val_set)}
+        groups = self.train_loader.batch_sampler.groups
+        self.data = {"train": fingerprint(train_set, groups), "validate": fingerprint(val_set)}
         self.mixup = build_mixup(config)
         self.label_names, self.task = train_set.label_names, TASKS[train_set.task]
         self.criterion = self.task.build_criterion(config, train_set.targets)
-        self.task_name, self.domain = train_set.task, getattr(train_set, "domain", "")
+        self.train_set, self.domain = train_set, getattr(train_set, "domain", "")
+        self.val_sources = getattr(val_set, "sources", None)
+        self.patients = together(patients_of(train_set, config), patients_of(val_set, config))
 
     def _find_checkpoint(self):
         """(path, content) of the checkpoint to go on from, or None."""
@@ -142,14 +158,18 @@ class Run:
     def _build_model(self, pretrained):
         config, world = self.config, self.world
         self.model = build_model(config)
-        log_without_effect(self.log, config, self.task_name, self.model)
+        log_without_effect(self.log, config, self.train_set, self.model, world.device)
         if pretrained:  # before anything copies or wraps the model
-            checkpoint.load_pretrained(self.model, pretrained, self.log)
+            keys = checkpoint.load_pretrained(self.model, pretrained, self.log)
+            self.patients = together(self.patients, keys["patients"])
         self.model.to(world.device)
-        self.parallel = self.model
+        # What trains: validation, the average and checkpoints take the model itself, whose parameters these are.
+        self.trained, self.to_compile = self.model, config.TRAIN.COMPILE
+        if config.TRAIN.COMPILE:
+            self.trained = compiling.compile_model(self.model)
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self.parallel = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            self.trained = torch.nn.parallel.DistributedDataParallel(self.trained, device_ids=ids)
         self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
 
     def _build_optimisation(self):
@@ -172,6 +192,7 @@ class Run:
             config=self.config, label_names=self.label_names, world=self.world, log=self.log,
         )  # fmt: skip
         self.epoch, self.first_update = state["epoch"], state["update"]
+        self.patients = together(self.patients, state.get("patients", {}))
         if warning := domain_warning(state.get("domain"), self.domain):
             self.log.warning(warning)
         saved = state.get("data", self.data)
@@ -226,16 +247,19 @@ class Run:
         accumulation = self.config.TRAIN.ACCUMULATION_STEPS
         set_lr(self.optimizer, lr)
         for k in range(accumulation):
+            asked = time.time()
             images, targets, _ = next(batches)
+            sums["waited"] += time.time() - asked
             sums["skipped"] += self.config.DATA.BATCH_SIZE - len(images)
+            small = len(images) < self.config.DATA.BATCH_SIZE  # to compile for each such size would take minutes
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             self.last_images = images
             # Gradients cross the network once per update, with the last forward pass.
             silent = self.world.size > 1 and k < accumulation - 1
-            with self.parallel.no_sync() if silent else contextlib.nullcontext():
-                with self.amp():
-                    loss = self.criterion(self.parallel(images), targets)
+            with self.trained.no_sync() if silent else contextlib.nullcontext():
+                with self.amp(), compiling.uncompiled(self.config.TRAIN.COMPILE and small):
+                    loss = self.criterion(self.trained(images), targets)
                 self.scaler.scale(loss / accumulation).backward()
             sums["loss"] = sums["loss"] + loss.detach().double() / accumulation
         self.scaler.unscale_(self.optimizer)
@@ -249,6 +273,15 @@ class Run:
             norm = norm.where(norm.isfinite(), 0)
         sums["norm"], sums["last_norm"] = sums["norm"] + norm.double(), norm.double()
         sums["updates"] += 1
+
+    def say_compiled(self, seconds):
+        """After the first update: how long it took, if it compiled the model."""
+        if self.to_compile:
+            self.log.info(
+                f"the first update took {seconds:.0f} s: it compiled the model; what it made is kept in "
+                f"{os.environ['TORCHINDUCTOR_CACHE_DIR']}"
+            )
+        self.to_compile = False
 
     def check_finite(self, sums, where):
         """A UserError if the loss or the gradient's norm has been infinite or NaN on any rank."""
@@ -285,6 +318,7 @@ class Run:
             "label_names": list(self.label_names),
             "data": self.data,
             "domain": self.domain,
+            "patients": self.patients,
             "config": config_module.to_dict(self.config),
         }
         state["model"] = state[weights]
@@ -295,9 +329,11 @@ class Run:
         """Loss, score and details of `model` on the validation split, the same on all ranks; is it a new best?"""
         task = self.task
         distributed.share_buffers(model, self.world)
-        metrics = task.validate(model, self.val_loader, self.world, self.amp, label_names=self.label_names)
+        metrics = task.validate(
+            model, self.val_loader, self.world, self.amp, label_names=self.label_names, sources=self.val_sources
+        )
         is_best = best.beaten_by(metrics[task.score])
-        return {"val_loss": metrics["loss"], **{k: metrics[k] for k in (task.score, task.details)}}, is_best
+        return {"val_loss": metrics.pop("loss"), **metrics}, is_best
 
     def finish_epoch(self, epoch, sums):
         """Validate, write the log lines and every checkpoint that is due after `epoch`."""
@@ -314,9 +350,12 @@ class Run:
         if self.ema is not None:
             validated, is_ema_best = self.validate(self.ema.module, self.ema_best)
             record["ema"] = {**validated, "best": self.ema_best.value}
-        images = self.images_per_update * sums["updates"]
+        images, waited = self.images_per_update * sums["updates"], distributed.gather(sums["waited"], self.world)
         record["skipped"] = sum(distributed.gather(sums["skipped"], self.world))
         record |= {"seconds": round(sums["seconds"], 1), "images_per_s": round(images / sums["seconds"], 1)}
+        # The others wait, for its gradients, for the one that waits longest.
+        record |= {"waited": round(max(waited) / sums["seconds"], 3)}
+        record |= {"peak_memory_gb": round(max(distributed.gather(peak_memory(self.world.device), self.world)), 2)}
 
         # The log before the checkpoint: a resume from it rewrites the lines of later epochs, so none is ever missing.
         if self.world.is_main:
@@ -376,22 +415,31 @@ def limit_threads(config, world):
 
 def log_datasets(log, config, *datasets):
     """What is read, and what its reader warns of."""
-    log.info(f"data in {config.DATA.DATA_PATH}\n{datasets[0].summary}")
+    folders = ", ".join(one.DATA.DATA_PATH for one in config_module.source_configs(config).values())
+    log.info(f"data in {folders}\n{datasets[0].summary}")
     for warning in dict.fromkeys(text for dataset in datasets for text in dataset.warnings):
         log.warning(warning)
 
 
-def log_without_effect(log, config, task, model):
-    """Warn of the options that are set and do nothing for this data and this model."""
-    for line in config_module.without_effect(config, task, model.heeds):
-        log.warning(line)
+def log_without_effect(log, config, dataset, model, device):
+    """Warn of the options that are set and do nothing for this data, any of its sources, this model and this device."""
+    if config.DATA.SOURCES and config.DATA.DATA_PATH:
+        log.warning(f"DATA.DATA_PATH {config.DATA.DATA_PATH!r} has no effect: DATA.SOURCES names the folders")
+    by_source = [
+        config_module.without_effect(one, part.task, model.heeds | getattr(part, "heeds", frozenset()), device.type)
+        for one, part in parts_of(dataset, config).values()
+    ]
+    for line in by_source[0]:
+        key = line.split()[0]
+        if all(any(other.split()[0] == key for other in lines) for lines in by_source):
+            log.warning(line)
 
 
 # --------------------------------------------------------------------------------------- evaluate
-def load_for_evaluation(model, config, folder, label_names, log):
-    """Put the weights to evaluate into `model`: those of --resume, the run's best, or --pretrained.
+def load_for_evaluation(model, config, folder, dataset, log):
+    """Put the weights to evaluate on `dataset` into `model`: those of --resume, the run's best, or --pretrained.
 
-    Returns (their file, the domain of the images they were trained on, "" where that is not known).
+    Returns (their file, what the checkpoint tells of the training: domain, patients; {} where that is not known).
     """
     # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
     path = Path(config.MODEL.RESUME or folder / (checkpoint.EMA_BEST if config.TEST.EMA else checkpoint.BEST))
@@ -400,12 +448,14 @@ def load_for_evaluation(model, config, folder, label_names, log):
         keys = checkpoint.load_pretrained(model, path, log)
         if keys["replaced"] or keys["missing"]:
             raise UserError(f"--eval: {path} has no head for these {config.MODEL.NUM_CLASSES} classes; train first")
-        return path, ""
+        refuse_known(keys["patients"], dataset, config, path)
+        return path, {}
     state = checkpoint.read(path)
-    checkpoint.load_weights(model, state, path, label_names, averaged=config.TEST.EMA)
+    checkpoint.load_weights(model, state, path, dataset.label_names, averaged=config.TEST.EMA)
+    refuse_known(state.get("patients", {}), dataset, config, path)
     of_evaluation = ("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
     checkpoint.log_differences(state, config, log, but=of_evaluation)
-    return path, state.get("domain", "")
+    return path, {key: state[key] for key in ("domain", "patients") if key in state}
 
 
 def build_evaluation_sets(config, log):
@@ -427,21 +477,25 @@ def evaluate(config, world, folder, log):
     dataset, held_out = build_evaluation_sets(config, log)
     log_datasets(log, config, dataset)
     task, model = TASKS[dataset.task], build_model(config)
-    path, trained_on = load_for_evaluation(model, config, folder, dataset.label_names, log)
-    domain = getattr(dataset, "domain", "")
+    log_without_effect(log, config, dataset, model, world.device)
+    path, training = load_for_evaluation(model, config, folder, dataset, log)
+    trained_on, domain = training.get("domain", ""), getattr(dataset, "domain", "")
     warnings = [text for text in [domain_warning(trained_on, domain)] if text]
     for text in warnings:
         log.warning(text)
     target = new_evaluation(config.RESULTS) if world.is_main else None
-    model, (amp, _) = model.to(world.device), autocast(config, world.device)
+    model, (amp, dtype) = model.to(world.device), autocast(config, world.device)
     limit_threads(config, world)
 
     def test(split):
         loader = build_loader(config, split, train=False, world=world, log=log)
-        return split, task.test(model, loader, world, amp, label_names=split.label_names)
+        sources = getattr(split, "sources", None)
+        return split, task.test(model, loader, world, amp, label_names=split.label_names, sources=sources)
 
     log.info(f"evaluating {path} on {len(dataset):,} test images")
+    started = time.time()
     predicted = {TEST: test(dataset)}
+    seconds = time.time() - started
     if held_out is not None:
         log.info(f"thresholds and calibration: {len(held_out):,} validation images")
         predicted[VALIDATE] = test(held_out)
@@ -449,10 +503,19 @@ def evaluate(config, world, folder, log):
         return None
     metrics = {k: v for k, v in predicted[TEST][1].items() if k not in ("probabilities", "targets", "rows")}
     skipped = len(dataset) - metrics["images"]
+    processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
     about = {
+        "dataset": config_module.data_name(config),
+        "root": str(getattr(dataset, "root", config.DATA.DATA_PATH)),
+        "tested_on": sorted({one.DATA.DATASET for one in config_module.source_configs(config).values()}),
+        "trained_on": sorted(training.get("patients", {})),
         "checkpoint": str(path),
         "checkpoint_sha256": digest(path),
+        "backbone": config_module.backbone_name(config),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "gmacs": round(count_gmacs(model, config.DATA.IMG_SIZE), 3),
+        "images_per_s": round(metrics["images"] / seconds, 1),
+        "device": f"{processors}, {dtype}, batch {config.DATA.BATCH_SIZE}",
         "domain": {"trained": trained_on, "tested": domain},
         "warnings": warnings,
         "config": config_module.to_dict(config),
@@ -460,6 +523,7 @@ def evaluate(config, world, folder, log):
     }
     if task.report:
         about["label_policy"] = {"uncertain": config.DATA.UNCERTAIN, "missing": config.DATA.MISSING}
+        about["label_mapping"] = getattr(dataset, "label_mapping", {})
         about["cohort"] = getattr(dataset, "cohort", {})
     write_evaluation(target, about | metrics, predicted, Path(path).parent / "metrics.jsonl")
     log.info("test split\n" + task.table(metrics))
@@ -473,21 +537,33 @@ def evaluate(config, world, folder, log):
 
 
 def measure_throughput(config, world, log):
-    """Images/s of the forward pass on random images: median of 10 batches after 3 to warm up."""
-    model = build_model(config).to(world.device).eval()
-    amp, dtype = autocast(config, world.device)
-    images = torch.randn(config.DATA.BATCH_SIZE, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=world.device)
-    seconds = []
-    with torch.no_grad():
-        for _ in range(13):
-            started = time.time()
-            with amp():
-                model(images)
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.time() - started)
-    median = sorted(seconds[3:])[5]
-    log.info(f"forward pass: {len(images) / median:.1f} images/s (batch {len(images)}, {dtype}, {world.device})")
+    """The training step of this configuration, and its parts: on random images, and on those of DATA_PATH, if given."""
+    torch.manual_seed(config.SEED)
+    loader = None
+    if config.DATA.DATA_PATH or config.DATA.SOURCES:
+        (dataset,) = build_datasets(config, "train")
+        loader = build_loader(config, dataset, train=True, world=world, log=log)
+        limit_threads(config, world)
+    step = throughput.Step(config, world.device)
+    product = throughput.Product(world.device, step.dtype)
+    seconds, of_product = throughput.step_seconds({"step": step, "product": product}, rounds=10).values()
+    rate, matrices = len(step.images) / sum(seconds), product.rate(*of_product)
+    parts = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in zip(throughput.PARTS, seconds))
+    log.info(
+        f"training step: {rate:.1f} images/s (batch {len(step.images)}, {step.dtype}, {world.device}), ms: {parts}; "
+        f"peak memory {peak_memory(world.device):.2f} GB\n{step.gmacs:.3f} GMACs an image: "
+        f"{throughput.share_of(matrices, step.gmacs, rate):.0%} of the rate of matrix products, "
+        f"{matrices / 1e12:.3f} TFLOP/s on {device_name(world.device)}"
+    )
+    if loader is not None:
+        # Until what the loading processes hold ready is used up.
+        warm_up = 2 * worker_count(config) + 2
+        batches = min(len(loader) - warm_up, 100 if world.device.type == "cuda" else 10)
+        if batches < 1:
+            log.warning(f"{len(loader)} batches of images are too few to measure loading by")
+            return
+        fed, waited = throughput.fed_rate(step, loader, batches, warm_up)
+        log.info(f"fed by the loader: {fed:.1f} images/s, {fed / rate:.0%} of that; {waited:.0%} waiting for data")
 
 
 # ------------------------------------------------------------------------------------------ entry
@@ -509,10 +585,13 @@ def open_run(config, world):
 
 def main(argv=None):
     """Run one command line; returns 0, or the number of the signal that stopped training."""
-    config = config_module.get_config(config_module.parse_args(argv))
+    config = config_module.get_config(config_module.parse_args(argv), own_values)
     with distributed.session() as world:
         folder, log = open_run(config, world)
         try:
+            set_up_device(config, world.device)
+            if config.TRAIN.COMPILE and not config.EVAL_MODE:
+                compiling.prepare(Path(config.OUTPUT) / "compile_cache", world.device)
             if config.THROUGHPUT_MODE:
                 measure_throughput(config, world, log)
             elif config.EVAL_MODE:

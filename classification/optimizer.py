@@ -15,15 +15,18 @@ def _lr_scale(name, config, layer_scales):
 
 
 def parameter_groups(model, config):
-    """Groups {params, names, weight_decay, lr_scale}: no decay for norms and biases (1-D parameters).
+    """Groups {params, names, weight_decay, lr_scale}: no decay for norms and biases (1-D parameters) and
+    what the model says.
 
     A group's learning rate is the schedule's times its `lr_scale`.
     """
     decayed = config.TRAIN.LR_LAYER_DECAY and "TRAIN.LR_LAYER_DECAY" in model.heeds
     layer_scales = model.lr_scales(config.TRAIN.LR_LAYER_DECAY_RATIO) if decayed else {}
+    undecayed = getattr(model, "undecayed", ())
     groups = {}
     for name, parameter in model.named_parameters():
-        decay = 0.0 if parameter.ndim <= 1 or name.endswith("bias") else config.TRAIN.WEIGHT_DECAY
+        plain = parameter.ndim <= 1 or name.endswith("bias") or name in undecayed
+        decay = 0.0 if plain else config.TRAIN.WEIGHT_DECAY
         scale = _lr_scale(name, config, layer_scales)
         group = groups.setdefault((decay, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)

@@ -114,7 +114,7 @@ def _explained(args, models, paths):
         return []
     if len(models) > 1:
         raise UserError("--explain takes one checkpoint: the maps of several models have no common scale")
-    explain.check(models[0].model, models[0].path)
+    explain.check(models[0].model, models[0].config.DATA.IMG_SIZE, models[0].path)
     names = models[0].label_names
     for name in args.labels or []:
         if name not in names:

@@ -13,8 +13,9 @@ from config import Parser
 from dataset import audit as auditing
 from dataset import cache
 from dataset.dicom import RECIPES
+from dataset.images import ENDINGS
 from dataset.labels import LABELS
-from dataset.mimic_cxr import find_own_csv
+from dataset.releases import RELEASES, reader
 from dataset.tables import own_table
 from errors import UserError
 
@@ -27,8 +28,11 @@ def parse_args(argv=None):
     labels = commands.add_parser("labels", help="print the labels that training learns by default, one a line")
     for command in (audit, build, labels):
         command.add_argument("--data-path", required=True, help="the folder that holds files/ and the CSV files")
+        command.add_argument("--dataset", choices=RELEASES, default="mimic_cxr", help="the release (mimic_cxr)")
         command.add_argument("--csv", default="", help="a table of your own instead of the official ones, as DATA.CSV")
         command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all CPUs)")
+    for command in (audit, build):
+        command.add_argument("--image-format", choices=("auto", *ENDINGS), default="auto", help="as DATA.IMAGE_FORMAT")
     audit.add_argument("--output", default="audit", help="folder for audit.csv and audit.txt (audit)")
     build.add_argument("--output", required=True, help="folder of the copy")
     build.add_argument("--size", type=int, default=512, help="short side in pixels (512)")
@@ -44,19 +48,28 @@ def main(argv=None):
     """Run one command line; returns the exit status: 1 where something is wrong with the tree."""
     args = parse_args(argv)
     if args.command == "labels":
-        own = find_own_csv(args.data_path, args.csv)
+        own = reader(args.dataset).find_own_csv(args.data_path, args.csv)
         print(*(own_table(own.parent, own).label_names if own else LABELS), sep="\n")
         return 0
     for name, least, most in (("workers", 1, 1024), ("size", 8, 100_000), ("quality", 1, 100)):
         if not least <= getattr(args, name, least) <= most:
             raise UserError(f"--{name} is {getattr(args, name)}; it must lie between {least} and {most}")
     if args.command == "audit":
-        problems = auditing.audit(args.data_path, args.output, csv=args.csv, workers=args.workers)
+        problems = auditing.audit(
+            args.data_path,
+            args.output,
+            dataset=args.dataset,
+            csv=args.csv,
+            image_format=args.image_format,
+            workers=args.workers,
+        )
         return 1 if len(problems) else 0
     faults = cache.make_copy(
         args.data_path,
         args.output,
+        dataset=args.dataset,
         csv=args.csv,
+        image_format=args.image_format,
         size=args.size,
         quality=args.quality,
         in_zip=args.zip,

@@ -3,6 +3,8 @@
     python report.py results/mimic_cxr/evaluation_20260101_120000
     python report.py predictions.csv --validate predictions_validate.csv --groups patients.csv.gz --output report
     python report.py EVALUATION --against OTHER --seeds-of SEED_2 SEED_3
+    python report.py A B C                   several in one report, into a folder comparison_<timestamp> or --output:
+                                             models on the same images in pairs, other test sets side by side
 
 Writes report.html, report.json, per_label.csv, tables.tex, summary.md, model_card.md, calibration.json (with
 predictions of the validation split) and figures/ beside the predictions, or into --output.
@@ -10,12 +12,23 @@ predictions of the validation split) and figures/ beside the predictions, or int
 
 from pathlib import Path
 
-from analysis import tables
+from analysis import comparison, comparison_tables, tables
 from analysis.evaluation import ensemble, new_evaluation, read_evaluation
 from analysis.results import Options
-from analysis.writing import write_report
+from analysis.writing import write_comparison, write_report
 from config import Parser
 from errors import UserError, run_command
+
+# What belongs to the report of one evaluation -> what to do where several are given.
+OF_ONE = {
+    "against": "evaluations of the same images are compared with the first of them as they are; leave it out",
+    "seeds_of": "make the report of the seeds from the first of them alone",
+    "ensemble": "make the ensemble first, from one evaluation, and give its folder among the several",
+    **dict.fromkeys(
+        ["validate", "groups", "study_by", "study_views", "sensitivity", "specificity", "no_images"],
+        "make that evaluation's own report",
+    ),
+}
 
 
 def parse_args(argv=None):
@@ -23,10 +36,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     add(
         "evaluation",
-        help="folder that main.py --eval wrote, or a CSV with subject_id, <label>_target, <label>_probability",
+        nargs="+",
+        help="folder that main.py --eval wrote, or a CSV with subject_id, <label>_target, <label>_probability; several "
+        "of the same images are compared in pairs, of other images set side by side",
     )
     add("--validate", metavar="CSV", help="predictions of the validation split, by which thresholds are chosen")
     add("--output", metavar="FOLDER", help="where to write; otherwise beside the predictions")
+    add("--names", nargs="+", metavar="NAME", help="of several evaluations' models, in their order")
     add("--against", nargs="+", default=[], metavar="OTHER", help="evaluations of the same images to compare with")
     add("--seeds-of", nargs="+", default=[], metavar="OTHER", help="evaluations of the same configuration, other seeds")
     add("--ensemble", nargs="+", default=[], metavar="OTHER", help="average with these into an evaluation of its own")
@@ -46,27 +62,62 @@ def parse_args(argv=None):
     for name in ("sensitivity", "specificity"):
         if not 0 < getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must lie between 0 and 1")
+    given = len(args.evaluation)
+    for name, remedy in OF_ONE.items():
+        if given > 1 and getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is for one evaluation, and {given} are given; {remedy}")
+    if args.names and given == 1:
+        raise UserError("--names is for several evaluations, and one is given; leave it out")
+    if args.names and len(args.names) != given:
+        raise UserError(f"--names has {len(args.names)} names for {given} evaluations; give one for each")
+    for path, name in zip(args.evaluation, args.names or ()):
+        if not name.strip():
+            raise UserError(f"--names: the name of {path} is blank")
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    evaluation = read_evaluation(args.evaluation, args.validate)
-    folder = Path(args.output).expanduser() if args.output else None
+def report_one(args, evaluation, folder, options):
+    """The report of one evaluation, or of the ensemble it is part of."""
     if args.ensemble:
         others = [read_evaluation(path) for path in args.ensemble]
         folder = folder or new_evaluation(evaluation.folder.parent)
-        if folder.resolve() in [e.folder.resolve() for e in (evaluation, *others)]:
-            raise UserError(f"--output {folder} is one of the ensemble's evaluations; choose another folder")
+        _check_free(folder, [evaluation, *others], "the ensemble's evaluations")
         evaluation = ensemble([evaluation, *others], folder)
-    options = Options(
-        resamples=args.resamples, seed=args.seed, study_by=args.study_by, study_views=args.study_views,
-        sensitivity=args.sensitivity, specificity=args.specificity, tables=tuple(args.groups),
-    )  # fmt: skip
     against, seeds = ([read_evaluation(path) for path in paths] for paths in (args.against, args.seeds_of))
     folder = folder or evaluation.folder
     report = write_report(evaluation, options, folder, against, seeds, not args.no_images)
     print(tables.headline(report))
+    return folder
+
+
+def report_several(args, evaluations, folder, options):
+    """One report of several evaluations."""
+    if folder:
+        _check_free(folder, evaluations, "the evaluations")
+    report = comparison.collect(evaluations, options, args.names)
+    folder = folder or new_evaluation(evaluations[0].path.resolve().parent, "comparison")
+    write_comparison(report, folder)
+    print(comparison_tables.printed(report))
+    return folder
+
+
+def _check_free(folder, evaluations, what):
+    if folder.resolve() in [e.folder.resolve() for e in evaluations]:
+        raise UserError(f"--output {folder} is one of {what}; choose another folder")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    evaluations = [read_evaluation(path, args.validate) for path in args.evaluation]
+    folder = Path(args.output).expanduser() if args.output else None
+    options = Options(
+        resamples=args.resamples, seed=args.seed, study_by=args.study_by, study_views=args.study_views,
+        sensitivity=args.sensitivity, specificity=args.specificity, tables=tuple(args.groups),
+    )  # fmt: skip
+    if len(evaluations) > 1:
+        folder = report_several(args, evaluations, folder, options)
+    else:
+        folder = report_one(args, evaluations[0], folder, options)
     print(f"report in {folder / 'report.html'}")
 
 

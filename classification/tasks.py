@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import utils_multilabel as multilabel
-from analysis.text import label_table
+from analysis.text import label_table, number
 from inference import predict
 
 
@@ -22,9 +22,10 @@ class Task:
 
     build_criterion(config, targets of the train split) -> function(logits, targets) -> scalar
     probabilities(logits [N, L]) -> [N, L]
-    validate(model, loader, world, amp, label_names=) -> {"loss", score, details}
-    test(model, loader, world, amp, label_names=) -> those and further metrics, `images` (how many), and the arrays
-        `probabilities`, `targets` [N, L] and `rows` [N] (which of the dataset)
+    validate(model, loader, world, amp, label_names=, sources=) -> {"loss", score, details}, and with sources (the name
+        of that of each image of the dataset, or None) `by_source`, the same of each
+    test(model, loader, world, amp, label_names=, sources=) -> those and further metrics, `images` (how many), and the
+        arrays `probabilities`, `targets` [N, L] and `rows` [N] (which of the dataset)
     table(metrics) -> text
     report: whether an evaluation ends with one (intervals, thresholds, calibration of labels)
     """
@@ -45,14 +46,24 @@ def _label_criterion(config, targets):
     return multilabel.build_loss(config.TRAIN.LOSS, config.TRAIN.LOSS_OPTIONS, weights)
 
 
-def _validate_labels(*arguments, label_names):
-    score, loss, by_label = multilabel.validate_multilabel(*arguments, label_names=label_names)
+def _validate_labels(*arguments, label_names, sources):
+    found = multilabel.evaluate_split(
+        *arguments, label_names=label_names, metrics=multilabel.METRICS[:1], sources=sources
+    )
     decides = multilabel.METRICS[0].name
-    return {"loss": loss, f"mean_{decides}": score, decides: by_label}
+    kept = ("loss", f"mean_{decides}", decides)
+    told = {k: found[k] for k in kept}
+    if sources is not None:
+        told["by_source"] = {name: {k: own[k] for k in kept} for name, own in found["by_source"].items()}
+    return told
 
 
 def _label_table(metrics):
-    return label_table(metrics, {metric.name: metric.column for metric in multilabel.METRICS})
+    lines = [label_table(metrics, {metric.name: metric.column for metric in multilabel.METRICS})]
+    for name, own in metrics.get("by_source", {}).items():
+        means = ", ".join(f"mean {m.column} {number(own[f'mean_{m.name}'])}" for m in multilabel.METRICS)
+        lines.append(f"{name}: {means}, {own['images']:,} images")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------- one class of many
@@ -65,7 +76,7 @@ def _softmax(logits):
     return torch.from_numpy(logits).double().softmax(1).numpy()
 
 
-def _test_classes(*arguments, label_names):
+def _test_classes(*arguments, label_names, sources):
     logits, targets, rows = predict(*arguments)
     ranks = (logits > np.take_along_axis(logits, targets[:, None], 1)).sum(1)
     return {

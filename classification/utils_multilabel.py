@@ -143,20 +143,32 @@ def multilabel_metrics(logits, probabilities, targets, label_names, metrics):
     return found | {"images": len(targets)}
 
 
-def validate_multilabel(model, loader, world, amp, *, label_names):
-    """(mean, loss, values by label) of the metric that decides: mean AUROC, loss, AUROC by label.
+def evaluate_split(model, loader, world, amp, *, label_names, metrics, sources=None):
+    """:func:`multilabel_metrics` of the images of a loader, and the arrays `probabilities`, `targets`, `rows`.
 
     Every image counts once on any number of ranks. amp: a function that returns the autocast context.
+    sources: name of the source of each image of the dataset; then `by_source` has the metrics of each.
     """
-    logits, targets, _ = predict(model, loader, world, amp)
+    logits, targets, rows = predict(model, loader, world, amp)
+    probabilities = sigmoid(logits)
+    found = multilabel_metrics(logits, probabilities, targets, label_names, metrics)
+    if sources is not None:
+        of_row = sources[rows]
+        found["by_source"] = {
+            str(name): multilabel_metrics(logits[here], probabilities[here], targets[here], label_names, metrics)
+            for name in dict.fromkeys(sources.tolist())
+            if (here := of_row == name).any()
+        }
+    return found | {"probabilities": probabilities, "targets": targets, "rows": rows}
+
+
+def validate_multilabel(model, loader, world, amp, *, label_names):
+    """(mean, loss, values by label) of the metric that decides: mean AUROC, loss, AUROC by label."""
     decides = METRICS[0]
-    found = multilabel_metrics(logits, sigmoid(logits), targets, label_names, [decides])
+    found = evaluate_split(model, loader, world, amp, label_names=label_names, metrics=[decides])
     return found[f"mean_{decides.name}"], found["loss"], found[decides.name]
 
 
-def evaluate_test_set(model, loader, world, amp, *, label_names):
-    """Dictionary of all METRICS and the counts, and the arrays `probabilities`, `targets` [N, L], `rows` [N]."""
-    logits, targets, rows = predict(model, loader, world, amp)
-    probabilities = sigmoid(logits)
-    metrics = multilabel_metrics(logits, probabilities, targets, label_names, METRICS)
-    return metrics | {"probabilities": probabilities, "targets": targets, "rows": rows}
+def evaluate_test_set(model, loader, world, amp, *, label_names, sources=None):
+    """Dictionary of all METRICS and the counts, and the arrays, see :func:`evaluate_split`."""
+    return evaluate_split(model, loader, world, amp, label_names=label_names, metrics=METRICS, sources=sources)

@@ -42,13 +42,22 @@ def model_card(report):
         ("data set", about["dataset"]), ("image domain", about["domain"]), ("splits", splits), ("left out", left_out),
         ("label policy", tables.policy_text(report)),
     ])]  # fmt: skip
-    shown = [t for key, _, found, _ in tables.sections(report) if key in ("labels", "study", "cohort") for t in found]
+    shown = [
+        t
+        for key, _, found, _ in tables.sections(report)
+        if key in ("labels", "mapping", "study", "cohort")
+        for t in found
+    ]
     parts += ["## Results", *(tables.markdown(t) for t in shown)]
     if "left_out" not in report["thresholds"]:
         parts.append("Operating points, calibration and subgroups: see summary.md.")
+    others = ", ".join(about["trained_on"])
+    external = others and not set(about["tested_on"]) & set(about["trained_on"])
     limits = [
         *_weak(report),
-        "Tested on one test split; nothing here says how the model does on images of another hospital or scanner.",
+        f"An external test: trained on {others}, tested on {about['dataset']}."
+        if external
+        else "Tested on one test split; nothing here says how the model does on images of another hospital or scanner.",
         "Labels are those of the label file, not a reading of the images for this purpose.",
         "Research software, not a medical device.",
     ]

@@ -1,7 +1,8 @@
 """The folder of an evaluation, and tables of predictions of any model: written, read, checked.
 
 metrics.json                what was evaluated: loss, AUROC by label, counts, checkpoint and its digest, domain,
-                            label policy, config, cohort
+                            dataset and those trained on, label policy, config, cohort, label_mapping: {label:
+                            {"from": its names in the release, "kind": exact, approximate or unknown}}
 predictions.csv             the test split, one row an image: ids (dicom_id, study_id, subject_id, view, path: what
                             is known), then of every label `<label>_target` (1, 0 or empty: after the policy),
                             `<label>_probability` and, where the data has it, `<label>_label` (as in the label
@@ -40,10 +41,10 @@ def _new_folder(parent, name):
     raise UserError(f"{parent}: too many evaluations named {name}")
 
 
-def new_evaluation(parent):
+def new_evaluation(parent, what="evaluation"):
     """A new folder `evaluation_<timestamp>` in `parent`, made before the work whose results it takes."""
     try:
-        return _new_folder(Path(parent), datetime.now().strftime("evaluation_%Y%m%d_%H%M%S"))
+        return _new_folder(Path(parent), datetime.now().strftime(f"{what}_%Y%m%d_%H%M%S"))
     except OSError as error:
         raise UserError(f"RESULTS {parent} cannot be written ({error.strerror}); choose another folder") from error
 
@@ -135,6 +136,17 @@ class Predictions:
             targets=self.targets[rows],
             probabilities=self.probabilities[rows],
             labels=None if self.labels is None else self.labels[rows],
+        )
+
+    def with_labels(self, names):
+        """The same rows with these of its labels, in this order."""
+        k = [self.label_names.index(name) for name in names]
+        return replace(
+            self,
+            label_names=tuple(names),
+            targets=self.targets[:, k],
+            probabilities=self.probabilities[:, k],
+            labels=None if self.labels is None else self.labels[:, k],
         )
 
     def by_study(self, how="mean", frontal=False):
@@ -387,12 +399,7 @@ def aligned(first, other):
             f"{other.path} has other images than {first.path}: {missing:,} missing, {extra:,} more; "
             "only models tested on the same images can be compared"
         )
-    other = other.select(theirs.get_indexer(ours))
-    k = [other.label_names.index(name) for name in first.label_names]
-    other = replace(
-        other, label_names=first.label_names, targets=other.targets[:, k], probabilities=other.probabilities[:, k],
-        labels=None if other.labels is None else other.labels[:, k],
-    )  # fmt: skip
+    other = other.select(theirs.get_indexer(ours)).with_labels(first.label_names)
     unlike = ~((first.targets == other.targets) | (np.isnan(first.targets) & np.isnan(other.targets)))
     if unlike.any():
         raise UserError(
@@ -462,7 +469,11 @@ def ensemble(evaluations, folder):
     tables = {TEST: averaged([e.test for e in evaluations])}
     if all(e.validate is not None for e in evaluations):
         tables[VALIDATE] = averaged([e.validate for e in evaluations])
-    kept = {k: first.metrics[k] for k in ("label_policy", "domain", "cohort") if k in first.metrics}
+    kept = {
+        k: first.metrics[k]
+        for k in ("dataset", "root", "label_mapping", "label_policy", "domain", "cohort")
+        if k in first.metrics
+    }
     data, test = first.config.get("DATA"), tables[TEST]
     metrics = {
         "ensemble": [e.given for e in evaluations],

@@ -7,11 +7,14 @@ import matplotlib
 matplotlib.use("Agg")  # compute nodes have no display
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
+from analysis.comparison_tables import approximate
 from analysis.training_log import read_metrics
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
+COLORS, MARKERS = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", "black"), "osD^vPX"
 STYLE = {
     "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
     "axes.titleweight": "bold", "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none", "svg.hashsalt": "report",
@@ -31,8 +34,10 @@ def _training(epochs, score):
     axes[1].set_title(f"validation {score}")
     axes[2].plot(x, [e["lr"] for e in epochs], color=BLUE)
     axes[2].set_title("learning rate at the epoch's end")
+    axes[2].yaxis.set_major_formatter("{x:g}")  # a power of ten above the axis would run into the title
     for axis in axes:
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend()
     axes[1].legend()
     return figure
@@ -154,11 +159,59 @@ def write_figures(report, folder):
             "cooccurrence": _cooccurrence(report),
             "training": _training(epochs, "mean_auc") if epochs else None,
         }
-        for name, figure in drawn.items():
-            for suffix in ("png", "svg"):
-                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-                if figure is not None:
-                    metadata = {"Date": None} if suffix == "svg" else None  # the same numbers, the same file
-                    figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=metadata)
+        _save(drawn, folder)
+
+
+def _save(drawn, folder):
+    for name, figure in drawn.items():
+        for suffix in ("png", "svg"):
+            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
             if figure is not None:
-                plt.close(figure)
+                metadata = {"Date": None} if suffix == "svg" else None  # the same numbers, the same file
+                figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=metadata)
+        if figure is not None:
+            plt.close(figure)
+
+
+def _forest(panels):
+    """AUROC with its interval by label, and the mean over the common labels; hollow where a label is approximate.
+
+    panels: [(title, [(name, section of analysis.comparison)])]; in a panel every name has a colour and a marker.
+    """
+    labels = list(dict.fromkeys(n for _, series in panels for _, found in series for n in found["labels"]))
+    most = max(len(series) for _, series in panels)
+    height = (len(labels) + 1) * max(0.24, 0.11 * most + 0.08) + 1.0
+    figure, axes = plt.subplots(1, len(panels), figsize=(1.6 + 3.8 * len(panels), height), layout="constrained",
+                                sharex=True, sharey=True, squeeze=False)  # fmt: skip
+    lowest, hollow = 0.5, False
+    for axis, (title, series) in zip(axes.flat, panels):
+        for k, (name, found) in enumerate(series):
+            style = {"color": COLORS[k % len(COLORS)], "marker": MARKERS[k % len(MARKERS)], "ms": 4}
+            rows = [found["labels"].get(n, {}).get("auroc") for n in labels] + [found["mean_common"]["auroc"]]
+            shift = 0.7 * ((k + 0.5) / len(series) - 0.5)
+            for y, (label, a) in enumerate(zip([*labels, ""], rows)):
+                if a is None or a["value"] is None:
+                    continue
+                if a["low"] is not None:
+                    axis.plot([a["low"], a["high"]], [y + shift] * 2, color=style["color"], lw=1.5)
+                rough = label in approximate(found)
+                axis.plot(a["value"], y + shift, **style, **({"mfc": "white"} if rough else {}))
+                lowest, hollow = min(lowest, a["value"], a["low"] or a["value"]), hollow or rough
+            axis.plot([], [], ls="", label=name, **style)
+        axis.axvline(0.5, color="grey", lw=0.7, ls="--")
+        axis.axhline(len(labels) - 0.5, color="grey", lw=0.7)
+        axis.set_title(title)
+        axis.grid(axis="y", visible=False)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=2, fontsize=7)
+    for axis in axes.flat:
+        text = "AUROC, 95% interval" + "; hollow: approximate label" * hollow
+        axis.set(xlabel=text, xlim=(max(0, lowest - 0.02), 1))
+    axes[0, 0].set_yticks(range(len(labels) + 1), [*labels, "mean of the common"])
+    axes[0, 0].set_ylim(len(labels) + 0.5, -0.5)
+    return figure
+
+
+def write_forest(panels, folder):
+    """auroc.png and auroc.svg of several evaluations in `folder`, see :func:`_forest`."""
+    with plt.rc_context(STYLE):
+        _save({"auroc": _forest(panels)}, folder)

@@ -82,9 +82,10 @@ def read_table(path, predictions, required=True):
 
 
 def find_groups(predictions, tables, required=True):
-    """Variables to group by, the view and the tables' columns: name -> (groups [N], or None; reason where None)."""
+    """Variables to group by, those of the images and the tables' columns: name -> (groups [N], or None; reason where
+    None)."""
     found = {"view": (None, "the predictions have no column view")}
-    for name in ("view", "sex", "age"):
+    for name in ("source", "view", "sex", "age"):
         if name in predictions.ids:
             found[NAMES.get(name, name)] = _grouped(name, predictions.ids[name])
     for path in tables:

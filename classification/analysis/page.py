@@ -8,7 +8,7 @@ import jinja2
 from markupsafe import Markup, escape
 from PIL import Image
 
-from analysis import tables
+from analysis import comparison_tables, tables
 from analysis.evaluation import Evaluation
 from dataset.images import SUFFIXES, ImageError, decode
 from dataset.mimic_cxr import find_folders, image_stems
@@ -21,15 +21,14 @@ DASHES = ("", "5 3", "2 2", "7 2 2 2")
 
 
 # ----------------------------------------------------------------------------------------- charts
-def chart(
-    lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, diagonal=False, labels=("", ""), log=False, title=""
-):
+def chart(lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, diagonal=False, labels=("", ""), left=34, title=""):
     """A small SVG chart.
 
-    lines: [(xs, ys)] or [(xs, ys, name)]; band: (xs, low, high); x, y: the axes' ends; title: for screen readers.
+    lines: [(xs, ys)] or [(xs, ys, name)]; band: (xs, low, high); x, y: the axes' ends; left: room for the
+    label and the ticks of y; title: for screen readers.
     """
     width, height = size
-    left, right, top, bottom = 34, width - 8, 8, height - 26
+    right, top, bottom = width - 8, 8, height - 26
 
     def px(v):
         return left + (right - left) * (v - x[0]) / ((x[1] - x[0]) or 1)
@@ -47,7 +46,7 @@ def chart(
         parts.append(f'<path class="grid" d="M{left} {py(at[1]):.1f}H{right}M{px(at[0]):.1f} {top}V{bottom}"/>')
         anchor = ("start", "middle", "end")[k]
         parts.append(f'<text x="{px(at[0]):.1f}" y="{bottom + 11}" text-anchor="{anchor}">{at[0]:.2g}</text>')
-        text = f"{at[1]:.0e}" if log else f"{at[1]:.2g}"
+        text = f"{at[1]:.2g}".replace("e-0", "e-")
         parts.append(f'<text x="{left - 4}" y="{py(at[1]) + 3:.1f}" text-anchor="end">{text}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">{labels[0]}</text>')
     parts.append(
@@ -125,17 +124,17 @@ def _training_charts(report):
         return []
     x = [e["epoch"] for e in epochs]
     found = []
-    for names, title, log in (
-        ({"train_loss": "train", "val_loss": "validation"}, "loss", False),
-        ({"mean_auc": "validation"}, "mean AUROC", False),
-        ({"lr": "rate"}, "learning rate", True),
+    for names, title, left in (
+        ({"train_loss": "train", "val_loss": "validation"}, "loss", 34),
+        ({"mean_auc": "validation"}, "mean AUROC", 34),
+        ({"lr": "rate"}, "learning rate", 46),
     ):
         values = [e[k] for e in epochs for k in names if e[k] is not None]
         if values:
             lines = [(x, [e[k] for e in epochs], name) for k, name in names.items()]
             span = (x[0], x[-1] if len(x) > 1 else x[0] + 1)
             ends = (min(values), max(values) if max(values) > min(values) else min(values) + 1e-6)
-            found.append(chart(lines, size=(260, 170), x=span, y=ends, labels=("epoch", title), log=log, title=title))
+            found.append(chart(lines, size=(260, 170), x=span, y=ends, labels=("epoch", title), left=left, title=title))
     return found
 
 
@@ -151,7 +150,7 @@ def _image_path(root, base, ids):
 def thumbnails(evaluation: Evaluation, errors):
     """(row of the predictions -> data URI of a small JPEG; reason why there is none, or None)."""
     data = evaluation.config.get("DATA", {})
-    root, ids = data.get("DATA_PATH"), evaluation.test.ids
+    root, ids = evaluation.metrics.get("root") or data.get("DATA_PATH"), evaluation.test.ids
     if not root:
         return {}, "the evaluation does not record where its images are"
     if not ("path" in ids or {"dicom_id", "study_id", "subject_id"} <= set(ids)):
@@ -197,18 +196,24 @@ def _facts(report):
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
 
 
+def _fill(template, **values):
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    return environment.get_template(template).render(interval_bar=interval_bar, **values)
+
+
 def render(report, pictures, no_pictures):
     """The page as text.
 
     pictures: row -> data URI, see :func:`thumbnails`; no_pictures: the reason where there are none.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
     largest = max((n for row in report["cooccurrence"]["counts"] for n in row), default=0)
-    return environment.get_template("page.html.j2").render(
+    return _fill(
+        "page.html.j2",
         report=report,
+        title=report["about"]["name"],
         headline=tables.headline(report),
         mean=report["mean"]["auroc"],
         facts=_facts(report),
@@ -221,5 +226,17 @@ def render(report, pictures, no_pictures):
         pictures=pictures,
         no_pictures=no_pictures,
         number=tables.number,
-        interval_bar=interval_bar,
+    )
+
+
+def render_comparison(report, forest):
+    """The page of several evaluations as text; forest: the SVG file of the figure."""
+    drawn = "data:image/svg+xml;base64," + base64.b64encode(forest.read_bytes()).decode()
+    return _fill(
+        "comparison.html.j2",
+        title=comparison_tables.title(report),
+        headlines=comparison_tables.headline(report),
+        facts=comparison_tables.facts(report),
+        sections=comparison_tables.sections(report),
+        forest=drawn,
     )

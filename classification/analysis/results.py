@@ -122,19 +122,23 @@ def too_few(counts):
 # --------------------------------------------------------------------------------------- sections
 def compare(measured, other, predictions, cluster, weights):
     """The paired difference, this minus `other` (an :class:`Evaluation`), by label and of the mean."""
-    theirs = Measured(aligned(predictions, other.test), cluster, weights)
+    return difference(measured, Measured(aligned(predictions, other.test), cluster, weights), other.name)
+
+
+def difference(measured, theirs, name):
+    """The same of two :class:`Measured` of the same images, labels and resamples; name: of the other."""
     labels, draws = {}, measured.auroc_draws - theirs.auroc_draws
-    for k, name in enumerate(measured.names):
+    for k, label in enumerate(measured.names):
         a, b = measured.placements[k], theirs.placements[k]
         if a is None:
-            labels[name] = {"difference": None, "low": None, "high": None, "p": None, "left_out": ONE_CLASS}
+            labels[label] = {"difference": None, "low": None, "high": None, "p": None, "left_out": ONE_CLASS}
             continue
-        difference = float(measured.auroc[k] - theirs.auroc[k])
+        value = float(measured.auroc[k] - theirs.auroc[k])
         low, high = interval(draws[k])
         error = statistics.standard_error(a, b)
-        labels[name] = {
-            "difference": difference, "low": low, "high": high, "se": error,
-            "p": statistics.normal_p(difference, error),
+        labels[label] = {
+            "difference": value, "low": low, "high": high, "se": error,
+            "p": statistics.normal_p(value, error),
             "other": float(theirs.auroc[k]), "undefined_resamples": int(np.isnan(draws[k]).sum()),
         }  # fmt: skip
     for found, p in zip(labels.values(), statistics.holm([found["p"] for found in labels.values()])):
@@ -150,7 +154,7 @@ def compare(measured, other, predictions, cluster, weights):
             "difference": float(measured.auroc[defined].mean() - theirs.auroc[defined].mean()),
             "low": low, "high": high, "p": statistics.bootstrap_p(draws), "other": theirs.mean()["auroc"],
         }  # fmt: skip
-    return {"name": other.name, "primary": "mean AUROC", "mean": mean, "labels": labels}
+    return {"name": name, "primary": "mean AUROC", "mean": mean, "labels": labels}
 
 
 def between_seeds(evaluations, measured, cluster, weights):
@@ -439,15 +443,19 @@ def _domain(recorded):
 def about(evaluation):
     """What was evaluated."""
     m, config = evaluation.metrics, evaluation.config
+    dataset = m.get("dataset") or config.get("DATA", {}).get("DATASET")
+    labelers = config.get("DATA", {}) if dataset == "mimic_cxr" else {}  # the others have one label file each
     return {
         "name": evaluation.name,
         "given": evaluation.given,
-        "dataset": config.get("DATA", {}).get("DATASET"),
+        "dataset": dataset,
+        "tested_on": m.get("tested_on", [dataset]),
+        "trained_on": m.get("trained_on", []),
         "model": config.get("MODEL", {}).get("NAME") or None,
         "architecture": config.get("MODEL", {}).get("TYPE") or None,
         "image_size": config.get("DATA", {}).get("IMG_SIZE"),
-        "labeler": config.get("DATA", {}).get("LABELER"),
-        "test_labeler": config.get("DATA", {}).get("TEST_LABELER"),
+        "labeler": labelers.get("LABELER"),
+        "test_labeler": labelers.get("TEST_LABELER"),
         "seed": config.get("SEED"),
         "checkpoint": m.get("checkpoint"),
         "checkpoint_sha256": m.get("checkpoint_sha256"),
@@ -457,6 +465,17 @@ def about(evaluation):
         "loss": m.get("loss"),
         **{key: m[key] for key in ("parameters", "gmacs", "images_per_s") if key in m},
     }
+
+
+def drawn_from(predictions, patients, options):
+    """What the bootstrap draws: units, how many, how often."""
+    found = {
+        "unit": predictions.unit, "units": patients, "images": len(predictions),
+        "resamples": options.resamples, "seed": options.seed, "level": LEVEL,
+    }  # fmt: skip
+    if patients < 2:
+        found["warning"] = f"one {predictions.unit} only: there is no interval and no standard error"
+    return found
 
 
 def collect(evaluation, options, against=(), seeds=()):
@@ -474,10 +493,8 @@ def collect(evaluation, options, against=(), seeds=()):
     report = {
         "about": about(evaluation),
         "policy": evaluation.policy,
-        "bootstrap": {
-            "unit": test.unit, "units": patients, "images": len(test),
-            "resamples": options.resamples, "seed": options.seed, "level": LEVEL,
-        },
+        "label_mapping": evaluation.metrics.get("label_mapping", {}),
+        "bootstrap": drawn_from(test, patients, options),
         "label_names": list(test.label_names),
         "mean": measured.mean(),
         "labels": measured.labels(),
@@ -485,8 +502,6 @@ def collect(evaluation, options, against=(), seeds=()):
         "groups": by_group(test, cluster, weights, options),
         "thresholds": operating_points(evaluation, cluster, weights, options),
     }  # fmt: skip
-    if patients < 2:
-        report["bootstrap"]["warning"] = f"one {test.unit} only: there is no interval and no standard error"
     if against:
         report["against"] = {e.given: compare(measured, e, test, cluster, weights) for e in against}
     if seeds:

@@ -113,7 +113,24 @@ def note(report):
     return f"{policy_text(report)} {unit_text(report)}" + (f" Warning: {warning}." if warning else "")
 
 
-def _remarks(labels):
+KINDS = {"exact": "the same", "approximate": "nearly the same", "unknown": "not comparable: unknown to the data"}
+
+
+def _mapping(report):
+    """Which of the model's labels the data have, and from what; None where each is simply itself."""
+    mapping = report["label_mapping"]
+    if all(m["kind"] == "exact" and m["from"] == [label] for label, m in mapping.items()):
+        return None
+    rows = []
+    for label in report["label_names"]:
+        m, images = mapping[label], report["labels"][label]["images"]
+        rows.append([Cell(label), Cell(", ".join(m["from"]) or DASH), Cell(KINDS[m["kind"]]), count(images)])
+    exact = sum(m["kind"] == "exact" for m in mapping.values())
+    text = f"{exact} of {len(rows)} labels are the same in {report['about']['dataset']}. {policy_text(report)}"
+    return Table("mapping", "Labels of the model in these data", text, ["label", "from", "meaning", "known"], rows)
+
+
+def label_remarks(labels):
     """'Fracture: one class only' of every label that has something to be said."""
     said = {}
     for name, found in labels.items():
@@ -145,10 +162,10 @@ def _by_label(report, key, title, section):
         rows.append(row(name, found, counts))
     if section["mean"]["auroc"]["value"] is not None:
         rows.append(row(f"mean of {section['mean']['labels']}", section["mean"], [Cell("")] * (len(columns) - 5)))
-    return Table(key, title, note(report), columns, rows, _remarks(section["labels"]), total=1)
+    return Table(key, title, note(report), columns, rows, label_remarks(section["labels"]), total=1)
 
 
-def _against(report, k, other):
+def against(report, k, other):
     columns = ["label", "this", "other", "difference (95% CI)", "p", "p (Holm)"]
     rows = []
     for name, d in other["labels"].items():
@@ -168,7 +185,7 @@ def _against(report, k, other):
         "paired bootstrap."
     )
     return Table(
-        f"against-{k}", f"Compared with {other['name']}", text, columns, rows, _remarks(other["labels"]), total=1
+        f"against-{k}", f"Compared with {other['name']}", text, columns, rows, label_remarks(other["labels"]), total=1
     )
 
 
@@ -259,7 +276,7 @@ def _thresholds(report, rule, section):
     text = (
         f"{note(report)} Thresholds chosen on the validation split ({section['rule']}) and applied to the test split."
     )
-    remarks = _remarks(section["labels"])
+    remarks = label_remarks(section["labels"])
     return Table(f"threshold-{rule}", f"Operating points: {section['rule']}", text, columns, rows, remarks)
 
 
@@ -284,7 +301,7 @@ def _calibration(report, stage, section):
         "equal width."
     )
     return Table(
-        f"calibration-{stage}", f"Calibration {STAGES[stage]}", text, columns, rows, _remarks(section["labels"]), 1
+        f"calibration-{stage}", f"Calibration {STAGES[stage]}", text, columns, rows, label_remarks(section["labels"]), 1
     )
 
 
@@ -368,8 +385,10 @@ def _prevalence(report):
 def sections(report):
     """[(anchor, title, [Table], reason where a part is left out or None)] in the order of the report."""
     found = [("labels", "Results by label", [_by_label(report, "labels", "Test split, by image", report)], None)]
+    if mapping := _mapping(report):
+        found.append(("mapping", "Labels compared", [mapping], None))
     if "against" in report:
-        others = [_against(report, k + 1, other) for k, other in enumerate(report["against"].values())]
+        others = [against(report, k + 1, other) for k, other in enumerate(report["against"].values())]
         found.append(("against", "Comparison", others, None))
     if "seeds" in report:
         found.append(("seeds", "Seeds", _seeds(report), None))
@@ -409,7 +428,7 @@ def sections(report):
 # ------------------------------------------------------------------------------------ LaTeX, Markdown
 _TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-        DASH: "--"}  # fmt: skip
+        DASH: "--", "†": r"$^\dagger$"}  # fmt: skip
 
 
 def tex(text):
@@ -453,6 +472,14 @@ def markdown(table):
             *remarks,
         ]
     )
+
+
+def plain_text(table):
+    """For the terminal: the title, the table in columns, and what is said of it."""
+    lines = [table.columns, *([c.text for c in row] for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    shown = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    return "\n".join([table.title, *shown, table.note, *(f"- {r}" for r in table.remarks)])
 
 
 def headline(report):

@@ -27,7 +27,8 @@ def epoch_lines(record, score):
     """An epoch for the log: one line, and the AUROC by label below it."""
 
     line = (
-        f"epoch {record['epoch']} done in {record['seconds']} s ({record['images_per_s']} images/s): "
+        f"epoch {record['epoch']} done in {record['seconds']} s ({record['images_per_s']} images/s, "
+        f"{record['waited']:.0%} of it waiting for data, peak memory {record['peak_memory_gb']} GB): "
         f"train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}, {score} {number(record[score])} "
         f"(best {number(record[f'best_{score}'])})"
     )
@@ -35,6 +36,8 @@ def epoch_lines(record, score):
         line += f", {record['skipped']} images skipped"
     if "ema" in record:
         line += f", EMA {score} {number(record['ema'][score])} (best {number(record['ema']['best'])})"
+    if "by_source" in record:
+        line += ", " + ", ".join(f"{name} {number(own[score])}" for name, own in record["by_source"].items())
     if "auc" in record:
         line += "\n" + "  ".join(f"{name} {number(value)}" for name, value in record["auc"].items())
         line += "".join("\n" + note for note in undefined_note(record["auc"]))

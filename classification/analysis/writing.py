@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from analysis import card, figures, page, results, tables
+from analysis import card, comparison_tables, figures, page, results, tables
 from analysis.groups import read_table
 from errors import UserError
 
@@ -47,9 +47,31 @@ def write_report(evaluation, options, folder, against=(), seeds=(), with_images=
     return report
 
 
+def write_comparison(report, folder):
+    """The report of several evaluations, a dictionary of analysis.comparison, to `folder`."""
+    report = {"headline": comparison_tables.headline(report), **report}
+    found = [t for _, _, shown, _ in comparison_tables.sections(report) for t in shown]
+    texts = {
+        "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
+        "tables.tex": tables.latex(found),
+        "summary.md": comparison_tables.summary(report),
+    }
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        figures.write_forest(comparison_tables.panels(report), folder / "figures")
+        texts["report.html"] = page.render_comparison(report, folder / "figures" / "auroc.svg")
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        with open(folder / "per_label.csv", "w", newline="") as file:
+            csv.writer(file).writerows(comparison_tables.per_label(report))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
+
+
 def _patients_table(evaluation):
     """patients.csv.gz of MIMIC-IV beside the evaluation's images, if it is there and knows its patients."""
-    root = evaluation.config.get("DATA", {}).get("DATA_PATH")
+    data = evaluation.config.get("DATA", {})
+    root = "" if data.get("SOURCES") else data.get("DATA_PATH")  # several sources: its ids are those of one
     folders = [Path(root).expanduser(), Path(root).expanduser().parent] if root else []
     for path in (folder / name for folder in folders for name in ("patients.csv.gz", "patients.csv")):
         if path.is_file():

@@ -1,13 +1,19 @@
-"""InternImage end to end: forward pass and training step with the operator, beside others in the operator's place.
+"""The training step of InternImage beside timm's backbones of like size, and beside naive settings.
 
-    python benchmarks/train_step.py [--quick] [--threads 2]
+    python benchmarks/train_step.py [--size T] [--batch 8] [--compiled] [--grid-sample] [--threads 2] [--quick]
 
-On a CPU InternImage-T, batch 2, float32, beside `grid_sample`; on a GPU InternImage-B, batch 32, bfloat16, eager and
-compiled. 224 pixels, AdamW, no data loading; medians.
+Each row is a configuration's own step (`throughput.Step`): mixed precision where the device has it, channels last,
+fused AdamW, the average of the weights by one call. Naive: float32, NCHW, an average and an optimizer that go parameter
+by parameter. All rows take turns in one run, so that a ratio is of the same minutes. Random images of 224 pixels.
 """
 
 import argparse
+import importlib.metadata
+import os
+import platform
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,94 +24,171 @@ import torchvision_shim  # noqa: F401, I001  (before timm)
 import torch
 
 import benchmark as operator_benchmark  # takes its own folder off the path again: the installed dcnv3 is meant
+import compiling
+import config as config_module
 import dcnv3
-from models.intern_image import InternImage
+import throughput
+from inference import device_name, set_up_device
+from models import own_values
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = {"T": ("convnext_tiny", "swin_tiny_patch4_window7_224"), "B": ("convnext_base", "swin_base_patch4_window7_224")}
 
 
-def model_table(device, dtype, batch, variant, modes, repeats):
-    """InternImage end to end with the operator, and with others in its place."""
-    channels, groups, depths = operator_benchmark.VARIANTS[variant]
-    torch.manual_seed(0)
-    model = InternImage(
-        num_classes=14,
-        channels=channels,
-        groups=tuple(groups << i for i in range(4)),
-        depths=depths,
-        layer_scale=None if variant == "T" else 1e-5,
-        post_norm=variant != "T",
-    ).to(device, memory_format=torch.channels_last)
-    for name, parameter in model.named_parameters():  # a fresh model has no offsets
-        if ".dcn.offset.weight" in name:
+def build(device, size, batch, *opts):
+    """The step of configs/internimage_<size>_mimic_cxr_224.yaml with --opts."""
+    cfg = ROOT / "configs" / f"internimage_{size.lower()}_mimic_cxr_224.yaml"
+    opts = ["DATA.BATCH_SIZE", str(batch), "DATA.IMG_SIZE", "224", *opts]
+    config = config_module.get_config(Namespace(cfg=str(cfg), opts=opts), own_values)
+    set_up_device(config, device)
+    step = throughput.Step(config, device)
+    for name, parameter in step.model.named_parameters():  # a fresh InternImage samples whole pixels only
+        if name.endswith("dcn.offset.weight"):
             torch.nn.init.normal_(parameter, std=0.05)
-    x = torch.randn(batch, 3, 224, 224, device=device)
+    return step
+
+
+class Average:
+    """The naive average: parameter by parameter."""
+
+    def __init__(self, model, decay=0.9999):
+        self.decay, self.kept = decay, {k: v.clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model):
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.kept[name].mul_(self.decay).add_(value, alpha=1 - self.decay)
+            else:
+                self.kept[name].copy_(value)
+
+
+def naive(step):
+    """The same step without what the configuration and the optimizer do for speed (it was built without AMP)."""
+    step.model.to(memory_format=torch.contiguous_format)
+    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in step.optimizer.param_groups]
+    step.optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=False, foreach=False)
+    step.ema = Average(step.model)
+    return step
+
+
+def by_grid_sample(step):
+    """The same step with the operator as most write it in PyTorch."""
+    trained = step.trained
 
     def slow(input, offset, mask, *, group, mask_is_logits=False, **_):
         if mask_is_logits:
             mask = mask.unflatten(-1, (group, 9)).softmax(-1).flatten(-2)
         return operator_benchmark.grid_sample_reference(input, offset.contiguous(), mask.contiguous(), group)
 
-    rows = []
-    for mode in modes:
-        dcnv3.module.dcnv3 = slow if mode == "grid_sample" else dcnv3.dcnv3
-        model.eval()
-        run = torch.compile(model) if mode == "compiled" else model
+    def run(images):
+        ours, dcnv3.module.dcnv3 = dcnv3.module.dcnv3, slow
+        try:
+            return trained(images)
+        finally:
+            dcnv3.module.dcnv3 = ours
 
-        def infer(run=run):
-            with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                run(x)
-
-        def step(run=run):
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                loss = run(x).float().square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-        inference = operator_benchmark.milliseconds(infer, device, repeats)
-        model.train()
-        training = operator_benchmark.milliseconds(step, device, repeats)
-        share = "" if mode == "grid_sample" else f"{operator_share(step, device):.0%}"
-        rows.append([mode, f"{inference:.1f}", f"{training:.1f}", share])
-    dcnv3.module.dcnv3 = dcnv3.dcnv3
-    print(f"InternImage-{variant}, 224 pixels, batch {batch}, {str(dtype).removeprefix('torch.')}, ms\n")
-    operator_benchmark.table(["", "forward", "training step (AdamW)", "of which the operator"], rows)
+    step.trained = run
+    return step
 
 
-def operator_share(step, device):
-    """The part of a step's time that the operator's calls, forward and backward, take."""
+def operator_share(step):
+    """The part of a step's time that the operator's calls, forward and backward, take; None without any."""
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profile(activities=activities) as recorded:
+    gpu = step.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as recorded:
         step()
-        if device == "cuda":
+        if gpu:
             torch.cuda.synchronize()
     operator = total = 0
     for event in recorded.key_averages():
-        if device == "cpu":
+        if not gpu:
             total += event.self_cpu_time_total
         # Kernels only: the calls that started them have the same time once more.
         elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             total += event.self_device_time_total
         # Outermost calls, with all that they call; autograd's own names hold the same once more.
         if event.key in ("dcnv3::forward", "dcnv3::backward"):
-            operator += event.device_time_total if device == "cuda" else event.cpu_time_total
-    return operator / total
+            operator += event.device_time_total if gpu else event.cpu_time_total
+    return operator / total if operator else None
+
+
+def weighed(make, device):
+    """(the step that `make` builds, GB on the GPU while it runs, with weights, moments and average; None on a CPU)."""
+    if device.type == "cpu":
+        return make(), None
+    before, step = torch.cuda.memory_allocated(device), make()
+    step()  # the first one tries convolutions out, and some of them take more
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return step, (torch.cuda.max_memory_allocated(device) - before) / 1e9
+
+
+def rows_of(size, device, arguments):
+    """{name: (Step, its GB)}."""
+    ours, convnext = f"InternImage-{size}", PEERS[size][0]
+    wanted = {ours: [], **{peer: ["MODEL.TYPE", "timm", "MODEL.TIMM.NAME", peer] for peer in PEERS[size]}}
+    if arguments.compiled:
+        wanted |= {f"{row}, compiled": [*wanted[row], "TRAIN.COMPILE", "True"] for row in (ours, convnext)}
+    makers = {row: lambda opts=opts: build(device, size, arguments.batch, *opts) for row, opts in wanted.items()}
+    makers[f"{ours}, naive"] = lambda: naive(build(device, size, arguments.batch, "AMP_OPT_LEVEL", "O0"))
+    if arguments.grid_sample:
+        makers[f"{ours}, grid_sample"] = lambda: by_grid_sample(build(device, size, arguments.batch))
+    return {row: weighed(make, device) for row, make in makers.items()}
+
+
+def table(size, device, arguments):
+    rows = rows_of(size, device, arguments)
+    steps = {row: step for row, (step, _) in rows.items()}
+    products = {step.dtype: throughput.Product(device, step.dtype) for step in steps.values()}
+    seconds = throughput.step_seconds(steps | products, arguments.rounds)
+    rates = {dtype: product.rate(*seconds[dtype]) for dtype, product in products.items()}
+    said = ", ".join(f"{str(d).removeprefix('torch.')} {rate / 1e12:.3f} TFLOP/s" for d, rate in rates.items())
+    print(f"\nbatch {arguments.batch}, 224 pixels; matrix products: {said}\n")
+    head = ["", "images/s", "of ConvNeXt's", *throughput.PARTS, "operator", "peak GB", "GMACs", "of matrix rate"]
+    cells, convnext = [], sum(seconds[PEERS[size][0]])
+    for row, (step, memory) in rows.items():
+        whole, operator = sum(seconds[row]), operator_share(step)
+        speed = arguments.batch / whole
+        cells.append([row, f"{speed:.2f}", f"{convnext / whole:.2f}", *(f"{1e3 * s:.0f}" for s in seconds[row])])
+        cells[-1].append("" if operator is None else f"{operator:.0%}")
+        cells[-1].append("" if memory is None else f"{memory:.1f}")
+        cells[-1] += [f"{step.gmacs:.2f}", f"{throughput.share_of(rates[step.dtype], step.gmacs, speed):.0%}"]
+    operator_benchmark.table(head, cells)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few repeats: whether it runs, not how fast")
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--size", choices=PEERS, help="of the models (default: both)")
+    parser.add_argument("--batch", type=int, default=32 if gpu else 8)
+    parser.add_argument("--rounds", type=int, default=20 if gpu else 7)
+    parser.add_argument("--compiled", action="store_true", help="these rows too: minutes of compiling before the first")
+    parser.add_argument("--grid-sample", action="store_true", help="a row with `grid_sample` in the operator's place")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU (default 2)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, by the time that the CPU gave it: for a machine in use"
+    )
+    parser.add_argument("--quick", action="store_true", help="one round of two images: whether it runs, not how fast")
     arguments = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    operator_benchmark.describe(device)
-    if device == "cuda":
-        model_table("cuda", torch.bfloat16, 32, "B", ("dcnv3", "compiled"), 5 if arguments.quick else 50)
-    else:
+    if arguments.quick:
+        arguments.batch, arguments.rounds = 2, 1
+    device = torch.device("cuda" if gpu else "cpu")
+    if arguments.cpu_time:
+        arguments.threads, throughput.Marks.clock = 1, time.process_time
+    if not gpu:
         torch.set_num_threads(arguments.threads)
-        model_table("cpu", torch.float32, 2, "T", ("grid_sample", "dcnv3"), 1 if arguments.quick else 15)
+    if arguments.compiled:
+        compiling.prepare(ROOT / "output" / "compile_cache", device)
+    timm = importlib.metadata.version("timm")
+    print(
+        f"{device_name(device)}, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, timm {timm}; medians of {arguments.rounds} rounds, "
+        f"ms{' of CPU time' if arguments.cpu_time else ''}"
+    )
+    for size in [arguments.size] if arguments.size else PEERS:
+        table(size, device, arguments)
 
 
 if __name__ == "__main__":

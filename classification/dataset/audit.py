@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dataset import mimic_cxr, tables
+from dataset import mimic_cxr, releases, tables
 from dataset.images import ENDINGS, SUFFIXES, ImageError, decode, orientation, sniff, take_warnings, warning_kind
 from dataset.labels import BLANK, LABELS
 from dataset.processes import in_processes
@@ -172,6 +172,15 @@ def _own_images(source, add):
     return images[~outside].assign(key=images["path"].map(os.path.normpath))
 
 
+def _release_images(reader, root, image_format, add):
+    """(root, the images of a release's own tables, with `key`: their paths)."""
+    table = reader.whole_table(root, image_format=image_format, checked=False)
+    paths, subjects = ([text.decode() for text in column.tolist()] for column in (table.path, table.subject))
+    images = pd.DataFrame({"path": paths, "split": [tables.SPLITS[k] for k in table.split], "subject_id": subjects})
+    images = images if any(subjects) else images.drop(columns="subject_id")
+    return table.root, _check_images(images, "path", table.sources[0], add).assign(key=lambda frame: frame["path"])
+
+
 def _walk(folder, above=()):
     """Paths of the files below a folder, through links too, but not round in a circle."""
     status = os.stat(folder)
@@ -201,10 +210,13 @@ def _find_images(base, known, official):
     return there
 
 
-def audit(root, output, *, csv="", workers=None, log=print):
+def audit(root, output, *, dataset="mimic_cxr", csv="", image_format="auto", workers=None, log=print):
     """Reads every image under `root` and compares them with its tables; writes audit.csv and audit.txt into `output`.
 
+    dataset: the release that `root` holds, one of :data:`dataset.releases.RELEASES`; of those but MIMIC-CXR a fault in
+        the tables themselves is an error.
     csv: a table of the user's own instead of the official ones, see :func:`dataset.mimic_cxr.load_table`.
+    image_format: which images a release's own tables mean, where it has two kinds.
 
     Returns:
         the table of problems: problem, path (of the image or the CSV file), detail.
@@ -212,16 +224,21 @@ def audit(root, output, *, csv="", workers=None, log=print):
     Raises:
         UserError: no table of images, or one without its columns.
     """
-    base, folders = mimic_cxr.find_folders(root)
     problems = []
 
     def add(problem, path, detail=""):
         problems.append((problem, path, detail))
 
-    own = mimic_cxr.find_own_csv(root, csv)
-    images, metadata = (_own_images(own, add), None) if own else _official_images(folders, add)
+    reader, metadata = releases.reader(dataset), None
+    own = reader.find_own_csv(root, csv)
+    official = reader is mimic_cxr and own is None
+    if reader is not mimic_cxr:
+        base, images = _release_images(reader, root, image_format, add)
+    else:
+        base, folders = mimic_cxr.find_folders(root)
+        images, metadata = (_own_images(own, add), None) if own else _official_images(folders, add)
     known = set(images["key"])
-    there = _find_images(base, known, official=own is None)
+    there = _find_images(base, known, official)
     for key in images["key"][~images["key"].isin(there.keys())]:
         add("missing", key)
     paths = []

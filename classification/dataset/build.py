@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+from collections import deque
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +11,10 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 import builders
+from config import source_configs
 from dataset.images import ImageError, take_warnings, warning_kind
+from dataset.sources import Sources, check_alike, check_folders
+from dataset.tables import EmptySplit
 from dataset.transforms import normalize
 from errors import UserError
 
@@ -21,8 +25,10 @@ class Dataset(Protocol):
     Items: (image uint8 tensor [1 or 3, S, S] with S = DATA.IMG_SIZE, target = targets[index]).
     It may have more. `domain`, see `dataset.domain`: a model is then not tested on another one without a word;
     `labels` [N, L] as in the label file (1, 0, -1 uncertain, NaN blank), by which a report tries other policies;
-    `descriptions()`, further columns of a table of predictions (view, path); `cohort`, see `tables.Table.cohort`,
-    what a report says of all splits.
+    `descriptions()`, further columns of a table of predictions (view, path); `root`, the folder of these paths;
+    `cohort`, see `tables.Table.cohort`, what a report says of all splits; `label_mapping`, see `tables.Table`;
+    `sources`, the name of each image's source [N], by which metrics are told apart; `heeds`, config keys that act on it
+    beside those of every dataset of its task.
     """
 
     task: str  # multilabel or single_label
@@ -79,17 +85,53 @@ def _fault(dataset, config):
 
 
 def build_datasets(config, *splits):
-    """One :class:`Dataset` for each of `splits`, over the same tables.
+    """One :class:`Dataset` for each of `splits`, over the same tables; of several sources (DATA.SOURCES) their union.
+
+    A source without one of the splits is left out of it with a warning, but for the first, which all must have.
 
     Raises:
         UserError: no such dataset, faulty data, a dataset that is not complete, or another number of labels than the
-            model has.
+            model has; of several sources named with the source.
     """
+    if not config.DATA.SOURCES:
+        return _build_one(config, *splits)
+    configs, built, warnings = source_configs(config), {}, []
+    check_folders(configs)
+    for name, one in configs.items():
+        try:
+            built[name], missing = _build_source(one, splits)
+        except UserError as error:
+            raise type(error)(f"DATA.SOURCES {name}: {error}") from error
+        if missing:
+            warnings.append(f"DATA.SOURCES {name} has no part in {', '.join(splits[len(built[name]) :])}: {missing}")
+    check_alike({name: datasets[0] for name, datasets in built.items()})
+    found = []
+    for k, split in enumerate(splits):
+        parts = {name: datasets[k] for name, datasets in built.items() if k < len(datasets)}
+        if not parts:
+            raise EmptySplit(f"none of DATA.SOURCES has an image of the split {split!r}")
+        found.append(Sources(parts, split, warnings))
+    return found
+
+
+def _build_source(config, splits):
+    """(datasets of as many of `splits`, from the first on, as are not empty; the error of the next or None)."""
+    missing = None
+    for count in range(len(splits), 0, -1):
+        try:
+            return _build_one(config, *splits[:count]), missing
+        except EmptySplit as error:
+            missing = error
+    raise missing
+
+
+def _build_one(config, *splits):
+    """The datasets of DATA.DATASET, checked."""
     name = config.DATA.DATASET
-    build = builders.find("dataset", name, "DATA.DATASET")
+    module = builders.find("dataset", name, "DATA.DATASET")
     if not config.DATA.DATA_PATH:
         raise UserError("DATA.DATA_PATH is empty; give the data folder with --data-path FOLDER")
-    datasets = build(config, *splits)
+    datasets = module.build(config, *splits)
     if not isinstance(datasets, (list, tuple)) or len(datasets) != len(splits):
         raise UserError(f"DATA.DATASET {name}: build(config, {', '.join(splits)}) must return a list of {len(splits)}")
     for split, dataset in zip(splits, datasets):
@@ -103,16 +145,22 @@ def build_datasets(config, *splits):
     return datasets
 
 
-def fingerprint(dataset):
-    """A digest of the images and targets of a dataset, by which a resumed run knows them again."""
+def fingerprint(dataset, groups=()):
+    """A digest of the images and targets of a dataset, by which a resumed run knows them again.
+
+    groups: of its :class:`TrainSampler`.
+    """
     digest = hashlib.sha256(np.ascontiguousarray(dataset.targets))
     for column in dataset.ids().values():
         digest.update("\n".join(map(str, column)).encode())
+    for rows in groups:
+        digest.update(rows)
     return digest.hexdigest()
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """Items by (epoch, index), with random numbers that depend on nothing but seed, epoch and index.
+    """Items by (epoch, index), with random numbers that depend on nothing but seed, epoch and index; an index beyond
+    the length is a repeat, with random numbers of its own.
 
     Items: (image, target, index). So augmentation is the same for any number of workers and ranks, and after a resume.
     An unreadable image is handed on as the error itself: raised inside a worker, it would reach the
@@ -126,15 +174,16 @@ class SeededDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key):
-        epoch, index = key
+        epoch, number = key
+        index = int(number) % len(self.dataset)  # beyond the length it is a repeat within the epoch
         with torch.random.fork_rng(devices=[]):  # workers apart, the model's own random numbers go on undisturbed
             states = random.getstate(), np.random.get_state()  # timm draws from both
-            seed = hash((self.seed, epoch, int(index))) % 2**63
+            seed = hash((self.seed, epoch, int(number))) % 2**63
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             try:
-                return *self.dataset[int(index)], int(index)
+                return *self.dataset[index], index
             except ImageError as error:
                 return error
             finally:
@@ -150,13 +199,17 @@ def _collate(items):
 
 
 class TrainSampler(torch.utils.data.Sampler):
-    """Batches of (epoch, index) for one rank: a permutation per epoch, cut to whole updates.
+    """Batches of (epoch, index) for one rank: an order of the images per epoch, cut to whole updates.
+
+    groups: arrays of indices that take turns, so that an epoch of `length` images, and every batch up to one image,
+    holds as many of each: of a large group another part in every epoch, of a small one each image several times (the
+    r-th repeat as index + r length). Empty: every image once.
 
     start_batch: batches of this epoch already seen; set it, and epoch, before iterating.
     """
 
-    def __init__(self, length, *, batch_size, accumulation, rank, world_size, seed):
-        self.length, self.batch_size = length, batch_size
+    def __init__(self, length, *, batch_size, accumulation, rank, world_size, seed, groups=()):
+        self.length, self.batch_size, self.groups = length, batch_size, groups
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.updates = length // (batch_size * world_size * accumulation)
         self.batches = self.updates * accumulation
@@ -167,10 +220,27 @@ class TrainSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator)
+        order = self._order(generator)
         batches = order[: self.batches * self.world_size * self.batch_size].view(-1, self.world_size, self.batch_size)
         for batch in batches[self.start_batch :, self.rank]:
             yield [(self.epoch, i) for i in batch.tolist()]
+
+    def _order(self, generator):
+        """Indices [length], all drawn with the generator of the epoch."""
+        if not self.groups:
+            return torch.randperm(self.length, generator=generator)
+        turns = -(-self.length // len(self.groups))
+        columns = []
+        for rows in self.groups:
+            rows = torch.from_numpy(rows)
+            rounds = [
+                rows[torch.randperm(len(rows), generator=generator)] + repeat * self.length
+                for repeat in range(-(-turns // len(rows)))
+            ]
+            columns.append(torch.cat(rounds)[:turns])
+        columns = torch.stack(columns, 1)  # [turns, groups]
+        within = torch.rand(columns.shape, generator=generator).argsort(1)  # who comes first in a turn
+        return columns.gather(1, within).flatten()[: self.length]
 
 
 class EvalSampler(torch.utils.data.Sampler):
@@ -187,8 +257,20 @@ class EvalSampler(torch.utils.data.Sampler):
             yield [(0, i) for i in self.indices[start : start + self.batch_size]]
 
 
+def taken_ahead(items, count):
+    """The same items; each is handed out when `count` more have been taken, or the last."""
+    waiting = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
+
+
 class Loader(DataLoader):
     """Batches on the device: images float32 [B, 3, S, S], normalised; targets; indices into the dataset [B].
+
+    DATA.PREFETCH batches are on their way to a GPU, on a stream of their own, while it computes with the one before.
 
     An unreadable image is an error. With DATA.ON_BAD_IMAGE skip it is named in the log and left out: no other image
     takes its place, and the batch is smaller. What is odd about images that are read is said once a kind.
@@ -210,10 +292,30 @@ class Loader(DataLoader):
         self.device, self.log = device, log
         self.said = set()
         self.skip_bad = config.DATA.ON_BAD_IMAGE == "skip"
+        self.prefetch = config.DATA.PREFETCH if device.type == "cuda" else 0
         # On the device once: as lists they would cross, and be waited for, with every batch.
         self.mean, self.std = (torch.tensor(v, device=device) for v in (config.AUG.MEAN, config.AUG.STD))
 
     def __iter__(self):
+        stream = torch.cuda.Stream(self.device) if self.prefetch else None
+        crossing = (self._send(batch, stream) for batch in self._readable())
+        for images, targets, indices, sent in taken_ahead(crossing, self.prefetch):
+            if sent is not None:
+                here = torch.cuda.current_stream(self.device)
+                here.wait_event(sent)
+                for tensor in (images, targets):
+                    tensor.record_stream(here)  # or its memory might be given to a later batch while it is read
+            yield normalize(images, self.mean, self.std), targets, indices
+
+    def _send(self, batch, stream):
+        """(images, targets, indices, the event of their arrival): a batch under way to the device on `stream`."""
+        images, targets, indices = batch
+        with torch.cuda.stream(stream):  # None: the stream of the computation
+            images, targets = (t.to(self.device, non_blocking=True) for t in (images, targets))
+        return images, targets, indices, stream.record_event() if stream else None
+
+    def _readable(self):
+        """Batches as they are loaded, bytes on the CPU; what could not be read is said, or raised."""
         for batch, errors, odd in super().__iter__():
             for _, text, name in odd:
                 if (kind := warning_kind(text)) not in self.said:
@@ -223,9 +325,7 @@ class Loader(DataLoader):
                 raise errors[0]
             for error in errors:
                 self.log.warning(f"skipped (DATA.ON_BAD_IMAGE): {error}")
-            images, targets, indices = batch
-            images, targets = (t.to(self.device, non_blocking=True) for t in (images, targets))
-            yield normalize(images, self.mean, self.std), targets, indices
+            yield batch
 
 
 def worker_count(config):
@@ -248,6 +348,7 @@ def build_loader(config, dataset, *, train, world, log):
             rank=world.rank,
             world_size=world.size,
             seed=config.SEED,
+            groups=dataset.rows_of_sources if config.DATA.SOURCES and config.DATA.SOURCES_MIX == "even" else (),
         )
         if sampler.updates == 0:
             raise UserError(

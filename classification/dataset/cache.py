@@ -1,7 +1,7 @@
-"""A small copy of a MIMIC-CXR tree: grey JPEGs, of which many times more a second are read. Runs without torch.
+"""A small copy of a release: grey JPEGs, of which many times more a second are read. Runs without torch.
 
-The copy reads as a MIMIC-CXR-JPG release, by any tool. It can be stopped at any point and built again:
-an image, or with zip a shard, gets its name only when it is whole, and the same tree always gives the
+The copy reads as the release itself (of MIMIC-CXR as MIMIC-CXR-JPG, by any tool). It can be stopped at any point and
+built again: an image, or with zip a shard, gets its name only when it is whole, and the same tree always gives the
 same bytes.
 """
 
@@ -19,9 +19,9 @@ import pandas as pd
 import PIL
 from PIL import Image
 
-from dataset import mimic_cxr, tables
-from dataset.domain import COPY_RECIPE, image_domain
-from dataset.images import SUFFIXES, ImageError, decode, take_warnings
+from dataset import releases, tables
+from dataset.domain import COPY_RECIPE, copied_name, image_domain
+from dataset.images import ImageError, decode, take_warnings
 from dataset.processes import in_processes
 from dataset.stores import FileStore
 from errors import UserError
@@ -66,14 +66,8 @@ def _encode_to_file(path, root, target, options):
     """(path, fault or None)."""
     path, jpeg, fault = _encode(path, root, options)
     if fault is None:
-        _replace(target / _jpg(path), lambda temporary: temporary.write_bytes(jpeg))
+        _replace(target / copied_name(path), lambda temporary: temporary.write_bytes(jpeg))
     return path, fault
-
-
-def _jpg(path):
-    """Path of the JPEG of an image: its own, with .jpg instead of the suffix of an image if it has one."""
-    path = Path(path)
-    return (path.with_suffix(".jpg") if path.suffix in SUFFIXES[:-1] else Path(f"{path}.jpg")).as_posix()
 
 
 def _same_recipe(out, recipe):
@@ -94,16 +88,16 @@ def _same_recipe(out, recipe):
         _replace(path, lambda temporary: temporary.write_text(json.dumps(recipe, indent=2) + "\n"))
 
 
-def _copy_tables(root, own, out):
-    """The CSV files beside the images; a table of the user's own with its paths as they are in the copy."""
+def _copy_tables(sources, own, out):
+    """The tables beside the images, {path in the copy: file}; of the user's own one with its paths there."""
     if own is None:
-        for folder in mimic_cxr.find_folders(root)[1]:
-            for source in sorted(folder.glob("mimic-cxr-*.csv*")):
-                if not (out / source.name).exists():
-                    _replace(out / source.name, functools.partial(shutil.copyfile, source))
+        for name, source in sources.items():
+            if not (out / name).exists():
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                _replace(out / name, functools.partial(shutil.copyfile, source))
     else:
         frame = tables.read_csv(own, ("path",))
-        frame["path"] = frame["path"].str.strip().map(_jpg)
+        frame["path"] = frame["path"].str.strip().map(copied_name)
         _replace(out / "images.csv", lambda temporary: frame.to_csv(temporary, index=False))
 
 
@@ -118,7 +112,7 @@ def _write_shard(path, images, skip_bad):
         for name, jpeg, fault in images:
             faults[name] = fault
             if not fault:  # ZipInfo's own date, 1980: the same tree gives the same bytes
-                archive.writestr(zipfile.ZipInfo(_jpg(name)), jpeg)
+                archive.writestr(zipfile.ZipInfo(copied_name(name)), jpeg)
     if skip_bad or not any(faults.values()):
         _replace(path, lambda _: None)
     else:
@@ -134,16 +128,17 @@ def _check_places(table, out):
     for path in paths:
         if Path(path).is_absolute():
             raise UserError(f"{table.sources[0]}: {path} is no path within {table.root}; only such can be copied")
-        if (first := sources.setdefault(_jpg(path), path)) != path:
+        copied = copied_name(path)
+        if (first := sources.setdefault(copied, path)) != path:
             raise UserError(
-                f"{table.sources[0]}: {first} and {path} would both become {_jpg(path)}; give one of them another name"
+                f"{table.sources[0]}: {first} and {path} would both become {copied}; give one of them another name"
             )
     return paths
 
 
 def _copy_to_files(paths, root, out, options, workers):
     """Makes a JPEG of each image whose JPEG is not there yet; yields (path, fault or None) of those."""
-    todo = [p for p in paths if not (out / _jpg(p)).exists()]
+    todo = [p for p in paths if not (out / copied_name(p)).exists()]
     for folder in sorted({(out / p).parent for p in todo}):
         folder.mkdir(parents=True, exist_ok=True)
     yield from in_processes(functools.partial(_encode_to_file, root=root, target=out, options=options), todo, workers)
@@ -164,7 +159,9 @@ def make_copy(
     root,
     out,
     *,
+    dataset="mimic_cxr",
     csv="",
+    image_format="auto",
     size=512,
     quality=95,
     in_zip=False,
@@ -177,7 +174,8 @@ def make_copy(
     """Makes or completes the copy of the tree `root` in `out`; returns {path: fault} of its bad images.
 
     Args:
-        csv: the table of the images, see :func:`dataset.mimic_cxr.load_table`; its labels do not matter here.
+        dataset: the release that `root` holds, one of :data:`dataset.releases.RELEASES`.
+        csv, image_format: see :func:`dataset.mimic_cxr.load_table`.
         size: short side in pixels; smaller images keep theirs.
         quality: of the JPEGs, 1 to 100.
         in_zip: a few uncompressed zip files instead of a file an image, for `main.py --zip`.
@@ -189,8 +187,9 @@ def make_copy(
         UserError: bad tables, or `out` holds something else.
     """
     out = Path(out).expanduser().absolute()
-    own = mimic_cxr.find_own_csv(root, csv)
-    table = mimic_cxr.load_table(root, csv=csv, labeler="", allow_missing=allow_missing)
+    reader = releases.reader(dataset)
+    own = reader.find_own_csv(root, csv)
+    table = reader.whole_table(root, csv=csv, image_format=image_format, allow_missing=allow_missing)
     paths = _check_places(table, out)
     out.mkdir(parents=True, exist_ok=True)
     options = {"size": size, "quality": quality, "dicom_recipe": dicom_recipe}
@@ -203,7 +202,7 @@ def make_copy(
     started = time.time()
     done = list(copy(paths, table.root, out, options, workers))
     faults = {path: fault for path, fault in done if fault}
-    _copy_tables(root, own, out)
+    _copy_tables(reader.tables_to_copy(root, table), own, out)
     seconds = time.time() - started
     log(f"{len(done):,} images in {seconds:.1f} s ({len(done) / seconds:.1f} images/s), "
         f"{len(paths) - len(done):,} were there; {out}")  # fmt: skip

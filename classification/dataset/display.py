@@ -173,13 +173,13 @@ def _voi(dataset, index, negative):
     """
     tables = {k: table for k, item in enumerate(_items(dataset, "VOILUTSequence")) if (table := _lut(item, negative))}
     if tables:
-        first, entries, bits = tables.get(index, next(iter(tables.values())))
+        first, entries, bits = _chosen(tables, index)
         # A table is looked up by whole numbers; rescaling makes others.
         return lambda values: _look_up(entries, np.round(values) - first) / (2**bits - 1)
     windows = _windows(dataset)
     if not windows:
         return None
-    center, width = windows.get(index, next(iter(windows.values())))
+    center, width = _chosen(windows, index)
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip(" \0").upper()
     if function == "SIGMOID":
 
@@ -193,6 +193,14 @@ def _voi(dataset, index, negative):
     if function != "LINEAR":
         warnings.warn(f"VOILUTFunction {function!r} is unknown: taken for LINEAR", stacklevel=2)
     return _ramp(center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
+
+
+def _chosen(valid, index):
+    """The VOI LUT or window `index` of those that are valid, or else their first, and a warning."""
+    first = min(valid)
+    if index not in valid:
+        warnings.warn(f"window {index} is not there, or not valid: window {first} is taken", stacklevel=2)
+    return valid.get(index, valid[first])
 
 
 def _own_range(modality, low, high, seen):

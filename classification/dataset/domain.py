@@ -8,13 +8,20 @@ Runs without torch.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 
-from dataset.images import ImageError, sniff
+from dataset.images import SUFFIXES, ImageError, sniff
 
 SAMPLE = 8  # images that are looked at
 COPY_RECIPE = "recipe.json"  # beside a copy of prepare_mimic.py: pictures, but of the domain that they were made of
+
+
+def copied_name(path):
+    """Path of an image in such a copy: its own, with .jpg instead of the suffix of an image if it has one."""
+    path = Path(path)
+    return (path.with_suffix(".jpg") if path.suffix in SUFFIXES[:-1] else Path(f"{path}.jpg")).as_posix()
 
 
 def image_domain(store, paths, recipe):
@@ -35,10 +42,15 @@ def image_domain(store, paths, recipe):
     return " and ".join(sorted(found))
 
 
+def kinds(domain):
+    """The kinds of grey values in a domain, those that a model cannot tell apart as one."""
+    alike = {"dicom mimic_jpg": "pictures"}  # which that recipe makes
+    return {alike.get(kind, kind) for kind in domain.split(" and ")} if domain else set()
+
+
 def domain_warning(trained, here):
     """One line for the user where images are `here` of another domain than a model was `trained` on; else empty."""
-    alike = {"dicom mimic_jpg": "pictures"}  # which that recipe makes
-    if not trained or not here or alike.get(trained, trained) == alike.get(here, here):
+    if not trained or kinds(here) <= kinds(trained):
         return ""
     said = f"the model was trained on {trained}, these images are {here}: its scores are lower on another kind of image"
     if here.startswith("dicom ") and " and " not in trained:

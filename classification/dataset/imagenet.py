@@ -9,6 +9,7 @@ from torchvision.datasets.folder import default_loader
 
 from config import KNOBS
 from dataset.images import ImageError
+from dataset.releases import use_instead
 from dataset.transforms import photo_transform
 from errors import UserError
 
@@ -31,7 +32,10 @@ class ImageNetDataset(ImageFolder):
     def __init__(self, root, split, transform=None):
         folder = Path(root) / FOLDERS[split]
         if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder; --data-path must hold train/ and val/ with a folder per class")
+            raise UserError(
+                f"{folder} is not a folder; --data-path must hold train/ and val/ with a folder per class"
+                f"{use_instead(root, 'imagenet')}"
+            )
         try:
             super().__init__(str(folder), transform, loader=_load)
         except FileNotFoundError as error:  # no class folders, or an empty one

@@ -22,6 +22,9 @@ LABELS = (
     "Support Devices",
 )
 
+# The value of a label that a release has no counterpart of: unknown under every policy.
+UNKNOWN = -2.0
+
 BLANK = ("", "nan", "na", "n/a", "null", "none")  # how a value that is not there may be written
 
 # What a policy makes of a label that is not a plain 0 or 1: (-1, not mentioned) -> target. NaN: unknown,
@@ -49,7 +52,7 @@ def apply_policy(raw, label_names, *, uncertain="zeros", missing="zeros", soft=T
     """Targets of a model from the values of the label files.
 
     Args:
-        raw: [N, L] of 1 (positive), 0 (negative), -1 (uncertain) and NaN (not mentioned).
+        raw: [N, L] of 1 (positive), 0 (negative), -1 (uncertain), NaN (not mentioned) and UNKNOWN.
         uncertain, missing: for -1 and for NaN, see :func:`by_label`.
         soft: False for validation and test: nothing can be measured by a smooth target, so it counts as unknown.
 
@@ -63,4 +66,21 @@ def apply_policy(raw, label_names, *, uncertain="zeros", missing="zeros", soft=T
 
     of_uncertain, of_missing = values(uncertain, "DATA.UNCERTAIN", 0), values(missing, "DATA.MISSING", 1)
     targets = np.where(np.isnan(raw), of_missing, np.where(raw == -1, of_uncertain, raw))
+    targets = np.where(raw == UNKNOWN, np.nan, targets)
     return targets.astype(np.float32)
+
+
+def unlearnable(dataset):
+    """A text for each label of a training split (see `dataset.build.Dataset`) that has but one class or none.
+
+    What no release has a counterpart of is named in the summary, once.
+    """
+    mapping, texts = getattr(dataset, "label_mapping", {}), []
+    for name, target in zip(dataset.label_names, dataset.targets.T):
+        positive, negative = int((target == 1).sum()), int((target == 0).sum())
+        if not (positive and negative) and mapping.get(name, {}).get("kind") != "unknown":
+            texts.append(
+                f"{name} cannot be learnt: the train split has {positive:,} positives and {negative:,} negatives of "
+                "it; see DATA.UNCERTAIN and DATA.MISSING"
+            )
+    return texts

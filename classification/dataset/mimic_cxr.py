@@ -4,12 +4,13 @@ The formats are those of MIMIC-CXR-JPG 2.1.0 (physionet.org): `-split` has one r
 study with 1.0, 0.0, -1.0 or nothing per label. Columns are read by name: their order differs between releases.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from dataset import tables
+from dataset import releases, tables
 from dataset.images import ENDINGS, SUFFIXES
 from dataset.labels import LABELS
 from dataset.stores import ZipStore
@@ -17,6 +18,10 @@ from dataset.tables import SPLITS, Table
 from dataset.xrays import RadiographDataset, build_radiographs
 from errors import UserError
 
+# What this release is known by, see `releases.Release`.
+SIGNS = {f"mimic-cxr-*-{kind}.csv": ("study_id", "subject_id") for kind in ("split", "chexpert", "negbio")}
+# Labels that CXR-LT adds, by which its tables are known.
+CXR_LT = {"Subcutaneous Emphysema", "Tortuous Aorta", "Pneumomediastinum"}
 RADIOLOGIST = "test-set-labeled"  # mimic-cxr-2.1.0-test-set-labeled.csv: read from the reports by a radiologist
 
 
@@ -40,11 +45,11 @@ def find_csv(folders, kind):
 
 def needed_csv(folders, kind):
     """Path of the official table of a kind; a UserError where it is not there."""
-    path = find_csv(folders, kind)
+    path, base = find_csv(folders, kind), folders[0]
     if path is None:
         raise UserError(
             f"no mimic-cxr-*-{kind}.csv or .csv.gz in {', '.join(map(str, folders))}; download it from PhysioNet "
-            "into the data folder, or name a CSV of your own with DATA.CSV"
+            f"into the data folder, or name a CSV of your own with DATA.CSV{releases.use_instead(base, 'mimic_cxr')}"
         )
     return path
 
@@ -146,6 +151,19 @@ def official_table(
     )
 
 
+def _refuse_cxr_lt(path):
+    """Raises a UserError where a table is one of CXR-LT: MIMIC-CXR's images, more labels, other splits."""
+    columns = tables.read_csv(path, (), rows=False).columns
+    if CXR_LT <= set(columns) or re.search("cxr-?_?lt", path.name.lower()):
+        row = tables.read_csv(path, ()).iloc[0]
+        if row.str.fullmatch(r"1\d{7}|.*/p1\d{7}/s5\d{7}/.*").any():  # a subject_id or a path of MIMIC-CXR
+            raise UserError(
+                f"{path} is a table of CXR-LT, whose splits are not MIMIC-CXR's: most of its test patients are in "
+                "MIMIC-CXR's train split, so that a model of MIMIC-CXR would be tested on what it has seen. Use the "
+                "official mimic-cxr-* tables, or a split of your own with patients in one split each"
+            )
+
+
 def find_own_csv(root, csv=""):
     """Path of the user's own table: the one named, or in a folder without official files the only one; else None."""
     base, folders = find_folders(root)
@@ -153,17 +171,21 @@ def find_own_csv(root, csv=""):
         path = base / Path(csv).expanduser()
         if not path.is_file():
             raise UserError(f"DATA.CSV: {path} does not exist")
+        _refuse_cxr_lt(path)
         return path
     if find_csv(folders, "split") is not None:
         return None
     there, found = tables.find_own_tables(folders[0])
+    for path, text in there.items():
+        if text.startswith(f"{path.name} has "):  # else it cannot be read
+            _refuse_cxr_lt(path)
     if len(found) > 1:
         several = ", ".join(path.name for path in found)
         raise UserError(f"{folders[0]} holds several tables with a path column ({several}); choose one with DATA.CSV")
     if not found and there:
         raise UserError(
             f"no mimic-cxr-*-split.csv or .csv.gz in {', '.join(map(str, folders))}, and no other table there has "
-            f"the columns path and split ({'; '.join(there.values())})"
+            f"the columns path and split ({'; '.join(there.values())}){releases.use_instead(folders[0], 'mimic_cxr')}"
         )
     return found[0] if found else None
 
@@ -225,6 +247,17 @@ def load_table(
     return tables.check_table(table, allow_missing)
 
 
+def whole_table(root, *, csv="", image_format="auto", allow_missing=False):
+    """The table of all images, without labels: for those who copy them."""
+    return load_table(root, csv=csv, labeler="", image_format=image_format, allow_missing=allow_missing)
+
+
+def tables_to_copy(root, _table):
+    """{path in a copy: table} of the official files."""
+    found = [path for folder in find_folders(root)[1] for path in sorted(folder.glob("mimic-cxr-*.csv*"))]
+    return {path.name: path for path in reversed(found)}  # the first of a name
+
+
 class MIMICCXRDataset(RadiographDataset):
     """One split of MIMIC-CXR, or of a table of the user's own; item = (image, target).
 
@@ -240,10 +273,10 @@ class MIMICCXRDataset(RadiographDataset):
         super().__init__(load_table(root, **reading).with_targets(uncertain, missing), split, transform, **keywords)
 
 
-def build(config, *splits):
-    """The datasets of `splits` that `config` describes, over one table."""
+def table(config, *_splits):
+    """The table that `config` describes."""
     d = config.DATA
-    table = load_table(
+    return load_table(
         d.DATA_PATH,
         csv=d.CSV,
         labeler=d.LABELER,
@@ -255,4 +288,9 @@ def build(config, *splits):
         allow_missing=d.ALLOW_MISSING,
         in_zip=d.ZIP_MODE,
     )
-    return build_radiographs(config, table, splits)
+
+
+def build(config, *splits):
+    """The datasets of `splits` that `config` describes, over one table."""
+    heeds = frozenset() if config.DATA.CSV else frozenset({"DATA.IMAGE_FORMAT"})
+    return build_radiographs(config, table(config, *splits), splits, heeds)

@@ -5,10 +5,12 @@ model has something to learn, but nothing learnt here says anything about patien
 
     python -m dataset.synthetic --out FOLDER                  # JPG tree with the official CSVs
     python -m dataset.synthetic --out FOLDER --format dicom   # the same pictures as DICOM
+    python -m dataset.synthetic --out FOLDER --layout nih     # the same pictures as another release has them
     python -m dataset.synthetic --sheet signs.png             # one example of every sign
 
 `plan` draws the tables (patients, studies, labels, views), `write_tree` the pictures and the files; how a picture
-comes about is told in `dataset.synthetic_drawing`.
+comes about is told in `dataset.synthetic_drawing`, what a release makes of plan and picture in
+`dataset.synthetic_layouts` and `dataset.synthetic_files`.
 """
 
 import argparse
@@ -28,12 +30,13 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from dataset.labels import LABELS
-from dataset.synthetic_drawing import draw, random_anatomy, render
+from dataset.synthetic_drawing import draw, frame, random_anatomy, render
+from dataset.synthetic_files import SAVERS
+from dataset.synthetic_layouts import LAYOUTS
 
 VERSION = 1  # raise it whenever the same parameters would give other files: old trees are then rewritten
-MARKER, KIND = "synthetic.json", "synthetic MIMIC-CXR"
-CSV = "mimic-cxr-2.0.0-{}.csv.gz"
-SUFFIX = {"jpg": ".jpg", "dicom": ".dcm"}
+MARKER, KIND, FIRST = "synthetic.json", "synthetic MIMIC-CXR", "mimic"
+OTHER_IDS = "as_mimic.csv"  # in the other layouts: image (its path), dicom_id (that of the same picture in the first)
 SPLITS = {"train": 0.70, "validate": 0.12, "test": 0.18}
 
 # Chance of each sign in a study with findings (Support Devices: in any study).
@@ -146,85 +149,89 @@ def _split(studies, rng):
     return {int(subject): list(SPLITS)[code] for subject, code in zip(subjects, best)}
 
 
-def _tables(images, studies):
-    """{name: table} with the official columns, from the plan (images also with Rows and Columns)."""
-    both = images.merge(studies[["study_id", "date", "time"]], on="study_id")
-    portable = both["study_id"].isin(both.loc[both["view"] == "AP", "study_id"])
-    several = both["study_id"].isin(both.loc[both["view"] == "LATERAL", "study_id"])
-    procedure = np.where(several, "CHEST (PA AND LAT)", "CHEST (SINGLE VIEW)")
-    procedure = np.where(portable, "CHEST (PORTABLE AP)", procedure)
-    codes = {"PA": "postero-anterior", "AP": "antero-posterior", "LATERAL": "lateral"}
-    metadata = pd.DataFrame(
-        {
-            "dicom_id": both["dicom_id"],
-            "subject_id": both["subject_id"],
-            "study_id": both["study_id"],
-            "PerformedProcedureStepDescription": procedure,
-            "ViewPosition": both["view"],
-            "Rows": both["Rows"],
-            "Columns": both["Columns"],
-            "StudyDate": both["date"],
-            "StudyTime": both["time"],
-            "ProcedureCodeSequence_CodeMeaning": procedure,
-            "ViewCodeSequence_CodeMeaning": both["view"].map(codes),
-            "PatientOrientationCodeSequence_CodeMeaning": np.where(portable, "Recumbent", "Erect"),
-        }
-    )
-    return {
-        "chexpert": studies[["subject_id", "study_id", *LABELS]],
-        "split": images[["dicom_id", "study_id", "subject_id", "split"]],
-        "metadata": metadata,
-    }
+def image_rows(images, studies, *, seed, size):
+    """The plan as one table, a row an image, for `dataset.synthetic_layouts`: the columns of both tables, Rows,
+    Columns, sex and age of the patient, and the numbers `patient`, `study` of the patient, `number` in the study."""
+    rows = images.merge(studies.drop(columns=["subject_id", "split"]), on="study_id", how="left")
+    rows["patient"] = pd.factorize(rows["subject_id"])[0] + 1
+    rows["study"] = rows.groupby("subject_id")["study_id"].transform(lambda ids: pd.factorize(ids)[0] + 1)
+    rows["number"] = rows.groupby("study_id").cumcount() + 1
+    people, count = np.random.default_rng([seed, 4]), rows["patient"].max()
+    ages = people.permutation(np.linspace(18, 95, count).round().astype(int))  # always a patient of 85 or more
+    rows["age"], rows["sex"] = ages[rows["patient"] - 1], people.choice(["F", "M"], count)[rows["patient"] - 1]
+    rows["Rows"], rows["Columns"] = zip(*(frame(np.random.default_rng(k), size) for k in rows["image_seed"]))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------- files
 
 
 def write_tree(
-    root, *, patients=320, size=320, image_format="jpg", seed=42, progress=True, studies=(1, 4), images=(1, 3)
+    root,
+    *,
+    patients=320,
+    size=320,
+    layout=FIRST,
+    image_format="",
+    seed=42,
+    progress=True,
+    studies=(1, 4),
+    images=(1, 3),
 ):
-    """Writes images, the three official CSVs and the marker, and returns the summary:
+    """Writes images, the tables of a layout and the marker, and returns the summary:
     {"images", "studies", "patients": counts by split, "positives": {label: studies by split}, "reused": bool}.
+
+    layout: a key of `dataset.synthetic_layouts.LAYOUTS`; in all but MIMIC-CXR's own, `as_mimic.csv` tells the dicom_id
+    of each image. image_format: of the layout's; empty: its first.
 
     The same parameters give the same bytes. A complete tree of the same parameters is reused, another synthetic tree is
     replaced, and a folder with other data is refused (ValueError).
     """
-    _check(patients=patients, size=size, image_format=image_format, seed=seed, studies=studies, images=images)
+    _check(patients=patients, size=size, layout=layout, image_format=image_format, seed=seed, studies=studies,
+           images=images)  # fmt: skip
     root = Path(root)
+    chosen = LAYOUTS[layout]
     parameters = {
         "kind": KIND,
         "version": VERSION,
         "patients": patients,
         "size": size,
-        "format": image_format,
+        "format": image_format or chosen.formats[0],
         "seed": seed,
         "studies": list(studies),
         "images": list(images),
+        "layout": layout,
     }
+    if layout == FIRST:  # whose trees are older than layouts are
+        del parameters["layout"]
+    image_table, study_table = plan(patients=patients, studies=studies, images=images, seed=seed)
+    rows = image_rows(image_table, study_table, seed=seed, size=size)
+    rows, tables = chosen.write(rows, parameters["format"])
     found = _read_marker(root)
     if found and found["parameters"] == parameters and found.get("summary"):
-        if len(list(root.glob(f"files/*/*/*/*{SUFFIX[image_format]}"))) == sum(found["summary"]["images"].values()):
+        if all((root / file).is_file() for file in rows["file"]):
             return {**found["summary"], "reused": True}
     try:
         root.mkdir(parents=True, exist_ok=True)
         _write_marker(root, {"parameters": parameters})  # without a summary: a stopped run is known to be ours
     except OSError as error:
         raise ValueError(f"Folder {str(root)!r} cannot be written ({error.strerror}): name another one.") from error
-    shutil.rmtree(root / "files", ignore_errors=True)  # only what a former run of ours left
-    for name in ("chexpert", "split", "metadata"):
-        (root / CSV.format(name)).unlink(missing_ok=True)
-    image_table, study_table = plan(patients=patients, studies=studies, images=images, seed=seed)
-    shapes = _write_images(root, image_table, study_table, size, image_format, seed, progress)
-    image_table["Rows"], image_table["Columns"] = zip(*shapes)
-    for name, table in _tables(image_table, study_table).items():
-        text = table.to_csv(index=False, lineterminator="\n").encode()
-        (root / CSV.format(name)).write_bytes(gzip.compress(text, mtime=0))  # else the time makes equal files differ
+    if found:
+        _remove(root, LAYOUTS[found["parameters"].get("layout", FIRST)].entries)
+    _write_images(root, rows, size, seed, progress)
+    if layout != FIRST:
+        tables[OTHER_IDS] = rows[["file", "dicom_id"]].rename(columns={"file": "image"})
+    for name, table in tables.items():
+        text = table if isinstance(table, str) else table.to_csv(index=False, lineterminator="\n")
+        (root / name).parent.mkdir(exist_ok=True)
+        # Without the time, which makes equal files differ.
+        (root / name).write_bytes(gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode())
 
     def by_split(rows):
         return {split: int((rows["split"] == split).sum()) for split in SPLITS}
 
     summary = {
-        "images": by_split(image_table),
+        "images": by_split(rows),
         "studies": by_split(study_table),
         "patients": by_split(study_table.drop_duplicates("subject_id")),
         "positives": {label: by_split(study_table[study_table[label] == 1]) for label in LABELS},
@@ -233,14 +240,23 @@ def write_tree(
     return {**summary, "reused": False}
 
 
-def _check(patients=320, size=320, image_format="jpg", seed=42, studies=(1, 4), images=(1, 3)):
+def _remove(root, entries):
+    """What a former run of ours left, by the patterns of its layout."""
+    for path in [path for pattern in (*entries, OTHER_IDS) for path in root.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _check(patients=320, size=320, layout=FIRST, image_format="", seed=42, studies=(1, 4), images=(1, 3)):
     """One clear line for a value that cannot work."""
     if not 10 <= patients <= 100_000:
         raise ValueError(f"patients={patients}: choose 10 to 100000, so that three splits can be filled.")
     if not 64 <= size <= 4096:
         raise ValueError(f"size={size}: choose 64 to 4096 pixels; signs vanish below, and nothing is gained above.")
-    if image_format not in SUFFIX:
-        raise ValueError(f"image format {image_format!r} is unknown: choose jpg or dicom.")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}.")
+    formats = LAYOUTS[layout].formats
+    if image_format and image_format not in formats:
+        raise ValueError(f"image format {image_format!r} is unknown to layout {layout}: choose {' or '.join(formats)}.")
     if seed < 0:
         raise ValueError(f"seed={seed}: choose 0 or more.")
     for name, (low, high) in {"studies": studies, "images": images}.items():
@@ -252,7 +268,7 @@ def _read_marker(root):
     """The marker of a synthetic tree, or None for a folder that is free; ValueError for other data."""
     try:
         marker = json.loads((root / MARKER).read_text())
-        if marker["parameters"]["kind"] == KIND:
+        if marker["parameters"]["kind"] == KIND and marker["parameters"].get("layout", FIRST) in LAYOUTS:
             return marker
     except FileNotFoundError:
         if not root.exists() or {path.name for path in root.iterdir()} <= {MARKER + ".part"}:
@@ -272,91 +288,29 @@ def _write_marker(root, content):
     os.replace(root / (MARKER + ".part"), root / MARKER)  # there as a whole or not at all
 
 
-def _write_image(pair, *, root, size, image_format, seed):
-    """Draws and writes one image of an (image, study) pair; returns its shape."""
-    image, study = pair
-    anatomy = random_anatomy(np.random.default_rng([seed, image.subject_id]))
-    picture = render(study.signs, image.view, anatomy, study.study_seed, image.image_seed, size)
-    folder = root / "files" / f"p{str(image.subject_id)[:2]}" / f"p{image.subject_id}" / f"s{image.study_id}"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (image.dicom_id + SUFFIX[image_format])
-    if image_format == "jpg":
-        Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)).save(path, quality=95)
-    else:
-        _save_dicom(path, picture, image, study)
-    return picture.shape
+def _write_image(row, *, root, size, seed):
+    """Draws and writes the image of a row."""
+    anatomy = random_anatomy(np.random.default_rng([seed, row.subject_id]))
+    picture = render(row.signs, row.view, anatomy, row.study_seed, row.image_seed, size)
+    path = root / row.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SAVERS[row.form](path, picture, row)
 
 
-def _write_images(root, images, studies, size, image_format, seed, progress):
-    """Draws and writes all images, on all processors; returns their shapes (rows, columns)."""
-    of_study = {study["study_id"]: SimpleNamespace(**study) for study in studies.to_dict("records")}
-    pairs = [(SimpleNamespace(**image), of_study[image["study_id"]]) for image in images.to_dict("records")]
-    write = functools.partial(_write_image, root=root, size=size, image_format=image_format, seed=seed)
-    shapes, start, last, live = [], time.perf_counter(), 0, sys.stdout.isatty()
+def _write_images(root, rows, size, seed, progress):
+    """Draws and writes all images, on all processors."""
+    write = functools.partial(_write_image, root=root, size=size, seed=seed)
+    images = [SimpleNamespace(**row) for row in rows.to_dict("records")]
+    start, last, live = time.perf_counter(), 0, sys.stdout.isatty()
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-        for shape in pool.imap(write, pairs, chunksize=4):
-            shapes.append(shape)
-            percent = 100 * len(shapes) // len(images)
+        for done, _ in enumerate(pool.imap(write, images, chunksize=4), start=1):
+            percent = 100 * done // len(images)
             step = 1 if live else 10
             if progress and percent // step > last // step:
-                rate = len(shapes) / (time.perf_counter() - start)
-                text = f"synthetic images {percent:3d} % ({len(shapes)} of {len(images)}, {rate:.0f} images/s)"
+                rate = done / (time.perf_counter() - start)
+                text = f"synthetic images {percent:3d} % ({done} of {len(images)}, {rate:.0f} images/s)"
                 print("\r" + text if live else text, end="" if live and percent < 100 else "\n", flush=True)
                 last = percent
-    return shapes
-
-
-def _save_dicom(path, picture, image, study):
-    """The picture as a digital X-ray, in one of the forms found in hospitals."""
-    import pydicom  # here, so that JPG trees need no pydicom
-    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, generate_uid
-
-    rng = np.random.default_rng([image.image_seed, 1])
-    ds = pydicom.Dataset()
-    ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"  # digital X-ray image, for presentation
-    ds.SOPInstanceUID = generate_uid(entropy_srcs=[image.dicom_id])
-    ds.SeriesInstanceUID = generate_uid(entropy_srcs=[image.dicom_id, "series"])
-    ds.StudyInstanceUID = generate_uid(entropy_srcs=[str(image.study_id)])
-    ds.PatientID, ds.PatientName, ds.StudyID = str(image.subject_id), "SYNTHETIC^CHEST", str(image.study_id)
-    ds.Modality, ds.BodyPartExamined, ds.ViewPosition = "DX", "CHEST", image.view
-    ds.StudyDate, ds.StudyTime = str(study.date), f"{study.time:06d}"
-    _store_pixels(ds, picture, rng)
-    kind = rng.random()
-    ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if kind < 0.4 else ExplicitVRLittleEndian
-    if kind > 0.9:
-        ds.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
-    ds.save_as(path, enforce_file_format=True)
-
-
-def _store_pixels(ds, picture, rng):
-    """Stored values with photometric interpretation, bit depth and window or VOI LUT by chance. A viewer goes
-    stored values -> window or LUT -> inversion for MONOCHROME1; here the values are worked out backwards."""
-    inverse, bits = rng.random() < 0.5, int(rng.choice([12, 16]))
-    voi, steps, shown = rng.choice(["window", "lut", "none"], p=[0.5, 0.35, 0.15]), 2**bits, picture
-    if inverse:
-        shown = 1 - shown
-    if voi == "window":  # it reaches less far than the values do: what lies beyond is clipped on display
-        width, centre = int(rng.uniform(0.50, 0.62) * steps), int(rng.uniform(0.46, 0.54) * steps)
-        stored = centre - 0.5 + (shown - 0.5) * (width - 1)
-        ds.WindowCenter, ds.WindowWidth = centre, width
-    elif voi == "lut":  # an S-shaped curve over 2048 values in the middle of the range, clipped on display as well
-        first, t = steps // 2 - 1024, np.linspace(-1, 1, 2048) * rng.uniform(1.0, 1.8)
-        lut = np.tanh(t) / np.tanh(t[-1]) * 0.5 + 0.5
-        stored = first + np.interp(shown, lut, np.arange(2048.0)) + 600 * (shown - np.clip(shown, 0, 1))
-        item = type(ds)()
-        item.add_new("LUTDescriptor", "US", [2048, first, 16])
-        item.add_new("LUTData", "OW", np.round(lut * 65535).astype("<u2").tobytes())
-        ds.VOILUTSequence = [item]
-    else:
-        stored = np.clip(shown, 0, 1) * (steps - 1)
-    ds.PhotometricInterpretation = "MONOCHROME1" if inverse else "MONOCHROME2"
-    ds.PresentationLUTShape = "INVERSE" if inverse else "IDENTITY"
-    ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = 0, 1, "US"
-    ds.SamplesPerPixel, ds.PixelRepresentation = 1, 0
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, bits, bits - 1
-    ds.Rows, ds.Columns = picture.shape
-    ds.add_new("PixelData", "OW", np.clip(np.round(stored), 0, steps - 1).astype("<u2").tobytes())
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -382,7 +336,8 @@ def main(argv=None):
     parser.add_argument("--out", metavar="FOLDER", help="folder for the tree")
     parser.add_argument("--patients", type=int, default=320, help="10 or more (default 320: about 1600 images)")
     parser.add_argument("--size", type=int, default=320, help="longer side of the images in pixels (default 320)")
-    parser.add_argument("--format", default="jpg", help="jpg (default) or dicom")
+    parser.add_argument("--layout", default=FIRST, help=f"whose files: {', '.join(LAYOUTS)} (default {FIRST})")
+    parser.add_argument("--format", default="", help=f"of layout {FIRST}: {' or '.join(LAYOUTS[FIRST].formats)}")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--sheet", metavar="FILE.png", help="contact sheet with one example of every sign")
     args = parser.parse_args(argv)
@@ -390,10 +345,15 @@ def main(argv=None):
         parser.error("nothing to do: name a folder with --out, or a picture with --sheet.")
     try:
         if args.out:
-            _print_summary(
-                write_tree(args.out, patients=args.patients, size=args.size, image_format=args.format, seed=args.seed),
+            summary = write_tree(
                 args.out,
+                patients=args.patients,
+                size=args.size,
+                layout=args.layout,
+                image_format=args.format,
+                seed=args.seed,
             )
+            _print_summary(summary, args.out, LAYOUTS[args.layout].dataset)
         if args.sheet:
             write_sheet(args.sheet, max(0, args.seed))
     except ValueError as error:
@@ -402,7 +362,7 @@ def main(argv=None):
         parser.error(f"{error.filename!r} cannot be written ({error.strerror}): name another place.")
 
 
-def _print_summary(summary, root):
+def _print_summary(summary, root, dataset):
     print(f"\n{'':28}" + "".join(f"{split:>10}" for split in SPLITS))
     rows = {name: summary[name] for name in ("patients", "studies", "images")}
     rows.update({f"  {label}": counts for label, counts in summary["positives"].items()})
@@ -411,7 +371,8 @@ def _print_summary(summary, root):
         if name == "images":
             print("studies with")
     print(f"\n{'Found complete' if summary['reused'] else 'Written'}: {root}")
-    print(f"Next: python main.py --cfg configs/internimage_tiny_synthetic.yaml --data-path {root}")
+    other = "" if dataset == LAYOUTS[FIRST].dataset else f" --dataset {dataset}"
+    print(f"Next: python main.py --cfg configs/internimage_tiny_synthetic.yaml{other} --data-path {root}")
 
 
 if __name__ == "__main__":

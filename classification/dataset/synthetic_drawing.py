@@ -492,6 +492,12 @@ SIGNS = {  # in drawing order: what lies on top comes last
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
+def frame(rng, size):
+    """(height, width) of a picture, the first thing that its generator decides."""
+    shorter = int(rng.choice([0.82, 0.9, 1.0, 1.0]) * size)
+    return (shorter, size) if rng.random() < 0.3 else (size, shorter)
+
+
 def render(signs, view, anatomy, study_seed, image_seed, size):
     """One picture before clipping, float32 [H, W], max(H, W) == size: 0 is black and 1 white, and metal, markers and
     borders go beyond (a DICOM file keeps that, its window clips it).
@@ -499,8 +505,7 @@ def render(signs, view, anatomy, study_seed, image_seed, size):
     signs: {label: strength}; study_seed fixes side, place and extent of the signs for all images of a study.
     """
     rng = np.random.default_rng(image_seed)
-    shorter = int(rng.choice([0.82, 0.9, 1.0, 1.0]) * size)
-    height, width = (shorter, size) if rng.random() < 0.3 else (size, shorter)
+    height, width = frame(rng, size)
     zoom = min(max(size, 192), 384) / size  # very small and very large pictures are drawn at a moderate size
     scene = Scene(view, anatomy, rng, round(height * zoom), round(width * zoom))
     for label, sign in SIGNS.items():

@@ -34,7 +34,8 @@ class Table:
     """One row an image. Arrays, not Python objects: forked workers then share their memory.
 
     path: bytes, relative to `root`; dicom_id, study, subject: bytes, names as they are written, empty where there is
-    none; split: index into SPLITS; labels: [N, L] float32 of 1, 0, -1 (uncertain), NaN (not mentioned);
+    none; split: index into SPLITS; labels: [N, L] float32 of 1, 0, -1 (uncertain), NaN (not mentioned) and
+    :data:`dataset.labels.UNKNOWN`;
     targets: see :meth:`with_targets`; view: text as of :func:`dataset.views.find_views`, None where no table tells it.
     """
 
@@ -52,9 +53,14 @@ class Table:
     store: object = None  # of dataset.stores, where the images are read; None: files below root
     left_out: dict = dataclasses.field(default_factory=dict)  # reason -> number of images
     notes: tuple = ()  # texts that the summary ends with
+    # label -> {"from": its names in the release, "kind": exact, approximate or unknown}; empty: each is itself
+    label_mapping: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self.store = self.store or FileStore(self.root)
+        self.label_mapping = self.label_mapping or {
+            name: {"from": [name], "kind": "exact"} for name in self.label_names
+        }
 
     def __len__(self):
         return len(self.path)
@@ -126,14 +132,18 @@ class Table:
         ]
         for k, name in enumerate(self.label_names):
             lines.append((f"  {name}", *(share(self.targets[s, k]) for s in splits)))
-        widths = [max(len(line[k]) for line in lines) for k in range(4)]
-        texts = [
-            (line[0].ljust(widths[0]) + "".join(f"   {cell:>{w}}" for cell, w in zip(line[1:], widths[1:]))).rstrip()
-            for line in lines
-        ]
-        texts += ["from " + ", ".join(path.name for path in self.sources), *self.notes]
+        texts = [aligned(lines), "from " + ", ".join(path.name for path in self.sources), *self.notes]
         left_out = "; ".join(f"{n:,} {reason}" for reason, n in self.left_out.items() if n)
         return "\n".join([*texts, f"left out: {left_out or 'nothing'}"])
+
+
+def aligned(lines):
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        (line[0].ljust(widths[0]) + "".join(f"   {cell:>{w}}" for cell, w in zip(line[1:], widths[1:]))).rstrip()
+        for line in lines
+    )
 
 
 def split_index(split):
@@ -290,11 +300,15 @@ def label_values(frame, label_names, path, no_finding_clears=False):
             )
         values[:, k] = np.array(read, np.float32)[codes]
     if no_finding_clears:
-        healthy = label_values(frame, ("No Finding",), path)[:, 0] == 1
-        findings = [k for k, name in enumerate(label_names) if name not in ("No Finding", "Support Devices")]
-        cleared = values[np.ix_(healthy, findings)]
-        values[np.ix_(healthy, findings)] = np.where(np.isnan(cleared), 0, cleared)
+        clear_findings(values, label_names, label_values(frame, ("No Finding",), path)[:, 0] == 1)
     return values
+
+
+def clear_findings(values, label_names, healthy):
+    """Puts 0 for the blanks of the rows that are `healthy` in values [N, L], but for Support Devices."""
+    findings = [k for k, name in enumerate(label_names) if name not in ("No Finding", "Support Devices")]
+    cleared = values[np.ix_(healthy, findings)]
+    values[np.ix_(healthy, findings)] = np.where(np.isnan(cleared), 0, cleared)
 
 
 def find_labels(frame):

@@ -5,7 +5,8 @@ import numpy as np
 from dataset.labels import BLANK
 
 # DATA.VIEWS -> the views it keeps. Rare positions (axial, oblique, decubitus) and unknown ones are in none.
-VIEWS = {"frontal": ("AP", "PA"), "AP": ("AP",), "PA": ("PA",), "lateral": ("lateral",)}
+# "frontal" is an image of which only that is known.
+VIEWS = {"frontal": ("AP", "PA", "frontal"), "AP": ("AP",), "PA": ("PA",), "lateral": ("lateral",)}
 
 _POSITIONS = {"AP": "AP", "PA": "PA", "LATERAL": "lateral", "LL": "lateral"}
 _TEXTS = {
@@ -22,7 +23,7 @@ TEXT_COLUMNS = (
 
 
 def find_views(frame):
-    """View of each row: AP, PA, lateral, other, or an empty text where it is unknown.
+    """View [N] of each row: AP, PA, lateral, other, or an empty text where it is unknown.
 
     `ViewPosition` decides. Where it is blank (15,769 images of MIMIC-CXR), the first of TEXT_COLUMNS that
     names exactly one view does: "CHEST (PORTABLE AP)" is AP, "CHEST (PA AND LAT)" does not say which of the two.

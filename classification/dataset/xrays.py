@@ -5,6 +5,7 @@ from PIL import Image
 from dataset import tables
 from dataset.domain import image_domain
 from dataset.images import decode
+from dataset.labels import unlearnable
 from dataset.stores import MemoryStore
 
 
@@ -17,6 +18,7 @@ class RadiographDataset:
         transform: PIL image -> anything; None returns the PIL image.
         mode: of that image, RGB (the grey values three times) or L (grey, a third of the work).
         on_memory: read all of them now, see :class:`dataset.stores.MemoryStore`.
+        heeds: keys of the config that act on it beside those of all X-rays.
         dicom_recipe, dicom_window, shrink_to: how a file becomes grey, see :func:`dataset.images.decode`.
 
     Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
@@ -39,6 +41,7 @@ class RadiographDataset:
         dicom_recipe="window",
         dicom_window=0,
         shrink_to=0,
+        heeds=frozenset(),
     ):
         if table.targets is None:
             table = table.with_targets()
@@ -46,21 +49,14 @@ class RadiographDataset:
         if not len(self.table):
             raise tables.EmptySplit(f"{table.root}: the split {split!r} has no image")
         self.store = MemoryStore(table.store, self.table.path) if on_memory else table.store
+        self.root = table.root
         self.domain = image_domain(self.store, self.table.path, dicom_recipe)
         self.label_names, self.targets = table.label_names, self.table.targets
         self.labels, self.cohort = self.table.labels, table.cohort()
-        self.summary, self.warnings = table.summary(), self._unlearnable() if split == "train" else []
+        self.label_mapping, self.heeds = table.label_mapping, heeds
+        self.summary, self.warnings = table.summary(), unlearnable(self) if split == "train" else []
         self.transform, self.mode = transform, mode
         self.decoding = {"recipe": dicom_recipe, "window": dicom_window, "shrink_to": shrink_to}
-
-    def _unlearnable(self):
-        counts = zip(self.label_names, (self.targets == 1).sum(0), (self.targets == 0).sum(0))
-        return [
-            f"{name} cannot be learnt: the train split has {positive:,} positives and {negative:,} negatives of it; "
-            "see DATA.UNCERTAIN and DATA.MISSING"
-            for name, positive, negative in counts
-            if not (positive and negative)
-        ]
 
     def __len__(self):
         return len(self.table)
@@ -86,8 +82,11 @@ class RadiographDataset:
         return {**view, "path": [path.decode() for path in self.table.path]}
 
 
-def build_radiographs(config, table, splits):
-    """The datasets of `splits` over one table, with the transforms and the label policy that `config` describes."""
+def build_radiographs(config, table, splits, heeds=frozenset()):
+    """The datasets of `splits` over one table, with the transforms and the label policy that `config` describes.
+
+    heeds: keys of the config that act on the table's release beside those of all X-rays.
+    """
     from dataset.transforms import radiograph_transform, resized_side
 
     d = config.DATA
@@ -102,6 +101,7 @@ def build_radiographs(config, table, splits):
             dicom_recipe=d.DICOM_RECIPE,
             dicom_window=d.DICOM_WINDOW,
             shrink_to=2 * resized_side(d.IMG_SIZE),  # resizing then has four pixels or more for each of its own
+            heeds=heeds,
         )
         for split in splits
     ]

@@ -6,8 +6,15 @@ What it returns, an nn.Module from images [N, 3, S, S] to logits [N, MODEL.NUM_C
     heeds         the config keys it acts on, of MODEL.DROP_RATE, MODEL.DROP_PATH_RATE, TRAIN.USE_CHECKPOINT,
                   TRAIN.LR_LAYER_DECAY and TRAIN.OPTIMIZER.DCN_LR_MUL; a warning says that the others do nothing
     lr_scales(decay)    where it heeds TRAIN.LR_LAYER_DECAY: prefix of parameter names -> factor on their rate
+    undecayed     where it has them: names of parameters without weight decay, beside all norms and biases
     feature_maps(images), classify(maps)    where it has them: the last features with places, [N, C, H, W], and the
                   logits that follow from them (what predict.py --explain needs)
+    fitted(weights)    where it needs it: weights of a file -> the same in the shapes of this image size
+
+The file may have beside `build`:
+
+    own_values(config)    {config key: value}, the backbone's defaults where they are not those of `config.py`
+    pretrained_file(config)    the path of the weights to start from where MODEL.PRETRAINED names none; "" for none
 """
 
 import torch
@@ -18,13 +25,31 @@ from errors import UserError
 from models.classifier import Classifier
 
 
+def _module(config):
+    return builders.find("models", config.MODEL.TYPE, "MODEL.TYPE")
+
+
+def own_values(config):
+    """{config key: value} of what the backbone has as defaults, for `config.get_config`."""
+    module = _module(config)
+    return module.own_values(config) if hasattr(module, "own_values") else {}
+
+
+def pretrained_file(config):
+    """The file of weights to start from: MODEL.PRETRAINED, else what the backbone fetches; "" for none."""
+    module = _module(config)
+    if config.MODEL.PRETRAINED or not hasattr(module, "pretrained_file"):
+        return config.MODEL.PRETRAINED
+    return module.pretrained_file(config)
+
+
 def build_model(config):
     """The model of MODEL.TYPE, see above: images [N, 3, S, S] -> float32 logits [N, MODEL.NUM_CLASSES].
 
     Raises:
         UserError: no such backbone, or one that does not say what it must.
     """
-    model = builders.find("models", config.MODEL.TYPE, "MODEL.TYPE")(config)
+    model = _module(config).build(config)
     missing = [name for name in ("classifier", "heeds") if not hasattr(model, name)]
     if missing:
         raise UserError(f"MODEL.TYPE {config.MODEL.TYPE}: its build() returns a model without `{missing[0]}`")

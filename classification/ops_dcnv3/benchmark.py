@@ -38,7 +38,7 @@ import dcnv3  # noqa: E402
 
 HERE = Path(__file__).parent
 SIZES = (56, 28, 14, 7)
-BACKWARD_KERNELS = ("atomic", "owning", "ordered")  # what DCNV3_BACKWARD takes
+BACKWARD_KERNELS = ("atomic", "tiled", "owning", "ordered")  # what DCNV3_BACKWARD takes
 VARIANTS = {"T": (64, 4, (4, 4, 18, 4)), "B": (112, 7, (4, 4, 21, 4))}  # channels, groups, depths
 
 
@@ -497,16 +497,16 @@ class Check:
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
             command += ["-p", "no:cacheprovider", HERE / "tests" / "test_operator.py", "-k", tests]
-            for kernel in ("atomic", ""):  # by shape, small images go to the owning kernel where there are enough
+            for kernel in ("atomic", "tiled", "owning"):  # all of them fit the shapes of these tests
                 variables = {"DCNV3_BACKWARD": kernel, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor its memory
-                self.command(f"{tool}, backward kernel {kernel or 'by shape'}", command, 600, **variables)
+                self.command(f"{tool}, backward kernel {kernel}", command, 600, **variables)
 
     def advice(self):
         for failure in self.figures["failures"]:
             print(f"- Mend first: {failure}")
         for level in self.figures["levels"]:
             ms = level["ms"]
-            named = {name: ms[name] for name in ("atomic", "owning") if name in ms}
+            named = {name: ms[name] for name in BACKWARD_KERNELS if name in ms and name != "ordered"}
             if not named or "by shape" not in ms:
                 continue
             best = min(named, key=named.get)

@@ -1,8 +1,10 @@
-"""What the compiler made of the CUDA kernels, as a table: `python ops_dcnv3/count.py`. No GPU and no torch needed.
+"""What the compiler made of the CUDA kernels, and what the backward ones add to memory, as two tables:
+`python ops_dcnv3/count.py`. No GPU and no torch needed.
 
 Instructions (of the whole kernel, with its branches and unrolled loops), registers and spilled bytes come from nvcc and
 cuobjdump; shared memory and the number of blocks from the kernels' own source, compiled for the CPU; blocks a
-multiprocessor follow from those by arithmetic. Needs nvcc and a C++ compiler, and for instructions cuobjdump.
+multiprocessor follow from those by arithmetic. Additions are counted while the kernels run on the CPU, with drawn
+offsets. Needs nvcc and a C++ compiler, and for instructions cuobjdump.
 """
 
 import importlib.util
@@ -37,7 +39,7 @@ def find_cuobjdump():
 def kernel_of(symbol):
     """(kernel, dtype, version) of a mangled name: version "3x3", "any", or "" where there is one only."""
     name, dtype, points = re.search(
-        r"(forward|atomic|ordered|owning)_kernelI(d|f|N.*?\d(?:B?Float16)E)(?:Li(\d+))?", symbol
+        r"(forward|atomic|tiled|owning|ordered)_kernelI(d|f|N.*?\d(?:B?Float16)E)(?:Li(\d+))?", symbol
     ).groups()
     dtype = DTYPES[dtype if len(dtype) == 1 else re.search(r"B?Float16", dtype)[0]]
     return name, dtype, {"9": "3x3", "0": "any", None: ""}[points]
@@ -77,16 +79,22 @@ def listings(folder, architecture):
 
 
 def launches(folder):
-    """{(kernel, dtype): [(height, blocks, shared bytes), ...]} of the levels of InternImage-B, batch 32."""
+    """({(kernel, dtype): [(height, blocks, shared bytes), ...]} of the levels of InternImage-B, batch 32,
+    {(kernel, height, spread of the offsets): what tests/imitation/launches.cpp counted})."""
     program = Path(folder, "launches")
     compiler = os.environ.get("CXX", "c++").split()
     command = [*compiler, "-std=c++17", "-w", "-I", SOURCES, "-I", IMITATION, IMITATION / "launches.cpp", "-o", program]
     subprocess.run(command, check=True)
-    found = {}
+    started, added = {}, {}
     for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
-        kernel, dtype, height, blocks, shared = line.split("|")
-        found.setdefault((kernel, dtype), []).append((int(height), int(blocks), int(shared)))
-    return found
+        kernel, *rest = line.split("|")
+        if len(rest) == 4:
+            dtype, height, blocks, shared = rest
+            started.setdefault((kernel, dtype), []).append((int(height), int(blocks), int(shared)))
+        else:
+            height, spread, rows = rest
+            added[kernel, int(height), float(spread)] = float(rows)
+    return started, added
 
 
 def blocks_of(architecture, registers, shared, threads=128):
@@ -97,12 +105,11 @@ def blocks_of(architecture, registers, shared, threads=128):
     return min(2048 // threads, by_registers, by_shared)
 
 
-def rows():
-    """The table: one row a kernel, dtype and shape of shared memory, both architectures in each."""
+def rows(started):
+    """The first table: one row a kernel, dtype and shape of shared memory, both architectures in each."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = compile_kernels(SHARED, folder)
         code = {a: listings(folder, a) for a in SHARED} if find_cuobjdump() else {a: {} for a in SHARED}
-        started = launches(folder)
     for kernel, dtype, version in sorted({key[1:] for key in compiled}):
         usage = {a: compiled[a, kernel, dtype, version] for a in SHARED}
         length = {a: len(code[a].get((kernel, dtype, version), ())) or "?" for a in SHARED}
@@ -118,6 +125,12 @@ def rows():
             yield [kernel, version, dtype, ", ".join(names), *both, str(shared), held]
 
 
+def table(header, body):
+    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
+    for row in body:
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
 def main():
     if find_nvcc() is None:
         raise SystemExit("count.py: no nvcc: install the CUDA toolkit, or set CUDA_HOME to it")
@@ -126,9 +139,14 @@ def main():
     print("shared memory of the levels of InternImage-B at 224 pixels\n")
     header = ["kernel", "points", "dtype", "level", "instructions", "registers", "spilled bytes", "shared bytes"]
     header += ["blocks a multiprocessor"]
-    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
-    for row in rows():
-        print("| " + " | ".join(row) + " |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        started, added = launches(folder)
+    table(header, rows(started))
+    print("\nRows of channels added to memory for an output pixel and group, by the spread of the offsets in pixels\n")
+    spreads = sorted({spread for *_, spread in added})
+    shapes = dict.fromkeys(key[:2] for key in added)
+    body = [[kernel, f"{n}x{n}", *(f"{added[kernel, n, s]:.1f}" for s in spreads)] for kernel, n in shapes]
+    table(["kernel", "level", *(f"{spread:g}" for spread in spreads)], body)
 
 
 if __name__ == "__main__":

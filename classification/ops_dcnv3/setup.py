@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 os.chdir(Path(__file__).parent)
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 CPU_SOURCES = ["csrc/binding.cpp", "csrc/cpu_baseline.cpp", "csrc/cpu_avx2.cpp"]
-CUDA_SOURCES = ["csrc/cuda_forward.cu", "csrc/cuda_backward.cu", "csrc/cuda_owning.cu"]
+CUDA_SOURCES = ["csrc/cuda_forward.cu", "csrc/cuda_backward.cu", "csrc/cuda_owning.cu", "csrc/cuda_tiled.cu"]
 # No fast mathematics: NaN and infinity keep their meaning. But no code reads errno or floating-point
 # exceptions, and loops vectorise only without them.
 CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-DAT_PER_OPERATOR_HEADERS"]

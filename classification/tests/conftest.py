@@ -49,6 +49,24 @@ def tree(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory):
+    """layouts("nih"): a small synthetic tree (20 patients, 64 pixels) in the layout of a release, or of "mimic": the
+    same pictures. Not to be changed."""
+    from dataset.synthetic import write_tree
+
+    trees = {}
+
+    def tree(layout):
+        if layout not in trees:
+            trees[layout] = tmp_path_factory.mktemp(layout)
+            few = {"patients": 20, "size": 64, "studies": (1, 1), "images": (1, 2)}
+            write_tree(trees[layout], layout=layout, progress=False, **few)
+        return trees[layout]
+
+    return tree
+
+
 @pytest.fixture
 def own_tree(tree, tmp_path):
     """A copy of the tree that a test may damage."""
@@ -90,9 +108,10 @@ def edit_csv(root, kind, change):
 
 
 def epochs(folder):
-    """The lines of metrics.jsonl, without what depends on the clock."""
+    """The lines of metrics.jsonl, without what depends on the machine and its clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines]
+    of_the_machine = {"seconds", "images_per_s", "waited", "peak_memory_gb"}
+    return [{k: v for k, v in line.items() if k not in of_the_machine} for line in lines]
 
 
 def write_checkpoint(path, *, seed=3, intern_image=(), labels=None, ema_seed=None, domain="", **opts):

@@ -169,20 +169,34 @@ def test_a_config_comes_back_from_its_dictionary():
         (["TEST.EMA", "True"], "multilabel", (), "TEST.EMA True"),
         (["TRAIN.USE_CHECKPOINT", "True"], "multilabel", (), "TRAIN.USE_CHECKPOINT True"),
         (["TRAIN.LR_LAYER_DECAY_RATIO", "0.5"], "multilabel", (), "TRAIN.LR_LAYER_DECAY_RATIO 0.5"),
-        (["DATA.CSV", "a.csv", "DATA.LABELER", "negbio"], "multilabel", (), "DATA.LABELER 'negbio'"),
+        (["DATA.CSV", "a.csv", "DATA.LABELER", "negbio"], "multilabel", ("DATA.CSV",), "DATA.LABELER 'negbio'"),
         (["DATA.DICOM_RECIPE", "mimic_jpg", "DATA.DICOM_WINDOW", "1"], "multilabel", (), "DATA.DICOM_WINDOW 1"),
         (["TRAIN.USE_CHECKPOINT", "True"], "multilabel", ("TRAIN.USE_CHECKPOINT",), None),
+        (["DATA.PREFETCH", "2"], "multilabel", (), "DATA.PREFETCH 2"),
         (["TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", "0.5"], "multilabel", (), None),
     ],
 )
 def test_settings_without_effect_are_named(opts, task, heeds, line):
     """Beside what the main configuration sets for a backbone that heeds it and for X-rays."""
     heeds = {"MODEL.DROP_PATH_RATE", *heeds}
-    before = without_effect(load(), task, heeds)
-    new = [x for x in without_effect(load("--opts", *opts), task, heeds) if x not in before]
+    before = without_effect(load(), task, heeds, "cpu")
+    new = [x for x in without_effect(load("--opts", *opts), task, heeds, "cpu") if x not in before]
     assert [x.split(" has no effect: ")[0] for x in new] == ([line] if line else [])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*cxr*.yaml")), ids=lambda p: p.stem)
 def test_the_shipped_configurations_set_nothing_in_vain(path):
-    assert without_effect(load(cfg=path), "multilabel", {"MODEL.DROP_PATH_RATE"}) == []
+    heeds = {"MODEL.DROP_PATH_RATE", "TRAIN.USE_CHECKPOINT"}
+    assert without_effect(load(cfg=path), "multilabel", heeds, "cpu") == []
+
+
+def test_another_backbone_forgets_what_a_file_below_said_of_the_first(tmp_path):
+    """Else a configuration by BASE would be warned of options that it has not set."""
+    base, own = tmp_path / "base.yaml", tmp_path / "own.yaml"
+    base.write_text("MODEL: {NAME: b, DROP_PATH_RATE: 0.5, INTERN_IMAGE: {CHANNELS: 112, GROUPS: [7, 14, 28, 56]}}")
+    own.write_text("BASE: [base.yaml]\nMODEL: {TYPE: timm, TIMM: {NAME: resnet10t}, INTERN_IMAGE: {CHANNELS: 48}}")
+    config = get_config(parse_args(["--cfg", str(own)]))
+    assert (config.MODEL.INTERN_IMAGE.GROUPS, config.MODEL.DROP_PATH_RATE) == ([4, 8, 16, 32], 0.5)
+    assert config.MODEL.INTERN_IMAGE.CHANNELS == 48  # said beside the backbone: a mistake, which a warning names
+    config = get_config(parse_args(["--cfg", str(base), "--opts", "MODEL.INTERN_IMAGE.CHANNELS", "64"]))
+    assert config.MODEL.INTERN_IMAGE.GROUPS == [7, 14, 28, 56]

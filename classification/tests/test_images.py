@@ -339,7 +339,10 @@ def test_the_order_of_the_stages():
     windows = [("WindowWidth", "DS", "\\400\\700"), ("WindowCenter", "DS", "5\\1000\\900")]
     for index, (center, width) in enumerate([(1000, 400), (1000, 400), (900, 700), (1000, 400)]):
         shown = [linear(v, center, width) for v in range(0, 2400, 100)]
+        take_warnings()
         assert_shows(image(RAMP, *windows), shown, window=index)
+        said = [f"window {index} is not there, or not valid: window 1 is taken"] if index in (0, 3) else []
+        assert [text for _, text, _ in take_warnings()] == said
 
 
 @pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, BIG_ENDIAN])

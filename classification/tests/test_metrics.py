@@ -1,5 +1,7 @@
 """Loss and metrics against scikit-learn and torch; the learning rate against its formula."""
 
+import contextlib
+
 import torchvision_shim  # noqa: F401  (before torchvision)
 
 import numpy as np
@@ -10,6 +12,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 import utils_multilabel as multilabel
 from analysis.text import label_table
+from distributed import World
 from errors import UserError
 from lr_scheduler import Schedule
 
@@ -138,3 +141,26 @@ def test_positive_weights_are_negatives_by_positives_and_capped():
     assert multilabel.pos_weights(targets, 10.0).tolist() == [3, 4, 0.5, 2]
     assert multilabel.pos_weights(targets, 2.5).tolist() == [2.5, 2.5, 0.5, 2]
     assert multilabel.pos_weights(targets, 0.0) is None
+
+
+def test_validation_and_test_give_what_is_promised_and_each_source():
+    """Of a model that returns its input; three images of one source, five of another, in two batches."""
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(8, 2)).astype(np.float32))
+    targets = torch.tensor([[0, 1], [1, 0], [1, 1], [0, 1], [1, 0], [0, 1], [1, 1], [0, 0]], dtype=torch.float32)
+    targets[5, 1] = torch.nan
+    rows = torch.arange(8)
+    loader = [(logits[part], targets[part], rows[part]) for part in (slice(0, 6), slice(6, 8))]
+    world, names = World(0, 1, torch.device("cpu")), ("a", "b")
+    identity = torch.nn.Identity()
+    mean, loss, auc = multilabel.validate_multilabel(identity, loader, world, contextlib.nullcontext, label_names=names)
+    sources = np.array(["x"] * 3 + ["y"] * 5)
+    found = multilabel.evaluate_test_set(
+        identity, loader, world, contextlib.nullcontext, label_names=names, sources=sources
+    )
+    assert auc["a"] == roc_auc_score(targets[:, 0], logits[:, 0]) and list(auc) == ["a", "b"]
+    assert (mean, loss, auc) == (found["mean_auc"], found["loss"], found["auc"]) and mean == np.mean(list(auc.values()))
+    assert list(found["by_source"]) == ["x", "y"] and found["by_source"]["y"]["images"] == 5
+    assert found["by_source"]["y"]["auc"]["a"] == roc_auc_score(targets[3:, 0], logits[3:, 0])
+    known = ~targets[3:, 1].isnan()
+    assert found["by_source"]["y"]["auc"]["b"] == roc_auc_score(targets[3:, 1][known], logits[3:, 1][known])

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-from dataset import synthetic
+from dataset import synthetic, synthetic_files
 from dataset.labels import LABELS
 from dataset.synthetic import plan, write_tree
 from dataset.synthetic_drawing import SIGNS, draw, random_anatomy
@@ -201,7 +201,7 @@ def test_every_form_of_dicom_values(tmp_path, voi, bits, inverse):
     ds.file_meta = pydicom.dataset.FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1.1", "1.2.3"
-    synthetic._store_pixels(ds, picture, Chosen())
+    synthetic_files.store_pixels(ds, picture, Chosen())
     ds.save_as(tmp_path / "a.dcm", enforce_file_format=True)
     ds, shown = display(tmp_path / "a.dcm")
     assert ("VOILUTSequence" in ds, "WindowCenter" in ds) == (voi == "lut", voi == "window")

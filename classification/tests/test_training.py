@@ -415,8 +415,10 @@ def test_checkpoints_that_do_not_fit(finished, run_main, tree, tmp_path):
 def test_mistakes_are_found_before_training(run_main, tmp_path, tree):
     with pytest.raises(UserError, match="MODEL.NUM_CLASSES is 5, but the data has 14 labels"):
         run_main(MODEL__NUM_CLASSES=5)
-    with pytest.raises(UserError, match="DATA.DATASET is 'chexpert'; choose one of imagenet, mimic_cxr"):
-        run_main("--dataset", "chexpert")
+    with pytest.raises(
+        UserError, match=r"DATA.DATASET is 'chexprt'; choose one of .*mimic_cxr, .*did you mean chexpert"
+    ):
+        run_main("--dataset", "chexprt")
     with pytest.raises(UserError, match="MODEL.TYPE is 'resnet'; choose one of intern_image"):
         run_main(MODEL__TYPE="resnet")
     with pytest.raises(UserError, match="TRAIN.LOSS is 'hinge'; choose one of bce, focal, asymmetric"):
@@ -441,8 +443,16 @@ def test_the_command_line_prints_one_line_and_no_traceback(tiny, tmp_path):
 
 
 def test_throughput(run_main, capsys):
-    run_main("--throughput")
-    assert "images/s (batch 16, torch.float32, cpu)" in capsys.readouterr().out
+    run_main("--throughput", "--batch-size", 4)
+    said = capsys.readouterr().out
+    assert re.search(
+        r"training step: [\d.]+ images/s \(batch 4, torch.float32, cpu\), ms: forward [\d.]+, backward [\d.]+, "
+        r"optimizer [\d.]+; peak memory [\d.]+ GB\s+[\d.]+ GMACs an image: \d+% of the rate of matrix products",
+        said,
+    )
+    assert re.search(r"fed by the loader: [\d.]+ images/s, \d+% of that; \d+% waiting for data", said)
+    run_main("--throughput", data="")
+    assert "fed by the loader" not in capsys.readouterr().out
 
 
 def test_imagenet_folders(tiny, tmp_path):

@@ -172,7 +172,7 @@ dcnv3::BackwardKernel backward_kernel(const dcnv3::Problem& p) {
       dcnv3::cuda_backward_kernel(p, asked, at::globalContext().deterministicAlgorithms(), &kernel);
   TORCH_CHECK_VALUE(why == nullptr, "dcnv3: DCNV3_BACKWARD=", asked, " does not fit an input of ", p.height, "x",
                     p.width, " pixels with ", p.channels, " channels a group: ", why,
-                    "; take atomic, ordered or owning, or leave it unset");
+                    "; take atomic, tiled, owning or ordered, or leave it unset");
   return kernel;
 }
 

@@ -10,69 +10,6 @@ struct Backward {
   bool scatter;  // step 2 is done here
 };
 
-// Numbers that one instruction adds to memory: since sm_90 four float32.
-#if defined(DCNV3_TEST_ATOMIC_VECTOR)
-constexpr int kAtomicVector = DCNV3_TEST_ATOMIC_VECTOR;
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
-constexpr int kAtomicVector = 4;
-#else
-constexpr int kAtomicVector = 1;
-#endif
-constexpr int kSectorNumbers = 8;
-
-template <int size, typename A>
-__device__ inline void add_to(A* to, const A* numbers) {
-  if constexpr (size == 4) {
-    atomicAdd(reinterpret_cast<float4*>(to), make_float4(numbers[0], numbers[1], numbers[2], numbers[3]));
-  } else {
-    static_assert(size == 1, "GPUs add one number or four");
-    atomicAdd(to, numbers[0]);
-  }
-}
-
-// Step 2. What it costs is the 32-byte sectors of memory that each instruction touches, so the threads of a
-// pair always add to whole ones. A thread adds `rounds` vectors of a pair's channels to each corner, a
-// sector's worth apart.
-template <typename T, int rounds, int kPoints, typename Index>
-__device__ inline void scatter(const Problem& p, const Cut& cut, const Span<Index>& span,
-                               const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
-  using A = Accumulator<T>;
-  constexpr int vector = kPoints && sizeof(A) == sizeof(float) ? kAtomicVector : 1;
-  constexpr int lanes = kSectorNumbers / vector;
-  const Index all = Index(p.group * p.channels);
-  const CornerPointers<A> grad_input(static_cast<A*>(p.grad_input), Distances<Index>(p));
-  for (int item = threadIdx.x; item < cut.pairs * lanes; item += kThreads) {
-    const int i = item / lanes, lane = item % lanes;
-    const Pair<Index> pair = pair_of(cut, span, i);
-    if (!pair.valid) continue;
-    const Index from = first_channel(p, pair);
-    for (int c = lane * vector; c < int(p.channels); c += rounds * kSectorNumbers) {
-      const Index channel = pair.group * Index(p.channels) + Index(c);
-      A grad[rounds][vector];
-#pragma unroll
-      for (int r = 0; r < rounds; ++r)
-        widen(load<vector>(static_cast<const T*>(p.grad_output) + (from + Index(c + r * kSectorNumbers))), grad[r]);
-#pragma unroll
-      for (int k = 0; k < shared.points; ++k) {
-        const Corners<A> corners = shared.corners[shared.at(k, i)];
-        const Index place = shared.places[shared.at(k, i)] * all + channel;
-#pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          if (corners.weight[q] == A(0)) continue;
-          A* const to = grad_input.to[q] + place;
-#pragma unroll
-          for (int r = 0; r < rounds; ++r) {
-            A part[vector];
-#pragma unroll
-            for (int j = 0; j < vector; ++j) part[j] = grad[r][j] * corners.weight[q];
-            add_to<vector>(to + r * kSectorNumbers, part);
-          }
-        }
-      }
-    }
-  }
-}
-
 template <typename T, int kPoints, int size, typename Index>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) atomic_kernel(Backward a) {
   const Problem& p = a.problem;
@@ -82,12 +19,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) atomic_kernel(Backward a
   const Span<Index> span = span_of<Index>(cut, blockIdx.x);
   locate<T>(p, cut, span, shared);
   __syncthreads();
-  if (a.scatter) {
-    if (kPoints && p.channels % (2 * kSectorNumbers) == 0)
-      scatter<T, 2>(p, cut, span, shared);
-    else
-      scatter<T, 1>(p, cut, span, shared);
-  }
+  if (a.scatter) scatter<T>(p, cut, span, shared, [](int, int) { return true; });
   __syncthreads();
   multiply<T, size>(p, cut, span, shared);
   __syncthreads();
@@ -172,10 +104,12 @@ const char* cuda_backward_kernel(const Problem& p, const char* asked, bool deter
     const bool pays = tiles == kOwningTiles && p.batch * p.group >= kOwningBlocks;
     *kernel = pays || (deterministic && tiles > 0) ? BackwardKernel::owning
               : deterministic                      ? BackwardKernel::ordered
+              : tiled_pays(p)                      ? BackwardKernel::tiled
                                                    : BackwardKernel::atomic;
-  } else if (is("atomic")) {
+  } else if (is("atomic") || is("tiled")) {
     if (deterministic) return "its sums are in no fixed order, and torch.use_deterministic_algorithms asks for one";
-    *kernel = BackwardKernel::atomic;
+    if (is("tiled") && !tiled_fits(p)) return "8x8 output pixels of a group do not fit in the shared memory of a block";
+    *kernel = is("tiled") ? BackwardKernel::tiled : BackwardKernel::atomic;
   } else if (is("ordered")) {
     *kernel = BackwardKernel::ordered;
   } else if (is("owning")) {
@@ -189,6 +123,7 @@ const char* cuda_backward_kernel(const Problem& p, const char* asked, bool deter
 
 const char* cuda_backward(const Problem& p, BackwardKernel kernel, void* stream) {
   if (kernel == BackwardKernel::owning) return owning_backward(p, stream);
+  if (kernel == BackwardKernel::tiled) return tiled_backward(p, stream);
   switch (p.dtype) {
     case Dtype::float64: return backward<double>(p, kernel, stream);
     case Dtype::float32: return backward<float>(p, kernel, stream);

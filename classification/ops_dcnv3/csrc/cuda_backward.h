@@ -3,6 +3,8 @@
 //
 // 2. The gradient of the input: every pair adds to its corners. In this the kernels differ:
 //    - atomic (cuda_backward.cu) adds to memory, from all blocks at once and in no fixed order;
+//    - tiled (cuda_tiled.cu): a block takes a tile of output pixels, sums up what they give to each pixel near
+//      the tile, and adds that to memory once;
 //    - owning (cuda_owning.cu): a block owns an image's group, and adds in shared memory, where that fits;
 //    - ordered (cuda_backward.cu) is atomic without this step, and a second kernel, in which one thread
 //      owns a channel of an image and takes its points in order. Slow, for determinism where nothing else fits.
@@ -23,11 +25,91 @@ constexpr int kOwningTiles = kThreads / 32;  // a tile for every warp
 int owning_tiles(const Problem& problem);
 const char* owning_backward(const Problem& problem, void* stream);
 
+// Starts the tiled kernel, and says whether it fits and whether it pays. cuda_tiled.cu.
+bool tiled_fits(const Problem& problem);
+bool tiled_pays(const Problem& problem);
+const char* tiled_backward(const Problem& problem, void* stream);
+
 namespace {
 
+// Numbers that one instruction adds to memory: since sm_90 four float32.
+#if defined(DCNV3_TEST_ATOMIC_VECTOR)
+constexpr int kAtomicVector = DCNV3_TEST_ATOMIC_VECTOR;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
+constexpr int kAtomicVector = 4;
+#else
+constexpr int kAtomicVector = 1;
+#endif
+constexpr int kSectorNumbers = 8;
+template <typename A, int kPoints>
+constexpr int vector_of = kPoints && sizeof(A) == sizeof(float) ? kAtomicVector : 1;
+
+template <int size, typename A>
+__device__ inline void add_to(A* to, const A* numbers) {
+  if constexpr (size == 4) {
+    atomicAdd(reinterpret_cast<float4*>(to), make_float4(numbers[0], numbers[1], numbers[2], numbers[3]));
+  } else {
+    static_assert(size == 1, "GPUs add one number or four");
+    atomicAdd(to, numbers[0]);
+  }
+}
+
+// Step 2 by adds to memory, of the points k of pairs i that takes(k, i). What it costs is the 32-byte sectors of
+// memory that each instruction touches, so the threads of a pair always add to whole ones. A thread adds
+// `rounds` vectors of a pair's channels to each corner, a sector's worth apart.
+template <typename T, int rounds, typename Pixels, int kPoints, typename Index, typename Takes>
+__device__ inline void scatter_by(const Problem& p, const Cut& cut, const Pixels& span,
+                                  const Shared<Accumulator<T>, kPoints, Index, true>& shared, const Takes& takes) {
+  using A = Accumulator<T>;
+  constexpr int vector = vector_of<A, kPoints>;
+  constexpr int lanes = kSectorNumbers / vector;
+  const Index all = Index(p.group * p.channels);
+  const CornerPointers<A> grad_input(static_cast<A*>(p.grad_input), Distances<Index>(p));
+  for (int item = threadIdx.x; item < cut.pairs * lanes; item += kThreads) {
+    const int i = item / lanes, lane = item % lanes;
+    const Pair<Index> pair = pair_of(cut, span, i);
+    if (!pair.valid) continue;
+    const Index from = first_channel(p, pair);
+    for (int c = lane * vector; c < int(p.channels); c += rounds * kSectorNumbers) {
+      const Index channel = pair.group * Index(p.channels) + Index(c);
+      A grad[rounds][vector];
+#pragma unroll
+      for (int r = 0; r < rounds; ++r)
+        widen(load<vector>(static_cast<const T*>(p.grad_output) + (from + Index(c + r * kSectorNumbers))), grad[r]);
+#pragma unroll
+      for (int k = 0; k < shared.points; ++k) {
+        if (!takes(k, i)) continue;
+        const Corners<A> corners = shared.corners[shared.at(k, i)];
+        const Index place = shared.places[shared.at(k, i)] * all + channel;
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          if (corners.weight[q] == A(0)) continue;
+          A* const to = grad_input.to[q] + place;
+#pragma unroll
+          for (int r = 0; r < rounds; ++r) {
+            A part[vector];
+#pragma unroll
+            for (int j = 0; j < vector; ++j) part[j] = grad[r][j] * corners.weight[q];
+            add_to<vector>(to + r * kSectorNumbers, part);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename T, typename Pixels, int kPoints, typename Index, typename Takes>
+__device__ inline void scatter(const Problem& p, const Cut& cut, const Pixels& span,
+                               const Shared<Accumulator<T>, kPoints, Index, true>& shared, const Takes& takes) {
+  if (kPoints && p.channels % (2 * kSectorNumbers) == 0)
+    scatter_by<T, 2>(p, cut, span, shared, takes);
+  else
+    scatter_by<T, 1>(p, cut, span, shared, takes);
+}
+
 // Step 3. The dot products take the place of the weights. kLanes = 0: any number of threads a pair.
-template <typename T, int size, int kLanes, int kPoints, typename Index>
-__device__ inline void multiply_by(const Problem& p, const Cut& cut, const Span<Index>& span,
+template <typename T, int size, int kLanes, typename Pixels, int kPoints, typename Index>
+__device__ inline void multiply_by(const Problem& p, const Cut& cut, const Pixels& span,
                                    const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
   using A = Accumulator<T>;
   const int lanes = kLanes ? kLanes : cut.lanes();
@@ -66,8 +148,8 @@ __device__ inline void multiply_by(const Problem& p, const Cut& cut, const Span<
   }
 }
 
-template <typename T, int size, int kPoints, typename Index>
-__device__ inline void multiply(const Problem& p, const Cut& cut, const Span<Index>& span,
+template <typename T, int size, typename Pixels, int kPoints, typename Index>
+__device__ inline void multiply(const Problem& p, const Cut& cut, const Pixels& span,
                                 const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
   constexpr int usual = kPoints ? 16 / size : 0;  // groups of InternImage T to XL have 16 channels
   if (usual && cut.lanes() == usual)
@@ -77,8 +159,8 @@ __device__ inline void multiply(const Problem& p, const Cut& cut, const Span<Ind
 }
 
 // Step 4. The gradients of x, y and mask take the place of the dot products.
-template <typename T, int kPoints, typename Index>
-__device__ inline void combine(const Problem& p, const Cut& cut, const Span<Index>& span,
+template <typename T, typename Pixels, int kPoints, typename Index>
+__device__ inline void combine(const Problem& p, const Cut& cut, const Pixels& span,
                                const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
   using A = Accumulator<T>;
   for (int i = threadIdx.x; i < cut.pairs; i += kThreads) {
@@ -111,8 +193,8 @@ __device__ inline void combine(const Problem& p, const Cut& cut, const Span<Inde
 }
 
 // Step 5.
-template <typename T, int kPoints, typename Index>
-__device__ inline void write(const Problem& p, const Cut& cut, const Span<Index>& span,
+template <typename T, typename Pixels, int kPoints, typename Index>
+__device__ inline void write(const Problem& p, const Cut& cut, const Pixels& span,
                              const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
   using A = Accumulator<T>;
   for (int item = threadIdx.x; item < cut.pairs * shared.points; item += kThreads) {

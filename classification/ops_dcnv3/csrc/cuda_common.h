@@ -29,6 +29,7 @@ template <typename T>
 constexpr int kBlocks = sizeof(T) == 8 ? 3 : 8;
 constexpr int kPairs = 64;  // of a block; in InternImage two threads or more work on a pair
 constexpr int kSharedBytes = 48 * 1024;  // what a block may use without asking
+constexpr int kMostSharedBytes = 64 * 1024;  // what every GPU since sm_75 grants
 constexpr int kPadding = 8;              // of which, to bring an array to its border
 constexpr int kVectorBytes = 16;
 // Elements of a tensor that the 32-bit version reaches: their offsets in bytes fit 32 bits as float32.
@@ -321,9 +322,9 @@ struct Shared {
   __device__ int at(int k, int i) const { return k * stride + i; }  // point k of pair i
 };
 
-// The first step: the points of a span's pairs.
-template <typename T, int kPoints, typename Index, bool kMasks>
-__device__ inline void locate(const Problem& p, const Cut& cut, const Span<Index>& span,
+// The first step: the points of a span's pairs. Pixels: a Span, or whatever else pair_of takes.
+template <typename T, typename Pixels, int kPoints, typename Index, bool kMasks>
+__device__ inline void locate(const Problem& p, const Cut& cut, const Pixels& span,
                               const Shared<Accumulator<T>, kPoints, Index, kMasks>& shared) {
   using A = Accumulator<T>;
   for (int i = threadIdx.x; i < cut.pairs; i += kThreads) {

@@ -11,10 +11,6 @@
 namespace dcnv3 {
 namespace {
 
-// Shared memory of a block that every GPU since sm_75 grants: four tiles of 14x14 pixels and 16 channels,
-// and the points.
-constexpr int64_t kOwningBytes = 64 * 1024;
-
 struct Owning {
   Problem problem;  // grad_input: of type T
   Cut cut;          // one group a block
@@ -125,10 +121,10 @@ Owning plan(const Problem& p) {
   Owning a;
   a.problem = p, a.tiles = 0;
   const int64_t tile_bytes = (p.height * p.width * p.channels * int64_t(sizeof(Accumulator<T>)) + 15) / 16 * 16;
-  if (tile_bytes > kOwningBytes) return a;
+  if (tile_bytes > kMostSharedBytes) return a;
   a.tile_bytes = int(tile_bytes);
   for (int tiles = kOwningTiles; tiles > 0; tiles /= 2) {
-    const int64_t room = kOwningBytes - tiles * tile_bytes;
+    const int64_t room = kMostSharedBytes - tiles * tile_bytes;
     a.cut = cut_of(p, size, InShared::kPointBytes, 1, room);
     if (a.cut.pairs == 0) continue;
     // Spans of like length: four of 49 pixels in an image of 14x14, not three of 64 and one of 4.

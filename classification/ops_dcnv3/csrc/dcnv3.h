@@ -46,8 +46,8 @@ const char* cuda_forward(const Problem& problem, void* stream);
 //
 // The kernels of the backward pass (cuda_backward.h). `owning` writes problem.grad_input; for the others it
 // takes sums: it is float32 (float64 for float64) whatever the dtype, and must be all zeros. The sums of
-// `atomic` are in no fixed order.
-enum class BackwardKernel { atomic, owning, ordered };
+// `atomic` and `tiled` are in no fixed order.
+enum class BackwardKernel { atomic, tiled, owning, ordered };
 // The kernel for this problem, of which grad_input is not used: the one `asked` for by name, or what suits
 // its shape where that is empty or null. Returns null, or why the one asked for does not fit.
 const char* cuda_backward_kernel(const Problem& problem, const char* asked, bool deterministic, BackwardKernel* kernel);

@@ -58,7 +58,7 @@ int main(int, char** arguments) {
 #ifdef DCNV3_TEST_CUDA
   for (const char* seed : {"", "1"}) {
     *seed ? setenv("DCNV3_TEST_SHUFFLE", seed, 1) : unsetenv("DCNV3_TEST_SHUFFLE");
-    for (const char* name : {"atomic", "owning", "ordered"}) {
+    for (const char* name : {"atomic", "tiled", "owning", "ordered"}) {
       dcnv3::BackwardKernel kernel{};
       const char* error = dcnv3::cuda_backward_kernel(p, name, false, &kernel);
       const bool owning = kernel == dcnv3::BackwardKernel::owning;

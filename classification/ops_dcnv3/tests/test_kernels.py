@@ -54,11 +54,12 @@ def program(request, tmp_path_factory):
     return device, path
 
 
+BACKWARD_KERNELS = ["atomic", "tiled", "owning", "ordered"]
 GOLDEN = np.load(HERE / "dcnv3_op.npz")
 GOLDEN_CASES = json.loads(str(GOLDEN["cases"]))
 CASES = {
     "fast": dict(h=5, w=7, group=3, width=16),
-    "wide": dict(h=3, w=5, group=9, width=32),
+    "wide": dict(h=3, w=5, group=3, width=32),
     "logits": dict(h=5, w=7, group=7, width=16, softmax=True),
     "half": dict(h=5, w=7, group=3, width=16, softmax=True, dtype=torch.float16),
     "bfloat": dict(h=5, w=7, group=3, width=32, softmax=True, dtype=torch.bfloat16),
@@ -75,8 +76,8 @@ CASES = {
     ),
     "large kernel": dict(h=5, w=4, group=3, width=4, kernel=(7, 7), padding=(3, 3), softmax=True),
     "huge kernel": dict(h=2, w=3, group=1, width=2, kernel=(41, 41), padding=(20, 20), dtype=torch.float64),
-    "one pixel": dict(h=1, w=1, group=5, width=16, softmax=True),
-    "one row": dict(h=1, w=9, group=4, width=16, softmax=True),
+    "one pixel": dict(h=1, w=1, group=2, width=16, softmax=True),
+    "one row": dict(h=1, w=9, group=1, width=16, softmax=True),
     "one column": dict(h=9, w=1, group=2, width=5),
     "two columns": dict(h=6, w=2, group=4, width=16, softmax=True),
     "width 8": dict(h=5, w=7, group=6, width=8, softmax=True, dtype=torch.bfloat16),
@@ -86,6 +87,13 @@ CASES = {
     "two tiles": dict(h=4, w=5, group=2, width=256, dtype=torch.bfloat16),
     "one tile": dict(h=4, w=5, group=1, width=512),
     "no tile": dict(h=4, w=5, group=1, width=1000),
+    "three windows": dict(h=5, w=22, group=1, width=16, softmax=True, dtype=torch.bfloat16),
+    "windows apart": dict(h=21, w=5, group=1, width=8, stride=(2, 1), dilation=(1, 3), padding=(1, 3)),
+}  # fmt: skip
+# The backward kernels that a case does not fit: more points or channels than the shared memory of a block holds.
+UNFIT = {
+    "two tiles": {"tiled"}, "one tile": {"tiled"}, "no tile": {"tiled", "owning"}, "large kernel": {"tiled"},
+    "huge kernel": set(BACKWARD_KERNELS),
 }  # fmt: skip
 
 
@@ -109,13 +117,14 @@ def run_alone(program, parameters, shape, inputs, grad, file, shift=0, extra=0):
         kernel, missing = line.split("|")
         got = []
         for i, tensor in enumerate((grad, *inputs) if not missing else ()):
-            kind = torch.promote_types(dtype, torch.float32) if kernel in ("atomic", "ordered") and i == 1 else dtype
+            sums = i == 1 and kernel in ("atomic", "tiled", "ordered")
+            kind = torch.promote_types(dtype, torch.float32) if sums else dtype
             size = tensor.numel() * kind.itemsize
             got.append(torch.frombuffer(bytearray(memory[:size]), dtype=kind).view(tensor.shape).to(dtype))
             memory = memory[size:]
         sets.append((kernel, missing, got))
     assert not memory
-    assert [kernel for kernel, *_ in sets] == (["cpu"] if device == "cpu" else ["atomic", "owning", "ordered"] * 2)
+    assert [kernel for kernel, *_ in sets] == (["cpu"] if device == "cpu" else BACKWARD_KERNELS * 2)
     return sets
 
 
@@ -154,16 +163,15 @@ def test_kernels_alone(program, name, tmp_path):
         *definition.backward(grad, *inputs, *parameters),
     ]
     eps, few = torch.finfo(dtype).eps, (group, case["scale"], case["remove_center"], case["softmax"])
-    for kernel, missing, got in run_alone(
-        program, few, shape, inputs, grad, tmp_path / "problem", case["shift"], case["extra"]
-    ):
+    sets = run_alone(program, few, shape, inputs, grad, tmp_path / "problem", case["shift"], case["extra"])
+    if program[0] == "cuda":
+        assert {kernel for kernel, missing, _ in sets if missing} == UNFIT.get(name, set())
+    for kernel, missing, got in sets:
         if not missing:
             most = max(1.0, max(t.abs().max().item() for t in expected))
             assert_same(got, expected, rtol=8 * eps, atol=8 * eps * most)
-        elif name == "no tile":
-            assert kernel == "owning" and "does not fit in the shared memory" in missing
-        else:  # more points than the shared memory of a block holds
-            assert points > 1500 and ("too many points" in missing or kernel == "owning")
+        else:
+            assert ("fit in the shared memory" if kernel in ("tiled", "owning") else "too many points") in missing
 
 
 BUILD = """
@@ -264,7 +272,7 @@ def test_the_check_of_the_first_hour_runs_dry(over_the_binding, tmp_path):
     assert written["failures"] == [] and len(written["seconds"]) == 6
     assert said.strip() == (tmp_path / "dcnv3_check.md").read_text().strip()
     # Every backward kernel fits these shapes, and has its time; the advice names one for each.
-    kernels = {"forward", "by shape", "atomic", "owning", "ordered"}
+    kernels = {"forward", "by shape", *BACKWARD_KERNELS}
     assert [set(level["ms"]) for level in written["levels"]] == [kernels] * 4
     assert said.count("x3: ") == 2 and said.count("x4: ") == 2
     over_the_binding("-c", BROKEN, HERE.parent, tmp_path)
@@ -294,14 +302,17 @@ def backward(name, size, width=16, deterministic=False):
         dcnv3.dcnv3(*inputs, group=1).sum().backward()
     except ValueError as error:
         return str(error)
-for name in ("", "atomic", "owning", "ordered"):
+for name in ("", "atomic", "tiled", "owning", "ordered"):
     assert backward(name, 5) is None
 assert backward("ordered", 5, deterministic=True) is None and backward("owning", 5, deterministic=True) is None
 for wrong, reason in (
     (backward("owning", 3, width=3000), "DCNV3_BACKWARD=owning does not fit an input of 3x3 pixels with 3000 channels"),
     (backward("owning", 3, width=3000), "does not fit in the shared memory"),
-    (backward("fast", 5), "there is no such kernel; take atomic, ordered or owning, or leave it unset"),
+    (backward("tiled", 3, width=3000), "DCNV3_BACKWARD=tiled does not fit an input of 3x3 pixels with 3000 channels"),
+    (backward("tiled", 3, width=3000), "8x8 output pixels of a group do not fit in the shared memory of a block"),
+    (backward("fast", 5), "there is no such kernel; take atomic, tiled, owning or ordered, or leave it unset"),
     (backward("atomic", 5, deterministic=True), "in no fixed order, and torch.use_deterministic_algorithms"),
+    (backward("tiled", 5, deterministic=True), "in no fixed order, and torch.use_deterministic_algorithms"),
 ):
     assert wrong and reason in wrong and "\\n" not in wrong.split("Exception raised")[0].strip(), wrong
 """
@@ -327,7 +338,7 @@ def compiled(tmp_path_factory):
 def test_no_kernel_spills_registers(compiled):
     usage, _ = compiled
     kernels = {name for _, name, _, _ in usage}
-    assert kernels == {"forward", "atomic", "ordered", "owning"} and len(usage) == len(TARGETS) * (3 * 2 + 1) * 4
+    assert kernels == {"forward", *BACKWARD_KERNELS} and len(usage) == len(TARGETS) * (4 * 2 + 1) * 4
     assert {key: spilled for key, (_, spilled) in usage.items() if spilled and key[0] != "sm_75"} == {}
 
 
@@ -348,10 +359,11 @@ def test_the_forward_kernel_stays_within_its_instructions(architecture, compiled
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-def test_blocks_of_internimage_b(tmp_path):
+def test_blocks_and_additions_of_internimage_b(tmp_path):
     """Closed form: 7 groups of 9 pixels a block at the first two levels, 4 of 16 where 4 divide them; an owning block
-    for every image and group; four tiles of float32 sums beside the points, as many as the kernels may take."""
-    started = count.launches(tmp_path)
+    for every image and group; four tiles of float32 sums beside the points, as many as the kernels may take; a tiled
+    block for every group of 8x8 pixels."""
+    started, added = count.launches(tmp_path)
     forward = {height: blocks for height, blocks, _ in started["forward", "bfloat16"]}
     assert forward[56] == -(-32 * 56**2 // 9) and forward[28] == 2 * -(-32 * 28**2 // 9)
     assert forward[14] == 7 * 32 * 14**2 // 16 and forward[7] == 14 * 32 * 7**2 // 16
@@ -359,6 +371,20 @@ def test_blocks_of_internimage_b(tmp_path):
     assert {height: blocks for height, (blocks, _) in owning.items()} == {28: 32 * 14, 14: 32 * 28, 7: 32 * 56}
     points = 9 * 65 * (16 + 4) + (9 * 65 + 1) * 4  # weights and places, masks
     assert owning[14][1] == 4 * 14 * 14 * 16 * 4 + points <= 65536 and owning[7][1] == 4 * 7 * 7 * 16 * 4 + points
+    tiled = {height: (blocks, shared) for height, blocks, shared in started["tiled", "bfloat16"]}
+    assert {height: blocks for height, (blocks, _) in tiled.items()} == {
+        56: 32 * 7 * 49, 28: 32 * 14 * 16, 14: 32 * 28 * 4, 7: 32 * 56
+    }  # fmt: skip
+    lists = 64 * 16 * 4 + 16 * 16 * 4 + 64 * 36 * 2  # gradients, pixels, corners
+    assert {shared for _, shared in tiled.values()} == {lists + points}
+    assert started["by shape", "bfloat16"] == started["tiled", "bfloat16"][:2] + started["owning", "bfloat16"][-2:]
+    # Without offsets a point is one pixel. A row of 56 pixels has 3 points each but 2 at its ends; its seven tiles
+    # reach 10 pixels each but 9 at its ends. Of 28 pixels the last tile has four, and reaches five.
+    assert added["atomic", 56, 0] == pytest.approx((3 * 56 - 2) ** 2 / 56**2, abs=1e-5)
+    assert added["tiled", 56, 0] == pytest.approx((5 * 10 + 2 * 9) ** 2 / 56**2, abs=1e-5)
+    assert added["tiled", 28, 0] == pytest.approx((9 + 10 + 10 + 5) ** 2 / 28**2, abs=1e-5)
+    # With offsets, a pixel has 36 corners, few of them its own.
+    assert 30 < added["atomic", 28, 1] < 36 and added["tiled", 56, 1] < 3 and added["tiled", 28, 2] < 4
     # Registers and shared memory by hand: 64 registers leave 8 blocks of 128 threads, 64 KB leave 2 and 3.
     assert count.blocks_of("sm_80", 64, points) == 8
     assert [count.blocks_of(a, 80, owning[14][1]) for a in ("sm_80", "sm_90")] == [2, 3]

@@ -4,3 +4,4 @@
 #include "cuda_backward.cu"
 #include "cuda_forward.cu"
 #include "cuda_owning.cu"
+#include "cuda_tiled.cu"

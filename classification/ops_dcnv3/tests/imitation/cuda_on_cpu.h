@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define DCNV3_EMULATED
@@ -122,16 +123,20 @@ A __shfl_xor_sync(unsigned, A value, int mask) {
   __syncwarp();
   return A(emulated::slots[2 * (threadIdx.x ^ unsigned(mask)) + turn]);
 }
+namespace emulated {
+static long added;  // numbers, by atomicAdd
+}  // namespace emulated
 template <typename A>
 void atomicAdd(A* to, A value) {
-  *to += value;
+  *to += value, ++emulated::added;
 }
+inline int atomicExch(int* at, int value) { return std::exchange(*at, value); }
 struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline void atomicAdd(float4* to, float4 value) {
-  to->x += value.x, to->y += value.y, to->z += value.z, to->w += value.w;
+  to->x += value.x, to->y += value.y, to->z += value.z, to->w += value.w, emulated::added += 4;
 }
 
 namespace emulated {

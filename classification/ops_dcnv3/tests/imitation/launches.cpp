@@ -1,5 +1,7 @@
 // How the kernels would be started, without running them: for every level of InternImage-B at 224 pixels, batch
-// 32, one line a kernel, `kernel|dtype|height|blocks|shared bytes of a block`. count.py reads it.
+// 32, one line a kernel, `kernel|dtype|height|blocks|shared bytes of a block`. Then, from running them, what they
+// add to memory in an image of the first two levels whose offsets are drawn N(0, spread) pixels, one line a kernel,
+// `kernel|height|spread|additions of a row of channels, of an output pixel and group`. count.py reads both.
 #include "cuda_kernels.cpp"
 
 static dcnv3::Problem level(dcnv3::Dtype dtype, int64_t size, int64_t group) {
@@ -13,6 +15,22 @@ static dcnv3::Problem level(dcnv3::Dtype dtype, int64_t size, int64_t group) {
   p.input = p.offset = p.mask = p.grad_output = somewhere;
   p.output = p.grad_input = p.grad_offset = p.grad_mask = somewhere;
   return p;
+}
+
+// Rows of channels, however many these are: here four, for which no thread waits for another.
+static double additions(dcnv3::BackwardKernel kernel, int size, double spread) {
+  const size_t pixels = size_t(size) * size;
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal(0, 1);
+  std::vector<float> input(pixels * 4, 1), offset(pixels * 18), mask(pixels * 9, 1), sums(pixels * 4);
+  std::vector<float> grad_offset(pixels * 18), grad_mask(pixels * 9);
+  for (float& number : offset) number = float(spread) * normal(random);
+  dcnv3::Problem p = level(dcnv3::Dtype::float32, size, 1);
+  p.batch = 1, p.channels = 4, p.input = p.grad_output = input.data(), p.offset = offset.data(), p.mask = mask.data();
+  p.grad_input = sums.data(), p.grad_offset = grad_offset.data(), p.grad_mask = grad_mask.data();
+  emulated::added = 0;
+  dcnv3::cuda_backward(p, kernel, nullptr);
+  return emulated::added / 4.0 / double(pixels);
 }
 
 int main() {
@@ -30,7 +48,17 @@ int main() {
       };
       tell("forward"), dcnv3::cuda_forward(p, nullptr);
       tell("atomic"), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::atomic, nullptr);
+      dcnv3::BackwardKernel suits;
+      dcnv3::cuda_backward_kernel(p, nullptr, false, &suits);
+      tell("by shape"), dcnv3::cuda_backward(p, suits, nullptr);
+      tell("tiled"), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::tiled, nullptr);
       if (dcnv3::owning_tiles(p) > 0) tell("owning"), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::owning, nullptr);
     }
   }
+  emulated::told = nullptr;
+  for (int size : {56, 28})
+    for (double spread : {0., 1., 2., 4.})
+      for (const auto kernel : {dcnv3::BackwardKernel::atomic, dcnv3::BackwardKernel::tiled})
+        printf("%s|%d|%g|%.6f\n", kernel == dcnv3::BackwardKernel::tiled ? "tiled" : "atomic", size, spread,
+               additions(kernel, size, spread));
 }

@@ -1,0 +1,310 @@
+"""The dictionary of analysis.comparison as tables: of models on a test set, and of labels by test set."""
+
+from dataclasses import replace
+from math import floor, log10
+
+from analysis import tables
+from analysis.tables import DASH, Cell, Table, count, figure, p_value, policy_text, signed, unit_text
+
+APPROXIMATE = "†"
+PRINTED = ("overview", "models", "labels")  # sections that the terminal shows; the page has all
+
+
+def columns(report):
+    """Every evaluation as (test set, model, its section), test set by test set."""
+    return [(s, m, found) for s, part in report["sets"].items() for m, found in part["models"].items()]
+
+
+def by_label_groups(report):
+    """What is set side by side: [(model, columns)], a model on its test sets; ("", all) where no model has several."""
+    everything = columns(report)
+    of_model = [(m, [c for c in everything if c[1] == m]) for m in report["models"]]
+    if max(len(found) for _, found in of_model) > 1:
+        return of_model
+    return [("", everything)]
+
+
+def headings(report, chosen):
+    """What tells columns apart: --names, else the test sets, else the models, else both."""
+    sets, models = ([c[k] for c in chosen] for k in (0, 1))
+    for names, wanted in ((models, report["named"]), (sets, True), (models, True)):
+        if wanted and len(set(names)) == len(chosen):
+            return names
+    return [f"{s}, {m}" for s, m in zip(sets, models)]
+
+
+# ------------------------------------------------------------------------------------------ notes
+def _listed(pairs):
+    """'a, b: text; c: other text' of (name, text), or nothing."""
+    said = {}
+    for name, text in pairs:
+        if text:
+            said.setdefault(text, {})[name] = None
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in said.items())
+
+
+def approximate(found):
+    """The labels of one evaluation that are another data set's nearest."""
+    return {n: kind for n, kind in found["label_mapping"].items() if kind.get("kind") == "approximate"}
+
+
+def _marked(names, sections):
+    """Names of labels, with a dagger those that are approximate in any of the sections."""
+    marked = {n for found in sections for n in approximate(found)}
+    return ", ".join(n + APPROXIMATE * (n in marked) for n in names)
+
+
+def _approximate_remark(names, sections, labels):
+    """'† approximate label: nih: Lung Lesion from Mass or Nodule', or nothing."""
+
+    def sources(found):
+        kinds = approximate(found).items()
+        return ", ".join(f"{n} from {' or '.join(kind.get('from', []))}" for n, kind in kinds if n in labels)
+
+    said = _listed((name, sources(found)) for name, found in zip(names, sections))
+    return f"{APPROXIMATE} approximate label: {said}" if said else ""
+
+
+def _unknown(found):
+    return [n for n, label in found["labels"].items() if not label["images"]]
+
+
+def _intervals(sections):
+    texts = {unit_text(found) for found in sections}
+    if len(texts) == 1:
+        return texts.pop()
+    resamples = sections[0]["bootstrap"]["resamples"]
+    return f"95% intervals: bootstrap over the patients of each test set, {resamples:,} resamples."
+
+
+def _note(sections):
+    """Label policy and intervals, as far as they are the same for all."""
+    policies = {policy_text(found) for found in sections}
+    return f"{policies.pop()} {_intervals(sections)}" if len(policies) == 1 else _intervals(sections)
+
+
+def _remarks(names, sections, labels):
+    """What has to be said of single columns or rows; labels: those that the table shows."""
+
+    def each(text):
+        return _listed((name, text(found)) for name, found in zip(names, sections))
+
+    def unlike(what, text):
+        values = [text(found) for found in sections]
+        if len(set(values)) == 1:
+            return ""
+        shown = _listed((name, value or "not recorded") for name, value in zip(names, values))
+        return f"{what} {'differs' if all(values) else 'not known of all'}: {shown}"
+
+    def without_patients(found):
+        drawn = found["bootstrap"]
+        return "no subject_id: images were drawn, too narrow where a patient has several" * (drawn["unit"] == "image")
+
+    def policy(found):
+        return found["policy"] and policy_text(found).removeprefix("Labels: ").removesuffix(".")
+
+    def external(found):
+        trained = found["about"]["trained_on"]
+        known = trained and found["about"]["dataset"] and found["about"]["dataset"] not in trained
+        return f"external, the model was trained on {', '.join(trained)}" if known else ""
+
+    def label_remarks(found):
+        return "; ".join(tables.label_remarks({n: f for n, f in found["labels"].items() if f["images"]}))
+
+    said = [
+        unlike("label policy", policy),
+        unlike("image domain", lambda found: found["about"]["domain"]),
+        unlike("image size", lambda found: found["about"]["image_size"] and f"{found['about']['image_size']} px"),
+        _approximate_remark(names, sections, labels),
+        each(external),
+        (unknown := each(lambda found: ", ".join(_unknown(found)))) and f"not known: {unknown}",
+        each(label_remarks),
+        each(without_patients) if len({unit_text(found) for found in sections}) > 1 else "",
+        each(lambda found: found["bootstrap"].get("warning", "")),
+        (warned := each(lambda found: ", ".join(found["about"]["warnings"]))) and f"Warning: {warned}",
+    ]
+    return [text for text in said if text]
+
+
+# ----------------------------------------------------------------------------------------- tables
+def significant(value, unit=1):
+    """Three significant digits: 97.5, 0.0123, 1,204."""
+    if not value:
+        return Cell(DASH if value is None else "0", value)
+    shown = value / unit
+    return Cell(f"{shown:,.{max(0, 2 - floor(log10(abs(shown))))}f}", value)
+
+
+def _models(name, part, k):
+    """The table of a paper: the models on one test set, and their differences to the first."""
+    rows, several = [], len(part["differences"]) > 1
+    for model, found in part["models"].items():
+        cost = found["cost"]
+        cells = [
+            Cell(model, model), Cell(cost["backbone"] or DASH, cost["backbone"]),
+            significant(cost["parameters"], 1e6), significant(cost["gmacs"]), significant(cost["images_per_s"]),
+            figure(found["mean"]["auroc"], line=True),
+        ]  # fmt: skip
+        d = part["differences"].get(model, {}).get("mean")
+        cells += [signed(d), p_value(d["p"])] if d else [Cell(DASH), Cell(DASH)]
+        cells += [p_value(d["p_holm"]) if d else Cell(DASH)] * several
+        rows.append(cells)
+    names, sections = list(part["models"]), list(part["models"].values())
+    labels = [n for n, found in sections[0]["labels"].items() if found["auroc"]["value"] is not None]
+    text = (
+        f"{_note(sections)} {part['images']:,} test images. Mean AUROC over {len(labels)} labels: "
+        f"{_marked(labels, sections) or 'none has both classes'}. Difference: to {part['first']}, on the same "
+        f"images; p: paired bootstrap over the same {sections[0]['bootstrap']['unit']}s"
+        f"{', then adjusted by Holm over the models' if several else ''}."
+    )
+    speeds = [(m, f["cost"]["device"] or "device not recorded") for m, f in part["models"].items()
+              if f["cost"]["images_per_s"] is not None]  # fmt: skip
+    devices = {device for _, device in speeds}
+    remarks = [f"images/s: {devices.pop()}"] if len(devices) == 1 else []
+    if devices:
+        remarks = [f"Warning: images/s do not compare, they were not measured alike: {_listed(speeds)}"]
+    remarks += _remarks(names, sections, labels)
+    lacking = _listed((m, ", ".join(found)) for m, found in part["left_out_labels"].items())
+    remarks += [f"left out, since not every model has them: {lacking}"] if lacking else []
+    heads = ["model", "backbone", "parameters (M)", "GMACs", "images/s", "mean AUROC (95% CI)", "difference (95% CI)"]
+    heads += ["p"] + ["p (Holm)"] * several
+    return Table(f"models-{k}", f"Models on {name}", text, heads, rows, remarks)
+
+
+def _by_label(report, model, chosen, k):
+    """Labels by test set (or model), and the mean over the labels that all evaluations of the report know."""
+    names, sections, common = headings(report, chosen), [c[2] for c in chosen], report["common_labels"]
+
+    def cell(found, label):
+        if label not in found["labels"] or not found["labels"][label]["images"]:
+            return Cell(DASH)
+        c = figure(found["labels"][label]["auroc"], line=True)
+        return c._replace(text=c.text + APPROXIMATE * (label in approximate(found)))
+
+    labels = list(dict.fromkeys(n for found in sections for n in found["labels"]))
+    rows = [[Cell(n, n), *(cell(found, n) for found in sections)] for n in labels]
+    total = [[Cell(f"mean of the {len(common)} common"), *(figure(f["mean_common"]["auroc"], line=True)
+                                                          for f in sections)]]  # fmt: skip
+    if any(found["mean"].get("labels", 0) != len(common) for found in sections):
+        own = [(figure(found["mean"]["auroc"]).text, found["mean"].get("labels", 0)) for found in sections]
+        total.append([Cell("mean of its own [labels]"), *(Cell(f"{text} [{n}]") for text, n in own)])
+    total.append([Cell("images"), *(count(found["bootstrap"]["images"]) for found in sections)])
+    patients = [f["bootstrap"]["units"] if f["bootstrap"]["unit"] == "patient" else None for f in sections]
+    total.append([Cell("patients"), *(count(n) for n in patients)])
+    of_all = "" if len(chosen) == len(columns(report)) else " of this report"
+    text = (
+        f"{_note(sections)} The common labels, those with an AUROC in every evaluation{of_all}: "
+        f"{_marked(common, [c[2] for c in columns(report)]) or 'none'}."
+    )
+    remarks = _remarks(names, sections, labels)
+    absent = _listed((name, ", ".join(n for n in labels if n not in f["labels"])) for name, f in zip(names, sections))
+    remarks += [f"not among its labels: {absent}"] if absent else []
+    if len({c[1] for c in chosen}) > 1 and names != [c[1] for c in chosen]:
+        remarks.append(f"the models differ: {_listed(zip(names, (c[1] for c in chosen)))}")
+    if len({c[0] for c in chosen}) > 1 and names == [c[1] for c in chosen]:
+        remarks.append(f"test sets: {_listed(zip(names, (c[0] for c in chosen)))}")
+    title = f"AUROC of {model} by label" if model else "AUROC by label"
+    return Table(f"labels-{k}", title, text, ["label", *names], rows + total, remarks, len(total))
+
+
+def _overview(report):
+    """Models by test sets: the mean over the common labels."""
+    sets, everything = list(report["sets"]), columns(report)
+    found = {(s, m): part["mean_common"]["auroc"] for s, m, part in everything}
+    rows = [
+        [Cell(m, m), *(figure(found[s, m], line=True) if (s, m) in found else Cell(DASH) for s in sets)]
+        for m in report["models"]
+    ]
+    sections, common = [c[2] for c in everything], report["common_labels"]
+    text = (
+        f"{_note(sections)} Mean AUROC over the {len(common)} labels that have one in every evaluation: "
+        f"{_marked(common, sections) or 'none'}."
+    )
+    remark = _approximate_remark([c[0] for c in everything], sections, common)
+    return Table("overview", "Models by test set", text, ["model", *sets], rows, [remark] if remark else [])
+
+
+def _differences(part, k):
+    """Of every model after the first, by label."""
+    for j, (model, other) in enumerate(part["differences"].items()):
+        title = f"{model} compared with {part['first']}"
+        yield replace(tables.against(part["models"][model], 1, other), key=f"against-{k}-{j + 1}", title=title)
+
+
+def panels(report):
+    """For figures.write_forest: the columns of the tables by label."""
+    return [
+        (model, list(zip(headings(report, chosen), (found for _, _, found in chosen))))
+        for model, chosen in by_label_groups(report)
+    ]
+
+
+def sections(report):
+    """[(anchor, title, [Table], None)], as tables.sections."""
+    parts = [(k + 1, s, part) for k, (s, part) in enumerate(report["sets"].items()) if part["differences"]]
+    groups = enumerate(by_label_groups(report))
+    found = [
+        ("overview", "Overview", [_overview(report)] if len(report["models"]) > 1 and len(report["sets"]) > 1 else []),
+        ("models", "Models on the same images", [_models(s, part, k) for k, s, part in parts]),
+        ("labels", "By label", [_by_label(report, *group, k + 1) for k, group in groups]),
+        ("against", "Differences by label", [t for k, _, part in parts for t in _differences(part, k)]),
+    ]
+    return [(*section, None) for section in found if section[2]]
+
+
+def headline(report):
+    """Sentences: each model's means over the common labels, and the differences on each test set."""
+    common = len(report["common_labels"])
+    said = []
+    for model in report["models"]:
+        own = [(s, part["models"][model]) for s, part in report["sets"].items() if model in part["models"]]
+        means = ", ".join(f"{figure(found['mean_common']['auroc']).text} on {s}" for s, found in own)
+        said.append(f"{model}: mean AUROC over {common} common labels {means}.")
+    for s, part in report["sets"].items():
+        for model, d in part["differences"].items():
+            p = p_value(d["mean"]["p"]).text
+            said.append(
+                f"On {s}, {model} minus {part['first']}: {signed(d['mean']).text}, p {p if p[0] == '<' else '= ' + p}."
+            )
+    return said
+
+
+def printed(report):
+    """For the terminal."""
+    shown = [t for key, _, found, _ in sections(report) if key in PRINTED for t in found]
+    return "\n\n".join(tables.plain_text(t) for t in shown)
+
+
+def summary(report):
+    """summary.md."""
+    parts = [f"# {title(report)}", "\n".join(f"- {line}" for line in headline(report))]
+    for _, name, found, _ in sections(report):
+        parts += [f"## {name}", *(tables.markdown(t) for t in found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def title(report):
+    models, sets = list(report["models"]), list(report["sets"])
+    return f"{', '.join(models)} on {', '.join(sets)}"
+
+
+def per_label(report):
+    """Rows of per_label.csv, its head first: those of single reports with test set and model before them."""
+    rows = [("set", "model", *tables.CSV_COLUMNS)]
+    for s, m, found in columns(report):
+        rows += [[s, m, *row] for row in tables.per_label(found)]
+    return rows
+
+
+def facts(report):
+    """What was evaluated, as [(name, text)]."""
+    rows = []
+    for s, part in report["sets"].items():
+        drawn = next(iter(part["models"].values()))["bootstrap"]
+        patients = f" of {drawn['units']:,} patients" if drawn["unit"] == "patient" else ""
+        rows.append((s, f"{part['images']:,} test images{patients}"))
+    for m, found in report["models"].items():
+        rows.append((m, ", ".join([*found["given"], *filter(None, [found["checkpoint"]])])))
+    rows.append(("Common labels", _marked(report["common_labels"], [c[2] for c in columns(report)]) or "none"))
+    rows.append(("Bootstrap", f"{report['resamples']:,} resamples, seed {report['seed']}"))
+    return rows

@@ -1,0 +1,104 @@
+"""PadChest (DATA.DATASET padchest): its one table, images in numbered folders (ImageDir). It has no splits.
+
+Ids have up to 36 digits and are read as text. `Labels` is a Python list as text, whose terms are compared whole.
+"""
+
+import ast
+
+import numpy as np
+import pandas as pd
+
+from dataset import tables
+from dataset.labels import BLANK
+from dataset.releases import Reading, Release, approximate, exact, views
+from errors import UserError
+
+COLUMNS = ("ImageID", "ImageDir", "StudyID", "PatientID", "Projection", "MethodLabel", "Labels")
+SIGNS = {"*.csv": ("ImageID", "ImageDir", "MethodLabel")}
+# Terms of PadChest's hierarchy; those of a label's own branch mean the same.
+MAPPING = {
+    "Atelectasis": exact("atelectasis", "atelectasis basal", "laminar atelectasis", "lobar atelectasis",
+                         "round atelectasis", "segmental atelectasis", "total atelectasis"),
+    "Cardiomegaly": exact("cardiomegaly"),
+    "Consolidation": exact("consolidation"),
+    "Edema": exact("pulmonary edema"),
+    "Enlarged Cardiomediastinum": approximate("mediastinal enlargement", "superior mediastinal enlargement"),
+    "Fracture": exact("fracture", "clavicle fracture", "humeral fracture", "rib fracture", "vertebral fracture"),
+    "Lung Lesion": approximate("nodule", "multiple nodules", "mass", "pulmonary mass"),
+    "Lung Opacity": approximate("infiltrates", "alveolar pattern", "interstitial pattern", "ground glass pattern",
+                                "consolidation"),
+    "No Finding": approximate("normal"),
+    "Pleural Effusion": exact("pleural effusion", "loculated pleural effusion", "loculated fissural effusion"),
+    "Pleural Other": approximate("pleural thickening", "apical pleural thickening", "calcified pleural thickening",
+                                 "calcified pleural plaques", "pleural plaques"),
+    "Pneumonia": exact("pneumonia", "atypical pneumonia"),
+    "Pneumothorax": exact("pneumothorax", "hydropneumothorax"),
+    "Support Devices": approximate(
+        "electrical device", "dual chamber device", "single chamber device", "pacemaker", "dai",
+        "artificial heart valve", "artificial aortic heart valve", "artificial mitral heart valve",
+        "endotracheal tube", "tracheostomy tube", "nsg tube", "chest drain tube", "catheter",
+        "central venous catheter", "central venous catheter via jugular vein",
+        "central venous catheter via subclavian vein", "central venous catheter via umbilical vein",
+        "reservoir central venous catheter",
+    ),
+}  # fmt: skip
+PROJECTIONS = {"AP_horizontal": "AP", "UNK": "", "POSTEROANTERIOR": "PA", "ANTEROPOSTERIOR": "AP"}
+
+
+def read_terms(text):
+    """The set of terms in the text of a list; None where it is none."""
+    if text.strip().lower() in BLANK:
+        return frozenset()
+    try:
+        terms = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return None
+    whole = isinstance(terms, list) and all(isinstance(term, str) for term in terms)
+    return frozenset(term.strip().lower() for term in terms) - {""} if whole else None
+
+
+def read(folder, labelled_by="physicians"):
+    """The release in a :class:`dataset.releases.Folder` as a :class:`dataset.releases.Reading`.
+
+    labelled_by: physicians, all, or None: also the images without labels.
+    """
+    source = folder.needed("*.csv", why="the table of PadChest", columns=SIGNS["*.csv"])
+    frame = tables.read_csv(source, COLUMNS)
+    by_others = ~frame["MethodLabel"].str.strip().str.lower().str.startswith("physician").to_numpy(bool)
+    reason = np.full(len(frame), "", object)
+    if labelled_by == "physicians":
+        reason[by_others] = "image labelled by a network (DATA.LABELLED_BY physicians)"
+    codes, texts = pd.factorize(frame["Labels"])
+    sets = [read_terms(text) for text in texts]
+    if None in sets:
+        row = tables.first_row(codes == sets.index(None))
+        raise UserError(
+            f"{source}: Labels is {frame['Labels'].iloc[row]!r} in data row {row + 1}; expected a list ['term', ...]"
+        )
+    if labelled_by is not None:
+        reason[(reason == "") & np.array([not terms for terms in sets])[codes]] = "image without labels"
+        reason[(reason == "") & np.array(["exclude" in terms for terms in sets])[codes]] = "image labelled exclude"
+    kept = reason == ""
+    if not kept.any():
+        raise UserError(f"{source}: no image is left ({', '.join(dict.fromkeys(reason))})")
+    frame, codes = frame[kept], codes[kept]
+    projection = frame["Projection"].str.strip()
+    if "ViewPosition_DICOM" in frame:
+        projection = projection.where(projection != "", frame["ViewPosition_DICOM"].str.strip())
+    image = tables.names(frame, "ImageID", source)
+    return Reading(
+        sources=(source,),
+        image=image,
+        subject=tables.names(frame, "PatientID", source),
+        study=tables.names(frame, "StudyID", source),
+        view=views(projection, PROJECTIONS),
+        paths=(tables.names(frame, "ImageDir", source) + "/" + image, image, "images/" + image),
+        finding=lambda name: np.array([name in terms for terms in sets], np.float32)[codes],
+        names=tuple(sorted(set().union(*sets))),
+        left_out=dict(pd.Series(reason[~kept]).value_counts()),
+    )
+
+
+RELEASE = Release("padchest", SIGNS, MAPPING, read, {"labelled_by": "DATA.LABELLED_BY"}, heeds=("DATA.SPLIT_SEED",),
+                  all_images={"labelled_by": None})  # fmt: skip
+load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

@@ -1,0 +1,429 @@
+"""What the readers of releases share: label mapping, splits by patient, finding folders and images.
+
+A release is a module with a :class:`Release`: the marks it is known by, how the labels of a model follow from its
+own, and a `read` that turns its tables into a :class:`Reading`. All that comes after is here and in `tables.py`.
+Runs without torch.
+"""
+
+import functools
+import hashlib
+import importlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dataset import tables
+from dataset.domain import COPY_RECIPE, copied_name
+from dataset.images import ENDINGS
+from dataset.labels import LABELS, UNKNOWN
+from dataset.stores import FileStore, ZipStore
+from dataset.tables import SPLITS, Table
+from dataset.views import find_views
+from dataset.xrays import build_radiographs
+from errors import UserError, did_you_mean
+
+RELEASES = ("mimic_cxr", "chexpert", "nih", "padchest", "vindr", "brax")  # those that `recognise` knows
+PROBES = 20  # images looked for to learn where all of them lie
+MOST_FOLDERS = 100  # in a folder of releases; one with more holds the images of one
+
+
+# ------------------------------------------------------------------------------------------------ labels
+@dataclass(frozen=True)
+class Source:
+    """Where a label of a model comes from: the release's labels of which any makes it positive."""
+
+    names: tuple
+    exact: bool
+
+
+def exact(*names):
+    """The release's labels mean the same, taken together."""
+    return Source(names, True)
+
+
+def approximate(*names):
+    """The release's labels mean nearly the same, or a part of it."""
+    return Source(names, False)
+
+
+def _any_of(values):
+    """[N] of several findings: 1 where any is, else -1, else NaN, else 0."""
+    values = np.stack(values)
+    found = np.zeros(values.shape[1], np.float32)
+    for value, here in ((np.nan, np.isnan(values)), (-1, values == -1), (1, values == 1)):
+        found[here.any(0)] = value
+    return found
+
+
+def map_labels(reading, mapping, label_names, approximate_labels, release):
+    """(labels [N, L] float32, {label: {"from": names, "kind": exact, approximate or unknown}}).
+
+    Raises:
+        UserError: a label that neither the 14 of CheXpert nor the release has.
+    """
+    own = {name: exact(name) for name in reading.names}
+    values, mapped = np.full((len(reading.image), len(label_names)), UNKNOWN, np.float32), {}
+    for k, label in enumerate(label_names):
+        source = mapping.get(label) or own.get(label)
+        if source is None and label not in LABELS:
+            known = [*reading.names, *LABELS]
+            there = f"; its labels: {', '.join(reading.names)}" if len(reading.names) < 40 else ""
+            raise UserError(
+                f"DATA.LABELS: {label!r} is no label of {release}, and none of CheXpert's 14"
+                f"{did_you_mean(label, known)}{there}"
+            )
+        if source is None or not (source.exact or approximate_labels):
+            mapped[label] = {"from": [], "kind": "unknown"}
+            continue
+        values[:, k] = _any_of([reading.finding(name) for name in source.names])
+        mapped[label] = {"from": list(source.names), "kind": "exact" if source.exact else "approximate"}
+    return values, mapped
+
+
+def _say_mapping(mapped, release):
+    """The notes of a summary on labels that are not the release's own under the same definition."""
+    nearly = [f"{label} ({', '.join(m['from'])})" for label, m in mapped.items() if m["kind"] == "approximate"]
+    unknown = [label for label, m in mapped.items() if m["kind"] == "unknown"]
+    notes = []
+    if nearly:
+        notes.append(f"approximate labels (from): {'; '.join(nearly)}; DATA.APPROXIMATE_LABELS False leaves them out")
+    if unknown:
+        notes.append(f"unknown to {release}, masked in loss and metrics: {', '.join(unknown)}")
+    return notes
+
+
+# ------------------------------------------------------------------------------------------------ splits
+def draw(units, seed):
+    """(place of each row's unit in a seeded order of the units [N], their number); the same wherever it is drawn."""
+    names, row = np.unique(np.asarray(units, dtype=str), return_inverse=True)
+    order = sorted(range(len(names)), key=lambda k: hashlib.sha256(f"{seed} {names[k]}".encode()).digest())
+    place = np.empty(len(names), int)
+    place[order] = np.arange(len(names))
+    return place[row], len(names)
+
+
+def _split(reading, seed):
+    """(splits [N] as indices, a note or ""): the release's own, completed by patient with a seed."""
+    what = "patients" if reading.subject is not None else "images (the release has no patient ids)"
+    units = reading.image if reading.subject is None else reading.subject
+    if reading.split is None and seed is None:
+        note = "no splits of its own: all of it is the test split (DATA.SPLIT_SEED splits it to train on)"
+        return np.full(len(units), SPLITS.index("test"), np.int8), note
+    if reading.split is None:
+        place, count = draw(units, seed)
+        split = np.where(place * 10 < count, 1, np.where(place * 10 < 3 * count, 2, 0)).astype(np.int8)
+        return split, f"split drawn by DATA.SPLIT_SEED {seed}: 70 % of the {what} train, 10 % validate, 20 % test"
+    split = np.array([SPLITS.index(name) for name in reading.split], np.int8)
+    if (split == SPLITS.index("validate")).any():
+        return split, ""
+    train = split == SPLITS.index("train")
+    place, count = draw(np.asarray(units)[train], seed or 0)
+    split[np.flatnonzero(train)[place * 10 < count]] = SPLITS.index("validate")
+    return split, f"validation: a tenth of the {what} of train, drawn by DATA.SPLIT_SEED {seed or 0}"
+
+
+# ------------------------------------------------------------------------------------------------ folders
+def _having(place, pattern, columns):
+    """The tables of this name in a folder, plain or gzipped; with `columns` those that have them."""
+    found = []
+    for path in sorted((*place.glob(pattern), *place.glob(f"{pattern}.gz"))):
+        try:
+            if not columns or set(columns) <= set(tables.read_csv(path, (), rows=False).columns):
+                found.append(path)
+        except UserError:  # whatever it is, it is not that
+            continue
+    return found
+
+
+class Folder:
+    """The folder of a release: its tables, and the names of its images."""
+
+    def __init__(self, root, in_zip=False):
+        self.root, self.store = root, ZipStore(root) if in_zip else FileStore(root)
+
+    def table(self, *patterns, columns=()):
+        """Path of the first table of these names, plain or gzipped, with these columns; None where there is none."""
+        for pattern in patterns:
+            for path in _having(self.root, pattern, columns):
+                return path
+        return None
+
+    def needed(self, *patterns, why, columns=()):
+        """The same; a UserError that says what it is where there is none."""
+        path = self.table(*patterns, columns=columns)
+        if path is None:
+            raise UserError(f"{self.root} holds no {patterns[0]}, {why}; download it into the folder")
+        return path
+
+    def files(self, where):
+        """Names of the files in a folder below the root, without those of its own folders."""
+        if isinstance(self.store, ZipStore):
+            return self._members.get(where, [])
+        place = self.root / where
+        return sorted(os.listdir(place)) if place.is_dir() else []
+
+    @functools.cached_property
+    def _members(self):
+        found = {}
+        for path in self.store.index.paths.tolist():
+            where, _, name = path.decode().rpartition("/")
+            found.setdefault(where, []).append(name)
+        return found
+
+
+def _roots(folder, signs):
+    """The folders that hold a release: `folder`, else one above it, else those in it; by the first sign found."""
+    with os.scandir(folder) as entries:  # asks the file system for no more than the names
+        below = sorted(Path(entry.path) for entry in entries if entry.is_dir())
+    below = below if len(below) <= MOST_FOLDERS else []
+    for pattern, columns in signs.items():
+        for places in ([folder], [folder.parent], [folder.parent.parent], below):
+            if found := [place for place in places if _having(place, pattern, columns)]:
+                return found
+    return []
+
+
+def recognise(folder):
+    """The names among RELEASES of what lies in `folder`."""
+    modules = {name: importlib.import_module(f"dataset.{name}") for name in RELEASES}
+    return [name for name, module in modules.items() if _roots(folder, module.SIGNS)]
+
+
+def reader(name):
+    """What reads the release of this name: its :class:`Release`, or the module itself."""
+    module = importlib.import_module(f"dataset.{name}")
+    return getattr(module, "RELEASE", module)
+
+
+def use_instead(folder, name):
+    """The end of an error of the dataset `name`: which release lies in `folder` instead, or nothing."""
+    folder = Path(folder).expanduser().absolute()
+    others = [other for other in (recognise(folder) if folder.is_dir() else []) if other != name]
+    return f"; it looks like {' and '.join(others)}: use --dataset {others[0]}" if others else ""
+
+
+def find_root(given, name, signs):
+    """The folder that holds the tables of a release; `given` is it, one above or one below it."""
+    folder = Path(given).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"data path {folder} is not a folder; give the release folder with --data-path")
+    roots = _roots(folder, signs)
+    if not roots:
+        other = use_instead(folder, name)
+        for pattern, columns in signs.items() if not other else ():
+            for path in _having(folder, pattern, ()) if pattern[0] != "*" else ():  # of the name, but not such a table
+                tables.need_columns(tables.read_csv(path, (), rows=False), columns, path)
+        raise UserError(f"{folder} holds no tables of {name} ({', '.join(signs)}){other}")
+    if len(roots) > 1:
+        raise UserError(f"{folder} holds {name} more than once ({', '.join(r.name for r in roots)}); give one of them")
+    return roots[0]
+
+
+def _find_paths(candidates, folder, image_format, allow_missing):
+    """That array of paths whose images are there, as bytes [N]: an even sample of each is looked for.
+
+    Where images may be missing and none of the sample is there, all are looked for.
+    """
+    copied, tried = (folder.root / COPY_RECIPE).is_file(), []
+    for paths in candidates:
+        paths = np.asarray(paths, dtype=object)
+        if copied:
+            paths = np.array([copied_name(path) for path in paths], dtype=object)
+        elif image_format != "auto" and Path(paths[0]).suffix.lower() not in ENDINGS[image_format]:
+            continue
+        tried.append(paths)
+    if not tried:
+        raise UserError(f"DATA.IMAGE_FORMAT {image_format}: the release has no such images; use auto")
+
+    def hits(paths):
+        return int((~folder.store.missing(tables.to_bytes(paths))).sum())
+
+    def probes(paths):
+        return paths[np.unique(np.linspace(0, len(paths) - 1, min(len(paths), PROBES)).astype(int))]
+
+    there = [hits(probes(paths)) for paths in tried]
+    if not any(there) and allow_missing:
+        there = [hits(paths) for paths in tried]
+    if not any(there):
+        looked = list(dict.fromkeys(str(folder.root / probes(paths)[0]) for paths in tried))
+        raise UserError(
+            f"no image found {folder.store.place}: looked for {', '.join(looked[:4])} and others; the images must "
+            "lie as in the release" + ("" if allow_missing else ", and a part of them needs DATA.ALLOW_MISSING True")
+        )
+    kinds = dict.fromkeys(Path(paths[0]).suffix[1:].lower() for paths, n in zip(tried, there) if n)
+    if len(kinds) > 1:
+        names = [name for name, endings in ENDINGS.items() if {f".{kind}" for kind in kinds} & set(endings)]
+        raise UserError(
+            f"{folder.root} holds both {' and '.join(kinds)} images; say which to read: DATA.IMAGE_FORMAT "
+            f"{' or '.join(names)}"
+        )
+    return tables.to_bytes(tried[int(np.argmax(there))])
+
+
+# ------------------------------------------------------------------------------------------------ releases
+@dataclass
+class Reading:
+    """What a release's own tables say, one value an image.
+
+    image, subject, study, view: texts [N]; subject None: no patient ids. image names the image, and is unique.
+    paths: arrays of paths [N] relative to the root, one of each way in which the images may lie.
+    finding: name of one of the release's labels -> float32 [N] of 1, 0, -1, NaN. names: those labels.
+    split: names of SPLITS [N]; None: the release has no splits.
+    lacks_test: what is not there, so that the validation split is tested; else empty.
+    """
+
+    sources: tuple
+    image: pd.Series
+    subject: pd.Series | None
+    study: pd.Series | None
+    view: np.ndarray | None
+    paths: Iterable
+    finding: Callable
+    names: tuple
+    split: np.ndarray | None = None
+    lacks_test: str = ""
+    left_out: dict = field(default_factory=dict)
+
+
+def views(positions, also=()):
+    """Views [N] of texts as :func:`dataset.views.find_views` gives them; also: {text of the release: view}."""
+    also = {"L": "LATERAL", "RL": "LATERAL", **dict(also)}
+    return find_views(pd.DataFrame({"ViewPosition": positions.str.strip().replace(also)})).astype(str)
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release that is read as it is downloaded.
+
+    name: of its module, DATA.DATASET.
+    signs: {name of a table: columns} by which its folder is known, the surest first.
+    mapping: {label of a model: :class:`Source`}; other labels of the 14 are unknown to it.
+    read(folder, **options) -> :class:`Reading`; options: {its keyword: config key}.
+    heeds: further config keys that act on it.
+    all_images: the options by which `read` leaves out no image, and finds no fault in one that is too many.
+    """
+
+    name: str
+    signs: dict
+    mapping: dict
+    read: Callable
+    options: dict = field(default_factory=dict)
+    heeds: tuple = ()
+    all_images: dict = field(default_factory=dict)
+
+    def load_table(
+        self,
+        root,
+        *,
+        label_names=None,
+        approximate_labels=True,
+        no_finding_clears=False,
+        views="all",
+        split_seed=None,
+        image_format="auto",
+        allow_missing=False,
+        in_zip=False,
+        testing=False,
+        checked=True,
+        **options,
+    ):
+        """The table of all images under `root`, checked.
+
+        Args:
+            root: the folder of the release, the one above it, or one in it.
+            label_names: the labels, of the 14 of CheXpert (None: those) or of the release's own.
+            approximate_labels: False: what is mapped approximately is unknown.
+            no_finding_clears, views, image_format, allow_missing, in_zip: see `mimic_cxr.load_table`.
+            split_seed: by which splits are drawn that the release does not have; None: 0 for a validation split, and
+                a release without any splits is all test.
+            testing: the test split is wanted: where the release lacks it, the validation split is it.
+            checked: False: without the checks of patients and files.
+            options: of `read`.
+
+        Raises:
+            UserError: names the file, column or value.
+        """
+        folder = Folder(find_root(root, self.name, self.signs), in_zip)
+        reading = self.read(folder, **options)
+        tables.no_duplicates(reading.image, "image", reading.sources[0])
+        label_names = LABELS if label_names is None else tuple(label_names)
+        labels, mapped = map_labels(reading, self.mapping, label_names, approximate_labels, self.name)
+        if no_finding_clears and "No Finding" in reading.names:
+            tables.clear_findings(labels, label_names, reading.finding("No Finding") == 1)
+        split, note = _split(reading, split_seed)
+        notes = [note] if note else []
+        if reading.lacks_test and testing:
+            split[split == SPLITS.index("validate")] = SPLITS.index("test")
+            notes.append(f"the test split is the release's validation split: {reading.lacks_test} is not there")
+        unknown = np.full(len(reading.image), b"")
+        table = Table(
+            root=folder.root,
+            sources=tuple(reading.sources),
+            label_names=label_names,
+            path=_find_paths(reading.paths, folder, image_format, allow_missing),
+            dicom_id=tables.to_bytes(reading.image),
+            study=unknown if reading.study is None else tables.to_bytes(reading.study),
+            subject=unknown if reading.subject is None else tables.to_bytes(reading.subject),
+            split=split,
+            labels=labels,
+            view=reading.view,
+            store=folder.store,
+            left_out=dict(reading.left_out),
+            notes=(*notes, *_say_mapping(mapped, self.name)),
+            label_mapping=mapped,
+        )
+        if views != "all":
+            if table.view is None:
+                raise UserError(f"DATA.VIEWS {views}: {self.name} does not tell the views of its images")
+            table = tables.select_views(table, views, reading.sources[0])
+        return tables.check_table(table, allow_missing) if checked else table
+
+    def find_own_csv(self, _root, csv=""):
+        """None: a release is read from its own tables; a UserError where another one is named."""
+        if csv:
+            raise UserError(f"{csv}: a table of your own is read by --dataset mimic_cxr, not by {self.name}")
+
+    def whole_table(self, root, *, csv="", image_format="auto", allow_missing=False, checked=True):
+        """The table of all images that the release names, without labels: for those who audit and copy them."""
+        self.find_own_csv(root, csv)
+        given = {"image_format": image_format, "allow_missing": allow_missing, "checked": checked}
+        return self.load_table(root, label_names=(), **given, **self.all_images)
+
+    def tables_to_copy(self, _root, table):
+        """{path in a copy: table} of the files that a copy of the release needs."""
+        below = {path: path.is_relative_to(table.root) for path in table.sources}
+        return {str(path.relative_to(table.root)) if below[path] else path.name: path for path in table.sources}
+
+    def table(self, config, *splits):
+        """The table that `config` describes, for these splits."""
+        d = config.DATA
+        table = self.load_table(
+            d.DATA_PATH,
+            label_names=tuple(d.LABELS) or None,
+            approximate_labels=d.APPROXIMATE_LABELS,
+            no_finding_clears=d.NO_FINDING_CLEARS,
+            views=d.VIEWS,
+            split_seed=d.SPLIT_SEED,
+            image_format=d.IMAGE_FORMAT,
+            allow_missing=d.ALLOW_MISSING,
+            in_zip=d.ZIP_MODE,
+            testing="test" in splits,
+            **{keyword: d[key.removeprefix("DATA.")] for keyword, key in self.options.items()},
+        )
+        if "train" in splits and not (table.split == SPLITS.index("train")).any() and d.SPLIT_SEED is None:
+            raise UserError(
+                f"DATA.DATASET {self.name} has no splits of its own, all of it is the test split; to train on it set "
+                "DATA.SPLIT_SEED (0, say), which splits it by patient"
+            )
+        return table
+
+    def build(self, config, *splits):
+        """The datasets of `splits` that `config` describes, over one table."""
+        approximates = any(not source.exact for source in self.mapping.values())
+        heeds = {"DATA.IMAGE_FORMAT", *self.heeds, *self.options.values()}
+        heeds |= {"DATA.APPROXIMATE_LABELS"} if approximates else set()
+        return build_radiographs(config, self.table(config, *splits), splits, frozenset(heeds))

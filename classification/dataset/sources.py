@@ -1,0 +1,197 @@
+"""Several releases at once (DATA.SOURCES): one split of each as one dataset, see `dataset.build.Dataset`.
+
+Ids carry the name of their source, `chexpert:patient00001`: the same id in two releases is not the same patient. Labels
+that a source does not know stay unknown (NaN) for its images.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from config import source_configs
+from dataset.domain import kinds
+from dataset.labels import unlearnable
+from dataset.tables import SPLITS, aligned
+from errors import UserError
+
+
+class Sources:
+    """The images of several datasets, one after the other; labels, ids and descriptions are those of all.
+
+    parts: {name: dataset}, multi-label ones of the same labels.
+    split: which one it is, for the warnings of what cannot be learnt.
+    warnings: further texts.
+
+    sources: the name of each image's source [N]; rows_of_sources: indices of each source's images.
+    """
+
+    task = "multilabel"
+    root = "/"  # its paths are whole ones
+
+    def __init__(self, parts, split, warnings=()):
+        self.parts, datasets = parts, list(parts.values())
+        ends = np.cumsum([len(part) for part in datasets])
+        self.starts = np.concatenate([[0], ends[:-1]])
+        self.rows_of_sources = [np.arange(start, end) for start, end in zip(self.starts, ends)]
+        self.sources = np.repeat(np.array(list(parts)), [len(part) for part in datasets])
+        self.label_names = datasets[0].label_names
+        self.targets = np.concatenate([part.targets for part in datasets])
+        if all(hasattr(part, "labels") for part in datasets):
+            self.labels = np.concatenate([part.labels for part in datasets])
+        self.label_mapping = _joined_mapping(self.label_names, parts)
+        self.cohort = _joined_cohort(parts)
+        domains = {kind for part in datasets for kind in getattr(part, "domain", "").split(" and ")}
+        self.domain = " and ".join(sorted(domains - {""}))
+        self.summary = self._summary()
+        self.warnings = [*self._warnings(split), *warnings]
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        k = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return list(self.parts.values())[k][index - self.starts[k]]
+
+    def ids(self):
+        """Where one source has no patients or studies, each of its images is one."""
+        found = {name: part.ids() for name, part in self.parts.items()}
+        columns = {}
+        for column in dict.fromkeys(column for ids in found.values() for column in ids):
+            known = any(any(ids.get(column, ())) for ids in found.values())
+            values = columns[column] = []
+            for name, ids in found.items():
+                images = next(iter(ids.values()))
+                texts = ids.get(column, [""] * len(images))
+                values += [f"{name}:{text or image}" if known else "" for text, image in zip(texts, images)]
+        return columns
+
+    def descriptions(self):
+        """The source, and what the sources tell; blank where one does not. Paths are whole ones."""
+        found = [(part, getattr(part, "descriptions", dict)()) for part in self.parts.values()]
+        columns = {"source": self.sources}
+        for column in dict.fromkeys(column for _, told in found for column in told):
+            values = columns[column] = []
+            for part, told in found:
+                texts = list(told.get(column, [""] * len(part)))
+                if column == "path":
+                    texts = [str(Path(getattr(part, "root", "")) / text) for text in texts]
+                values += texts
+        return columns
+
+    def _summary(self):
+        lines = [("images of patients", *SPLITS)]
+        told = {name: part.cohort["splits"] for name, part in self.parts.items() if hasattr(part, "cohort")}
+        if len(told) > 1:
+            told["together"] = self.cohort["splits"]
+        for name, splits in told.items():
+            lines.append((name, *(_size(splits.get(split)) for split in SPLITS)))
+        if "together" in told:
+            lines.append(("positives of known labels", "", "", ""))
+            for label in self.label_names:
+                counts = (self.cohort["splits"].get(split, {}).get("labels", {}).get(label) for split in SPLITS)
+                lines.append((f"  {label}", *(f"{c['positives']:,} of {c['known']:,}" if c else "-" for c in counts)))
+        return "\n".join([aligned(lines), *(f"{name}\n{part.summary}" for name, part in self.parts.items())])
+
+    def _warnings(self, split):
+        by_text = {}
+        for name, part in self.parts.items():
+            alone = unlearnable(part) if split == "train" else []  # which another source may mend
+            for text in part.warnings:
+                if text not in alone:
+                    by_text.setdefault(text, []).append(name)
+        found = [
+            text if len(names) == len(self.parts) else f"{', '.join(names)}: {text}" for text, names in by_text.items()
+        ]
+        if len(kinds(self.domain)) > 1:
+            told = "; ".join(f"{name} {getattr(part, 'domain', '')}" for name, part in self.parts.items())
+            found.append(
+                f"the sources are of different image domains ({told}), by which a model can tell them apart; "
+                "DATA.DICOM_RECIPE mimic_jpg makes DICOMs like the JPGs of MIMIC-CXR"
+            )
+        return found + (unlearnable(self) if split == "train" else [])
+
+
+def parts_of(dataset, config):
+    """{name: (config of that source, its dataset)}; of one data set alone, itself."""
+    parts = getattr(dataset, "parts", {config.DATA.DATASET: dataset})
+    return {name: (one, parts[name]) for name, one in source_configs(config).items() if name in parts}
+
+
+def check_folders(configs):
+    """Raises a UserError for a source whose path is no folder, or that of another one with the same table.
+
+    configs: {name: its config}.
+    """
+    seen = {}
+    for name, config in configs.items():
+        path = Path(config.DATA.DATA_PATH).expanduser().resolve()
+        if not path.is_dir():
+            raise UserError(f"DATA.SOURCES {name}: the path {config.DATA.DATA_PATH} is not a folder ({path})")
+        place = path, config.DATA.CSV
+        if place in seen:
+            raise UserError(f"DATA.SOURCES {name}: the path {config.DATA.DATA_PATH} is that of {seen[place]}, too")
+        seen[place] = name
+
+
+def check_alike(parts):
+    """Raises a UserError where datasets {name: dataset} have not the same labels, each 0 or 1."""
+    first = next(iter(parts))
+    for name, part in parts.items():
+        if part.task != Sources.task:
+            raise UserError(f"DATA.SOURCES {name}: its task is {part.task}; only {Sources.task} data can be mixed")
+        if part.label_names != parts[first].label_names:
+            raise UserError(
+                f"DATA.SOURCES {name} has the labels {', '.join(part.label_names)}; {first} has "
+                f"{', '.join(parts[first].label_names)}: say which to learn with DATA.LABELS"
+            )
+
+
+def _size(counts):
+    if not counts:
+        return "-"
+    return f"{counts['images']:,} of {counts['patients']:,}" if counts["patients"] else f"{counts['images']:,}"
+
+
+def _joined_mapping(label_names, parts):
+    """See `tables.Table.label_mapping`: approximate where it is so in any source, unknown where no source knows it."""
+    own = {name: getattr(part, "label_mapping", {}) for name, part in parts.items()}
+    joined = {}
+    for label in label_names:
+        itself = {"from": [label], "kind": "exact"}
+        told = {name: mapping.get(label, itself) for name, mapping in own.items()}
+        kinds = {m["kind"] for m in told.values()} - {"unknown"}
+        named = [f"{name}: {text}" for name, m in told.items() for text in m["from"]]
+        alike = all(m == itself for m in told.values())
+        kind = "unknown" if not kinds else "approximate" if "approximate" in kinds else "exact"
+        joined[label] = itself if alike else {"from": named, "kind": kind}
+    return joined
+
+
+def _joined_cohort(parts):
+    """The sum of the parts' cohorts, see `tables.Table.cohort`, with the source as a further group."""
+    cohorts = {name: getattr(part, "cohort", {}) for name, part in parts.items()}
+    splits, left_out = {}, {}
+    for name, cohort in cohorts.items():
+        for reason, count in cohort.get("left_out", {}).items():
+            left_out[f"{name}: {reason}"] = count
+    for split in SPLITS:
+        own = {name: c["splits"][split] for name, c in cohorts.items() if split in c.get("splits", {})}
+        if not own:
+            continue
+        joined = splits[split] = {"labels": {}}
+        for count in ("images", "studies", "patients"):
+            values = [told[count] for told in own.values()]
+            joined[count] = None if None in values else sum(values)
+        for label in next(iter(own.values()))["labels"]:
+            known, positives = (sum(told["labels"][label][k] for told in own.values()) for k in ("known", "positives"))
+            prevalence = positives / known if known else None
+            joined["labels"][label] = {"known": known, "positives": positives, "prevalence": prevalence}
+        groups = {"source": {name: told["images"] for name, told in own.items()}, "view": {}}
+        for told in own.values():
+            for view, counted in told.get("groups", {}).get("view", {"": {"images": told["images"]}}).items():
+                groups["view"][view] = groups["view"].get(view, 0) + counted["images"]
+        joined["groups"] = {
+            kind: {name: {"images": n, "share": n / joined["images"]} for name, n in sorted(counts.items())}
+            for kind, counts in groups.items()
+        }
+    return {"splits": splits, "left_out": left_out}

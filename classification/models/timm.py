@@ -1,0 +1,193 @@
+"""Any backbone of timm (MODEL.TYPE timm, MODEL.TIMM.NAME), to hold InternImage against under the same protocol."""
+
+import sys
+
+import huggingface_hub
+import timm
+import torch
+from timm.layers import DropPath
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from errors import UserError, did_you_mean
+
+
+class TimmBackbone(nn.Module):
+    """One of timm's models as a backbone (see `models/build.py`): [N, 3, S, S] -> logits [N, classes].
+
+    Args:
+        network: as `timm.create_model` returns it. Its parameters are called `backbone.` and timm's name here.
+        heeds: the config keys that it was built by.
+    """
+
+    def __init__(self, network, heeds):
+        super().__init__()
+        self.backbone, self.heeds = network, frozenset(heeds)
+        name = network.pretrained_cfg["classifier"]
+        head = dict(network.named_modules()).get(name) if isinstance(name, str) else None
+        if not isinstance(head, nn.Linear):
+            raise UserError(
+                f"MODEL.TIMM.NAME: {network.pretrained_cfg['architecture']} does not end in one linear layer "
+                f"(timm names {name!r}); choose another backbone"
+            )
+        self.classifier = f"backbone.{name}"
+
+    def forward(self, images):
+        return self.backbone(images)
+
+    # -------------------------------------------------------------------------------- optimisation
+    def _timm_groups(self, decay=1.0):
+        """timm's own groups, of parameters: {params, lr_scale, weight_decay (0 or 1)}."""
+        kept = getattr(self.backbone, "no_weight_decay", set)()
+        return param_groups_layer_decay(self.backbone, weight_decay=1.0, no_weight_decay_list=kept, layer_decay=decay)
+
+    def _names(self, parameters):
+        """Those of named_parameters()."""
+        wanted = {id(parameter) for parameter in parameters}
+        return [name for name, parameter in self.named_parameters() if id(parameter) in wanted]
+
+    def lr_scales(self, decay):
+        """Layer-wise decay by timm's grouping: name of a parameter -> factor."""
+        return {name: g["lr_scale"] for g in self._timm_groups(decay) for name in self._names(g["params"])}
+
+    @property
+    def undecayed(self):
+        """Names of parameters that timm does not decay: position tables and tokens, beside norms and biases."""
+        return {n for g in self._timm_groups() if g["weight_decay"] == 0 for n in self._names(g["params"])}
+
+    # -------------------------------------------------------------------------------- explanations
+    @property
+    def _channels_last(self):
+        return getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+
+    def feature_maps(self, images):
+        """The last features with places: [N, 3, S, S] -> [N, C, h, w].
+
+        Raises:
+            UserError: the backbone has tokens there, not a map.
+        """
+        features = self.backbone.forward_features(images)
+        if not torch.is_tensor(features) or features.ndim != 4:
+            raise UserError(
+                f"MODEL.TIMM.NAME {self.backbone.pretrained_cfg['architecture']}: its last features are tokens, not a "
+                "map with places, so there is no Grad-CAM of it"
+            )
+        return features.permute(0, 3, 1, 2) if self._channels_last else features
+
+    def classify(self, maps):
+        """Logits of :meth:`feature_maps`: [N, C, h, w] -> [N, classes]."""
+        return self.backbone.forward_head(maps.permute(0, 2, 3, 1) if self._channels_last else maps)
+
+    # -------------------------------------------------------------------------- pretrained weights
+    def fitted(self, weights):
+        """Weights of a file under timm's names, position tables resampled to this image size by timm's own filter."""
+        adapt = getattr(sys.modules[type(self.backbone).__module__], "checkpoint_filter_fn", None)
+        try:
+            adapted = adapt(dict(weights), self.backbone) if adapt else weights
+        except Exception:  # of another architecture, which the caller finds out and says
+            return weights
+        # It would resample the patches of another architecture as well.
+        return {k: weights[k] if k in weights and "pos" not in k else v for k, v in adapted.items()}
+
+
+# ----------------------------------------------------------------------------------------- builders
+def _pretrained_cfg(config):
+    """What timm says of the weights of MODEL.TIMM.NAME.
+
+    Raises:
+        UserError: no name, or none of timm's; the nearest is named.
+    """
+    name = config.MODEL.TIMM.NAME
+    if not name:
+        raise UserError("MODEL.TYPE timm needs MODEL.TIMM.NAME, such as densenet121")
+    tagged = timm.list_models(pretrained=True)
+    if not timm.is_model(name) or ("." in name and name not in tagged):
+        known = [*timm.list_models(), *tagged]
+        raise UserError(
+            f"MODEL.TIMM.NAME is {name!r}: timm {timm.__version__} has no such model{did_you_mean(name, known)}; "
+            "timm.list_models('*part*') lists them"
+        )
+    return timm.get_pretrained_cfg(name)
+
+
+def own_values(config):
+    """Image size and normalisation of the weights of MODEL.TIMM.NAME, by timm's data config."""
+    cfg = _pretrained_cfg(config)
+    data = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())
+    return {"DATA.IMG_SIZE": data["input_size"][-1], "AUG.MEAN": data["mean"], "AUG.STD": data["std"]}
+
+
+def pretrained_file(config):
+    """With MODEL.TIMM.DOWNLOAD the path of the weights of MODEL.TIMM.NAME, fetched from the hub or there from before.
+
+    Raises:
+        UserError: the hub has none, or cannot be reached.
+    """
+    if not config.MODEL.TIMM.DOWNLOAD:
+        return ""
+    cfg, name = _pretrained_cfg(config), config.MODEL.TIMM.NAME
+    if not cfg.hf_hub_id:
+        raise UserError(
+            f"MODEL.TIMM.DOWNLOAD: timm names no weights of {name} on the Hugging Face hub; "
+            f"set it to False{f', and fetch {cfg.url} for --pretrained' if cfg.url else ''}"
+        )
+    file = cfg.hf_hub_filename or "model.safetensors"
+    try:
+        return huggingface_hub.hf_hub_download(cfg.hf_hub_id, file)
+    except Exception as error:  # of the network, of HTTP, of the disk: one remedy for all
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"MODEL.TIMM.DOWNLOAD: {huggingface_hub.hf_hub_url(cfg.hf_hub_id, file)} cannot be downloaded ({reason}); "
+            "fetch it on a machine with a network and name it with --pretrained"
+        ) from error
+
+
+def _create(name, wanted):
+    """The model with as many of the wanted arguments as its architecture takes, and those."""
+    taken = dict(wanted)
+    while True:
+        try:
+            return timm.create_model(name, **taken), taken
+        except TypeError as error:  # raised before anything is built
+            refused = next((key for key in taken if f"'{key}'" in str(error)), None)
+            if refused is None or "unexpected keyword" not in str(error):
+                raise
+            del taken[refused]
+
+
+def build(config):
+    """The model that `config` describes (MODEL.TYPE timm), with drawn weights.
+
+    Raises:
+        UserError: a name that is none of timm's, an image size that the backbone does not take, a head of another kind.
+    """
+    cfg, name, size = _pretrained_cfg(config), config.MODEL.TIMM.NAME, config.DATA.IMG_SIZE
+    wanted = {
+        "num_classes": config.MODEL.NUM_CLASSES,
+        "drop_rate": config.MODEL.DROP_RATE,
+        "drop_path_rate": config.MODEL.DROP_PATH_RATE,
+    }
+    if cfg.fixed_input_size:
+        wanted["img_size"] = size
+    try:
+        network, taken = _create(name, wanted)
+        with torch.no_grad():  # many show only here which sizes they do not take
+            network.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"MODEL.TIMM.NAME {name} does not take images of DATA.IMG_SIZE {size} ({reason}); "
+            f"its own size is {cfg.input_size[-1]}"
+        ) from error
+    heeds = {"TRAIN.LR_LAYER_DECAY"}
+    if "drop_rate" in taken:
+        heeds.add("MODEL.DROP_RATE")
+    if any(isinstance(module, DropPath) for module in network.modules()):
+        heeds.add("MODEL.DROP_PATH_RATE")
+    if config.TRAIN.USE_CHECKPOINT:
+        try:
+            network.set_grad_checkpointing(True)
+            heeds.add("TRAIN.USE_CHECKPOINT")
+        except (AssertionError, AttributeError):  # timm's way to say that it cannot
+            pass
+    return TimmBackbone(network.train(), heeds)
