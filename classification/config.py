@@ -99,7 +99,7 @@ KNOBS = {
     "DATA.SOURCES_MIX": Knob("size", "(new) an epoch of several sources: every image once (size), or as many of each "
                              "source (even)", one_of("size", "even"), acts=DATA),
     "DATA.CSV": Knob("", "(new) a table of your own instead of the official ones: path, split, labels[, subject_id]",
-                     acts=DATA),
+                     acts={"DATA.DATASET": "mimic_cxr"}),
     "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"), acts=OFFICIAL),
     "DATA.TEST_LABELER": Knob("same", "(new) labels of the test split: those, or mimic-cxr-*-test-set-labeled.csv",
                               one_of("same", "radiologist"), acts=OFFICIAL),

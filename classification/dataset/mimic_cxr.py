@@ -292,5 +292,5 @@ def table(config, *_splits):
 
 def build(config, *splits):
     """The datasets of `splits` that `config` describes, over one table."""
-    heeds = {"DATA.CSV"} if config.DATA.CSV else {"DATA.CSV", "DATA.IMAGE_FORMAT"}
-    return build_radiographs(config, table(config, *splits), splits, frozenset(heeds))
+    heeds = frozenset() if config.DATA.CSV else frozenset({"DATA.IMAGE_FORMAT"})
+    return build_radiographs(config, table(config, *splits), splits, heeds)

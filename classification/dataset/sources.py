@@ -118,7 +118,7 @@ def parts_of(dataset, config):
 
 
 def check_folders(configs):
-    """Raises a UserError for a source whose path is no folder, or the path of another one.
+    """Raises a UserError for a source whose path is no folder, or that of another one with the same table.
 
     configs: {name: its config}.
     """
@@ -127,9 +127,10 @@ def check_folders(configs):
         path = Path(config.DATA.DATA_PATH).expanduser().resolve()
         if not path.is_dir():
             raise UserError(f"DATA.SOURCES {name}: the path {config.DATA.DATA_PATH} is not a folder ({path})")
-        if path in seen:
-            raise UserError(f"DATA.SOURCES {name}: the path {config.DATA.DATA_PATH} is that of {seen[path]}, too")
-        seen[path] = name
+        place = path, config.DATA.CSV
+        if place in seen:
+            raise UserError(f"DATA.SOURCES {name}: the path {config.DATA.DATA_PATH} is that of {seen[place]}, too")
+        seen[place] = name
 
 
 def check_alike(parts):

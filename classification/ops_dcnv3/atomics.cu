@@ -60,6 +60,7 @@ int main() {
   };
   const Way ways[] = {
       {"2 threads a row, one number at a time, 8 neighbours each", scalar<2, true>, 2, false},
+      {"4 threads a row, one number at a time, half sectors", scalar<4, false>, 4, false},
       {"8 threads a row, one number at a time, whole sectors", scalar<8, false>, 8, false},
       {"16 threads a row, one number at a time, the whole row", scalar<16, false>, 16, false},
       {"2 threads a row, four at a time, half sectors", vector<2, true>, 2, true},
