@@ -14,7 +14,7 @@ from errors import UserError
 def prepare(folder, device):
     """Before anything is compiled: look for a compiler, and keep what it makes in `folder`.
 
-    A job that goes on, or another seed, finds it there. TORCHINDUCTOR_CACHE_DIR, where it is set, comes first.
+    A job that goes on, or another seed, finds it there.
 
     Raises:
         UserError: there is no compiler.
@@ -31,7 +31,8 @@ def prepare(folder, device):
         raise UserError(
             "TRAIN.COMPILE True needs the package triton on a GPU: pip install triton, or set TRAIN.COMPILE False"
         )
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(folder).absolute()))
+    # Whatever it is now: importing torch's compiler sets it to a folder in /tmp, which ends with the job.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).absolute())
 
 
 def compile_model(model):
