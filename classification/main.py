@@ -333,7 +333,8 @@ class Run:
             model, self.val_loader, self.world, self.amp, label_names=self.label_names, sources=self.val_sources
         )
         is_best = best.beaten_by(metrics[task.score])
-        return {"val_loss": metrics.pop("loss"), **metrics}, is_best
+        told = {k: metrics[k] for k in (task.score, task.details, "by_source") if k in metrics}
+        return {"val_loss": metrics["loss"], **told}, is_best
 
     def finish_epoch(self, epoch, sums):
         """Validate, write the log lines and every checkpoint that is due after `epoch`."""
