@@ -43,6 +43,19 @@ def touches(mask, cell, grid):
     return mask[slice(*edges[0]), slice(*edges[1])].mean() > 0.02
 
 
+def beside(mask, cell, grid):
+    """Whether it lies in that cell or one of its neighbours."""
+    around = np.ndindex(3, 3)
+    cells = [(cell[0] + i - 1, cell[1] + j - 1) for i, j in around]
+    return any(touches(mask, c, grid) for c in cells if all(0 <= k < n for k, n in zip(c, grid)))
+
+
+def shares(hits, masks, choices, grid):
+    """Of the masks [N]: the share whose sign `hits` the chosen cell, for each list of `choices`, and for all cells."""
+    chosen = [np.mean([hits(m, c, grid) for m, c in zip(masks, cells)]) for cells in choices]
+    return [*chosen, np.mean([[hits(m, cell, grid) for cell in np.ndindex(grid)] for m in masks])]
+
+
 def largest(cam):
     return np.unravel_index(np.argmax(cam), cam.shape)
 
@@ -70,7 +83,7 @@ def main(argv=None):
     torch.manual_seed(0)
     model = trained.load(args.checkpoint)
     read, untrained = model.reader(), build_model(model.config).eval()
-    rows, kept = [], {}
+    rows, near, kept = [], [], {}
     for name in (name for name in SIGNS if name in model.label_names):
         label = model.label_names.index(name)
         pictures, masks = zip(*drawings(name, args.images))
@@ -80,11 +93,11 @@ def main(argv=None):
         mean = [largest(ours.mean(0))] * len(ours)
         middle = [(grid[0] // 2, grid[1] // 2)] * len(ours)
         choices = [[largest(m) for m in ours], [largest(m) for m in before], mean, middle]
-        rows.append([name, *(np.mean([touches(m, c, grid) for m, c in zip(masks, cells)]) for cells in choices)])
-        chance = np.mean([[touches(m, cell, grid) for cell in np.ndindex(grid)] for m in masks])
-        rows[-1].append(chance)
+        rows.append([name, *shares(touches, masks, choices, grid)])
+        near.append(shares(beside, masks, choices, grid))
         kept[name] = batch[:20], label, ours[:20]
     rows.append(["mean", *np.mean([row[1:] for row in rows], 0)])
+    rows.append(["mean, there or in a cell beside", *np.mean(near, 0)])
     print(f"share of {args.images} maps of {grid[0]} x {grid[1]} cells whose largest touches the sign\n")
     print("| label | trained | untrained | its mean map | centre | any cell |\n| --- | --- | --- | --- | --- | --- |")
     for name, *values in rows:
