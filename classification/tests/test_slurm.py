@@ -50,6 +50,9 @@ def cluster(tmp_path_factory):
     del os.environ["SLURM_CONF"]
 
 
+PATIENCE = 600  # seconds: a dozen jobs start at once, on a machine that others may use
+
+
 def side_by_side(scenario):
     """Makes a test of scenario(house): the scenarios of all selected tests run at once."""
 
@@ -120,7 +123,7 @@ class House:
         path = self.folder / "logs" / f"{kind}_{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def until(self, condition, what, job, seconds=240, kind="train"):
+    def until(self, condition, what, job, seconds=PATIENCE, kind="train"):
         """Waits for condition(); a requeued job is let in at once instead of after Slurm's two minutes."""
         waiting = 0
         for _ in range(seconds * 2):
@@ -136,7 +139,7 @@ class House:
             time.sleep(0.5)
         raise AssertionError(f"{what} did not happen (job {state(job)}); the log:\n{self.log(job, kind)}")
 
-    def wait(self, job, seconds=240, kind="train"):
+    def wait(self, job, seconds=PATIENCE, kind="train"):
         """The state in which the job ends."""
         self.until(lambda: state(job) in ENDED, "the end", job, seconds, kind)
         return state(job)
