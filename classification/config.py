@@ -355,6 +355,11 @@ def _backbone(config):
     return config.MODEL.TIMM.NAME if config.MODEL.TYPE == "timm" else config.MODEL.TYPE
 
 
+def _put(config, key, value):
+    section, _, name = key.rpartition(".")
+    (lookup(config, section) if section else config)[name] = value
+
+
 def _set(config, pairs, source):
     """Writes (key, value) pairs of one source: a file, --opts or the flags."""
     pairs, before, type_before = dict(pairs), _backbone(config), config.MODEL.TYPE
@@ -362,15 +367,13 @@ def _set(config, pairs, source):
     for key, value in pairs.items():
         if key not in KNOBS:
             raise UserError(f"{source}: unknown key {key}{did_you_mean(key.upper(), KNOBS)}")
-        section, _, name = key.rpartition(".")
-        (lookup(config, section) if section else config)[name] = _typed(key, value, source)
+        _put(config, key, _typed(key, value, source))
     # What a file below said of another backbone is not said of this one: its name, and how it is built.
     if _backbone(config) != before and config.MODEL.NAME and "MODEL.NAME" not in pairs:
         config.MODEL.NAME = _backbone(config)
     for key, knob in KNOBS.items():
         if knob.acts.get("MODEL.TYPE", config.MODEL.TYPE) == type_before != config.MODEL.TYPE and key not in pairs:
-            section, _, name = key.rpartition(".")
-            lookup(config, section)[name] = copy.deepcopy(knob.default)
+            _put(config, key, copy.deepcopy(knob.default))
     if "DATA.DATASET" in pairs and "DATA.SOURCES" not in pairs:
         config.DATA.SOURCES = []  # of a file below
     if config.RESULTS == results_before != f"results/{data_name(config)}" and "RESULTS" not in pairs:

@@ -169,7 +169,7 @@ def test_a_config_comes_back_from_its_dictionary():
         (["TEST.EMA", "True"], "multilabel", (), "TEST.EMA True"),
         (["TRAIN.USE_CHECKPOINT", "True"], "multilabel", (), "TRAIN.USE_CHECKPOINT True"),
         (["TRAIN.LR_LAYER_DECAY_RATIO", "0.5"], "multilabel", (), "TRAIN.LR_LAYER_DECAY_RATIO 0.5"),
-        (["DATA.CSV", "a.csv", "DATA.LABELER", "negbio"], "multilabel", ("DATA.CSV",), "DATA.LABELER 'negbio'"),
+        (["DATA.CSV", "a.csv", "DATA.LABELER", "negbio"], "multilabel", (), "DATA.LABELER 'negbio'"),
         (["DATA.DICOM_RECIPE", "mimic_jpg", "DATA.DICOM_WINDOW", "1"], "multilabel", (), "DATA.DICOM_WINDOW 1"),
         (["TRAIN.USE_CHECKPOINT", "True"], "multilabel", ("TRAIN.USE_CHECKPOINT",), None),
         (["DATA.PREFETCH", "2"], "multilabel", (), "DATA.PREFETCH 2"),
