@@ -181,19 +181,21 @@ def assert_same(one, other):
 
 @side_by_side
 def test_the_time_limit_passes_unnoticed(house):
-    """Slurm's own signal, at most a minute early, in jobs of two minutes; two epochs later the run is at its end."""
+    """Slurm's own signal, at most a minute early, in a turn of three minutes; two epochs later the run is at its end."""
 
     def train_to(epochs):
         (house.folder / "tiny.yaml").write_text(YAML.replace("EPOCHS: 2\n", f"EPOCHS: {epochs}\n", 1))
 
     train_to(5000)
-    job = house.submit("train_mimic.sbatch", options=(GPU, "-t", "2", "--signal=B:USR1@45"))
+    job = house.submit("train_mimic.sbatch", options=(GPU, "-t", "3", "--signal=B:USR1@60"))
     house.until(lambda: "in the queue again" in house.log(job), "the limit", job)
     epoch = int(re.search(r"interrupted (\d+) \d+; the job is in the queue again", house.log(job))[1])
     train_to(epoch + 2)
+    # What follows is no matter of time: on a busy machine the start alone may take the whole of a short turn.
+    subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=30"], check=True)
     assert house.wait(job) == "COMPLETED", house.log(job)
     log = house.log(job)
-    assert log.count("in the queue again") >= 1 and "finished: best" in log and weights(house.run)["epoch"] == epoch + 2
+    assert log.count("in the queue again") == 1 and "finished: best" in log and weights(house.run)["epoch"] == epoch + 2
 
 
 @side_by_side
