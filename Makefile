@@ -24,7 +24,7 @@ demo: setup
 	@bash classification/demo.sh
 
 test: setup
-	@$(PY) -m pytest -q --durations=10 tests ops_dcnv3/tests
+	@bash classification/tests/all.sh
 
 lint: setup
 	@$(PY) -m ruff check .. && "$$MIMIC_PYTHON" -m ruff format --check ..

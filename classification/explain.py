@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from matplotlib import colors
 from matplotlib import pyplot as plt
+from torch import nn
+from torch.nn import functional as F
 
 from dcnv3 import DCNv3
 from dcnv3.definition import kernel_points
@@ -42,6 +44,55 @@ def grad_cam(model, images, labels):
 
 
 @torch.no_grad()
+def first_places(model, size):
+    """Where the first place of each resolution lies in the image: {places in a row: its x (= y) as a part of the side}.
+
+    Place k of n lies at that x + k / n, which is not always the middle of the k-th of n squares: a padded 3 x 3
+    convolution of stride 2 looks around its first pixel, so the places of InternImage or of a ResNet lie nearly half a
+    square further left and up than those of ConvNeXt or Swin, which cut squares. Found from the kernels, strides and
+    paddings (Araujo et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks"); where no convolution
+    or pooling shrinks, squares are cut.
+    """
+    steps = {}  # places in a row before a layer -> (after it, by how many of those before the first one moves)
+
+    def note(layer, inputs, output):
+        kernel, stride, padding = (v[-1] if isinstance(v, tuple) else v for v in map(layer.__getattribute__, shape))
+        before, after = inputs[0].shape[-1], output.shape[-1]
+        if stride > 1 and after > steps.get(before, (0, 0))[0]:  # beside the main path layers may shrink more
+            steps[before] = (after, (kernel - 1) / 2 - padding)
+
+    shape = ("kernel_size", "stride", "padding")
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d))]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        features = model.feature_maps(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last = features.shape[-1]
+    found, now, x = {}, size, 0.5
+    for before, (after, shift) in [*sorted(steps.items(), reverse=True), (last, (last, 0))]:
+        x += (now / before - 1) / 2 * size / now
+        found[before] = x / size
+        x += shift * size / before
+        now = after
+        found[now] = x / size
+    return found
+
+
+def full_resolution(cam, first, size):
+    """A map [h, w] drawn over the whole image, [size, size]: bilinear between its places, constant beyond them.
+
+    first: where place 0 lies, as a part of the side (:func:`first_places`).
+    """
+    middles = (torch.arange(size) + 0.5) / size - first
+    y, x = (2 * middles * n / max(n - 1, 1) - 1 for n in cam.shape)
+    grid = torch.stack([x.expand(size, size), y[:, None].expand(size, size)], -1).float()
+    values = torch.from_numpy(np.ascontiguousarray(cam, np.float32))[None, None]
+    return F.grid_sample(values, grid[None], padding_mode="border", align_corners=True)[0, 0].numpy()
+
+
+@torch.no_grad()
 def sampling_points(model, images, places):
     """Where the last DCNv3 layer of each resolution looks, seen from one place of each image.
 
@@ -66,36 +117,42 @@ def sampling_points(model, images, places):
     finally:
         for hook in hooks:
             hook.remove()
-    levels = []
+    first, levels = first_places(model, images.shape[-1]), []
     for (height, width), (layer, features) in sorted(found.items(), reverse=True):
         size = torch.tensor([width, height])
-        cell = (places.cpu() * size).long().clamp(min=torch.zeros(2, dtype=torch.long), max=size - 1)  # x, y
+        cell = (
+            ((places.cpu() - first[width]) * size)
+            .round()
+            .long()
+            .clamp(min=torch.zeros(2, dtype=torch.long), max=size - 1)
+        )  # x, y
         features = features[torch.arange(len(cell)), cell[:, 1], cell[:, 0]]  # [N, C]
         shape = (len(cell), layer.group, layer.points)
         offset = layer.offset(features).float().cpu().view(*shape, 2)
         weights = layer.mask(features).float().cpu().view(shape).softmax(-1) / layer.group
         grid = torch.tensor(kernel_points((layer.kernel_size,) * 2, layer.remove_center)) - layer.kernel_size // 2
         pixels = cell.view(-1, 1, 1, 2) + (grid + offset) * layer.offset_scale
-        levels.append((((pixels + 0.5) / size).flatten(1, 2).numpy(), weights.flatten(1).numpy()))
+        levels.append(((first[width] + pixels / size).flatten(1, 2).numpy(), weights.flatten(1).numpy()))
     return levels
 
 
-def maximum(cam):
-    """Middle of the largest cell of a map [h, w]: (x, y) as parts of the side."""
+def maximum(cam, first):
+    """The place where a map [h, w] is largest: (x, y) as parts of the side. first: of :func:`first_places`."""
     row, column = np.unravel_index(np.argmax(cam), cam.shape)
-    return (column + 0.5) / cam.shape[1], (row + 0.5) / cam.shape[0]
+    return first + column / cam.shape[1], first + row / cam.shape[0]
 
 
 COLOURS = ("#4cc9f0", "#80ed99", "#ffd166", "#ef476f")  # of the levels, from the finest on
 
 
-def draw_overlay(path, grey, extent, cam, levels, title):
+def draw_overlay(path, grey, extent, cam, first, levels, title):
     """Grad-CAM over the X-ray with its scale; beside it, if there are any, the sampling points seen from its maximum.
 
     Args:
         grey: the X-ray, uint8 [H, W].
         extent: left, top, right, bottom of what the model sees of it, in its pixels.
         cam: of :func:`grad_cam`, [h, w].
+        first: of :func:`first_places`, for that map.
         levels: (points [M, 2], weights [M]) by level, of :func:`sampling_points`; empty without DCNv3.
     """
     left, top, right, bottom = extent
@@ -111,13 +168,11 @@ def draw_overlay(path, grey, extent, cam, levels, title):
 
     highest = float(cam.max()) or 1.0
     scale = colors.Normalize(0, highest)
-    fine = torch.nn.functional.interpolate(
-        torch.from_numpy(cam)[None, None], size=(256, 256), mode="bilinear", align_corners=False
-    )[0, 0].numpy()
+    fine = full_resolution(cam, first, 256)
     axes[0].imshow(
         fine, cmap="inferno", norm=scale, alpha=0.55 * np.sqrt(fine / highest), extent=(left, right, bottom, top)
     )
-    x, y = maximum(cam)
+    x, y = maximum(cam, first)
     here = left + x * (right - left), top + y * (bottom - top)
     shape = f"{cam.shape[1]} x {cam.shape[0]}"
     axes[0].set_title(f"Grad-CAM ({shape} places)", fontsize=10)

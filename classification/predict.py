@@ -221,14 +221,15 @@ def _draw(args, model, listed, number, tensor, row, labels):
     device = next(model.model.parameters()).device
     images = model.normalize(tensor[None].to(device))
     maps = explain.grad_cam(model.model, images, labels)[0].cpu().numpy()
-    places = torch.tensor([explain.maximum(cam) for cam in maps])
+    first = explain.first_places(model.model, images.shape[-1])[maps.shape[-1]]
+    places = torch.tensor([explain.maximum(cam, first) for cam in maps])
     levels = explain.sampling_points(model.model, images.expand(len(labels), -1, -1, -1), places)
     for k, label in enumerate(labels):
         name = model.label_names[label]
         file = re.sub(r"[^\w.-]+", "_", f"{number:06d}_{Path(listed.path).stem[:100]}_{name}.png")
         try:
             explain.draw_overlay(
-                Path(args.explain) / file, grey, placement(model.config, *grey.shape), maps[k],
+                Path(args.explain) / file, grey, placement(model.config, *grey.shape), maps[k], first,
                 [(p[k], w[k]) for p, w in levels], f"{name}: {row[name]:.3f}",
             )  # fmt: skip
         except OSError as error:

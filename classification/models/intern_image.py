@@ -92,7 +92,11 @@ class Block(nn.Module):
         y = norm(function(x)) if self.post_norm else function(norm(x))
         if self.res_post_norm:
             y = res_post_norm(y)
-        return x + self.drop_path(y if gamma is None else gamma * y)
+        if gamma is None:
+            return x + self.drop_path(y)
+        # Stochastic depth on the small factor instead of on the map: one pass less over it, forward and backward.
+        scale = self.drop_path(gamma.expand(y.shape[0], 1, 1, -1)) if self.training else gamma
+        return x + scale * y
 
     def forward(self, x):
         norms = (self.res_post_norm1, self.res_post_norm2) if self.res_post_norm else (None, None)

@@ -64,13 +64,23 @@ def side_by_side(scenario):
 
 
 @pytest.fixture(scope="module")
-def running(request, cluster, tree, tmp_path_factory):
+def few(tmp_path_factory):
+    """A tree of three updates an epoch: what counts here is that the runs last, and that they leave room for others."""
+    from dataset.synthetic import write_tree
+
+    root = tmp_path_factory.mktemp("few")
+    write_tree(root, patients=14, size=64, progress=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def running(request, cluster, few, tmp_path_factory):
     """{scenario: its future} of the selected tests."""
     items = [item.function for item in request.session.items if hasattr(item.function, "scenario")]
     with ThreadPoolExecutor(8) as pool:
         folders = [tmp_path_factory.mktemp(f"house{k}") for k in range(len(items))]
         yield {
-            item.scenario: pool.submit(lambda item, folder: item.scenario(House(folder, tree)), item, folder)
+            item.scenario: pool.submit(lambda item, folder: item.scenario(House(folder, few)), item, folder)
             for item, folder in zip(items, folders)
         }
 
@@ -181,13 +191,16 @@ def assert_same(one, other):
 
 @side_by_side
 def test_the_time_limit_passes_unnoticed(house):
-    """Slurm's own signal, at most a minute early, in a turn of three minutes; two epochs later the run is at its end."""
+    """Slurm's own signal, at most a minute early, in a turn of three minutes; two epochs later the run ends."""
 
     def train_to(epochs):
         (house.folder / "tiny.yaml").write_text(YAML.replace("EPOCHS: 2\n", f"EPOCHS: {epochs}\n", 1))
 
     train_to(5000)
     job = house.submit("train_mimic.sbatch", options=(GPU, "-t", "3", "--signal=B:USR1@60"))
+    house.until(lambda: "images per epoch" in house.log(job), "training", job)
+    for process in house.processes(SLURM_JOB_ID=job):  # until the signal comes, others may have the processors
+        os.setpriority(os.PRIO_PROCESS, process, 19)
     house.until(lambda: "in the queue again" in house.log(job), "the limit", job)
     epoch = int(re.search(r"interrupted (\d+) \d+; the job is in the queue again", house.log(job))[1])
     train_to(epoch + 2)
@@ -253,11 +266,8 @@ def test_where_requeue_is_refused_a_successor_takes_over(house):
 
     assert house.wait(successor) == "COMPLETED", log.read_text()
     assert "resumed from" in log.read_text() and "finished: best" in log.read_text()
-    its_own = ("JobId", "Priority", "JobState", "Reason", "ExitCode", "DerivedExitCode", "StdOut", "StdErr")
-    first, second = (
-        {k: v for k, v in shown(j).items() if k not in its_own and not re.search("Time|LastSched|AllocNode", k)}
-        for j in (job, successor)
-    )
+    its_own = "JobId|Priority|JobState|Reason|(Derived)?ExitCode|Std(Out|Err)|.*(Time|Sched|AllocNode).*"
+    first, second = ({k: v for k, v in shown(j).items() if not re.fullmatch(its_own, k)} for j in (job, successor))
     assert first == second
     assert first["Account"] == "lab" and first["MinMemoryNode"] == "7000M" and first["CPUs/Task"] == "3"
     assert shown(successor)["TimeLimit"] == "01:30:00"
@@ -400,10 +410,10 @@ def test_a_rank_that_dies_ends_the_job_with_its_message(house):
     tree = house.own_tree()
     house.use_data(tree)
     bad = sorted(tree.rglob("*.jpg"))
-    for path in bad[:5]:
+    for path in bad[::8]:
         path.write_bytes(b"no image")
     job = house.submit("train_mimic.sbatch", options=("--nodes=2", "--gpus=a100:2"))
-    assert house.wait(job, 120) == "FAILED", house.log(job)
+    assert house.wait(job) == "FAILED", house.log(job)
     log = house.log(job)
     assert re.search(r"error: \S+\.jpg: cannot be read as an image", log), log
     assert "error" in log and log.index("error") == log.index("error: " + str(tree)), log
@@ -421,7 +431,7 @@ def test_a_killed_rank_is_named(house):
     assert "on 2 x cpu" in house.log(job)
     (its,) = house.processes(SLURM_JOB_ID=job, RANK="1")
     os.kill(its, signal.SIGKILL)
-    assert house.wait(job, 120) == "FAILED"
+    assert house.wait(job) == "FAILED"
     log = house.log(job)
     assert re.search(r"error: the process of rank 1 on \S+ was ended by SIGKILL, most often for memory", log), log
     assert "Traceback" not in log and "frame #" not in log, log
@@ -429,7 +439,7 @@ def test_a_killed_rank_is_named(house):
     house.until(lambda: "update" in house.log(plain), "training", plain)
     (its,) = house.processes(SLURM_JOB_ID=plain, SLURM_PROCID="1")
     os.kill(its, signal.SIGKILL)
-    assert house.wait(plain, 120) == "FAILED"
+    assert house.wait(plain) == "FAILED"
     log = house.log(plain)
     assert "task 1: Killed" in log and "Traceback" not in log, log
     for text in (log, (house.run.with_name("plain") / "log_rank0.txt").read_text()):

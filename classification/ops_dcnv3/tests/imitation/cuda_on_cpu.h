@@ -95,7 +95,6 @@ static dim3 threadIdx, blockIdx;
 namespace emulated {
 static char* shared;
 static std::vector<ucontext_t> fibers;
-static std::vector<long> block_barriers, warp_barriers;  // how many each fiber has reached
 static std::vector<bool> done;
 static std::vector<double> slots;  // what a thread offers to its warp, in turn by one of two
 static long steps;                 // of all fibers together
@@ -103,22 +102,31 @@ static ucontext_t scheduler;
 
 inline void hand_over() { swapcontext(&fibers[threadIdx.x], &scheduler); }
 
-// Waits until all threads [first, last) have reached as many barriers as this one.
-inline void wait_for(std::vector<long>& reached, unsigned first, unsigned last) {
-  const long mine = ++reached[threadIdx.x];
-  ++steps;
-  for (unsigned i = first; i < last; ++i)
-    while (!done[i] && reached[i] < mine) hand_over();
-}
-inline unsigned warp() { return threadIdx.x / 32 * 32; }
+// Threads that wait for each other: those that have not ended, how many of them are there, how often all were.
+struct Barrier {
+  unsigned threads, arrived = 0;
+  long turn = 0;
+  void open() { arrived = 0, ++turn; }
+  void wait() {
+    ++steps;
+    if (++arrived == threads) return open();
+    for (const long mine = turn; turn == mine;) hand_over();
+  }
+  void leave() {
+    if (--threads == arrived && arrived) open();
+  }
+};
+static Barrier block_barrier;
+static std::vector<Barrier> warp_barriers;
+inline Barrier& warp_barrier() { return warp_barriers[threadIdx.x / 32]; }
 }  // namespace emulated
 
-inline void __syncthreads() { emulated::wait_for(emulated::block_barriers, 0, unsigned(emulated::fibers.size())); }
-inline void __syncwarp() { emulated::wait_for(emulated::warp_barriers, emulated::warp(), emulated::warp() + 32); }
+inline void __syncthreads() { emulated::block_barrier.wait(); }
+inline void __syncwarp() { emulated::warp_barrier().wait(); }
 template <typename A>
 A __shfl_xor_sync(unsigned, A value, int mask) {
   // Two places a thread: a quick one offers its next value while a slow one still reads.
-  const long turn = emulated::warp_barriers[threadIdx.x] % 2;
+  const long turn = emulated::warp_barrier().turn % 2;
   emulated::slots[2 * threadIdx.x + turn] = value;
   __syncwarp();
   return A(emulated::slots[2 * (threadIdx.x ^ unsigned(mask)) + turn]);
@@ -147,6 +155,7 @@ inline void run() {
   body(argument);
   done[threadIdx.x] = true;
   ++steps;
+  block_barrier.leave(), warp_barrier().leave();
   for (;;) hand_over();
 }
 }  // namespace emulated
@@ -174,8 +183,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, v
     shared = static_cast<char*>(aligned_alloc(16, (bytes + 15) / 16 * 16));
     memset(shared, 0xff, bytes);  // NaN: what is read before it is written shows
     fibers.assign(block.x, ucontext_t());
-    block_barriers.assign(block.x, 0);
-    warp_barriers.assign(block.x, 0);
+    block_barrier = {block.x};
+    warp_barriers.assign(block.x / 32, {32});
     done.assign(block.x, false);
     slots.assign(2 * block.x, 0);
     for (unsigned i = 0; i < block.x; ++i) {
