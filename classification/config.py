@@ -252,13 +252,14 @@ KNOBS = {
 
 # ----------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line, and the nearest known flag."""
+    """argparse whose errors are ours: one line, and the nearest known flag. Flags may stand among the paths."""
 
     def error(self, message):
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
     def parse_args(self, args=None):
-        known, unknown = self.parse_known_args(args)
+        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
+        known, unknown = parse(args)
         if unknown:
             flags = [f for a in self._actions for f in a.option_strings]
             self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0], flags)}")

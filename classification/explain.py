@@ -153,8 +153,10 @@ def draw_overlay(path, grey, extent, cam, first, levels, title):
         extent: left, top, right, bottom of what the model sees of it, in its pixels.
         cam: of :func:`grad_cam`, [h, w].
         first: of :func:`first_places`, for that map.
-        levels: (points [M, 2], weights [M]) by level, of :func:`sampling_points`; empty without DCNv3.
+        levels: (points [M, 2], weights [M]) by level, of :func:`sampling_points`; empty without DCNv3. Not drawn for a
+            map of zeros, which has no maximum to look from.
     """
+    levels = levels if cam.any() else []
     left, top, right, bottom = extent
     height, width = grey.shape
     panel, parts = 4.6, 2 if levels else 1
@@ -175,7 +177,7 @@ def draw_overlay(path, grey, extent, cam, first, levels, title):
     x, y = maximum(cam, first)
     here = left + x * (right - left), top + y * (bottom - top)
     shape = f"{cam.shape[1]} x {cam.shape[0]}"
-    axes[0].set_title(f"Grad-CAM ({shape} places)", fontsize=10)
+    axes[0].set_title(f"Grad-CAM ({shape} places{'' if cam.any() else ': none adds to the logit'})", fontsize=10)
     bar = figure.colorbar(
         matplotlib.cm.ScalarMappable(scale, "inferno"), ax=axes[0], fraction=0.05, pad=0.02, aspect=30
     )
@@ -192,7 +194,8 @@ def draw_overlay(path, grey, extent, cam, first, levels, title):
             edgecolors=[(0, 0, 0, 0.3 + 0.7 * a) for a in strength], linewidths=0.5, label=f"level {k + 1}",
         )  # fmt: skip
     for axis in axes:
-        axis.plot(*here, "+", color="white", markersize=11, markeredgewidth=1.6)
+        if cam.any():
+            axis.plot(*here, "+", color="white", markersize=11, markeredgewidth=1.6)
         axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     if levels:  # outside: sampling points may lie anywhere
         handles, labels = axes[1].get_legend_handles_labels()

@@ -69,7 +69,7 @@ def parse_args(argv=None):
     if args.names and given == 1:
         raise UserError("--names is for several evaluations, and one is given; leave it out")
     if args.names and len(args.names) != given:
-        raise UserError(f"--names has {len(args.names)} names for {given} evaluations; give one for each")
+        raise UserError(f"--names has {len(args.names)} for {given} evaluations; give one for each")
     for path, name in zip(args.evaluation, args.names or ()):
         if not name.strip():
             raise UserError(f"--names: the name of {path} is blank")

@@ -306,6 +306,16 @@ def read_predictions(path):
     return found
 
 
+# What a report reads of metrics.json, where it is there.
+KINDS = {
+    **dict.fromkeys(("config", "auc", "cohort", "label_mapping", "label_policy"), dict),
+    **dict.fromkeys(("images", "skipped", "parameters"), int),
+    **dict.fromkeys(("gmacs", "images_per_s"), (int, float)),
+    **dict.fromkeys(("checkpoint", "checkpoint_sha256", "root", "dataset", "backbone", "device"), str),
+}
+KINDS_OF_SETTINGS = {"DATA": dict, "MODEL": dict, "TEST": dict, "TRAIN": dict, "SEED": int}
+
+
 def _read_metrics(folder, test):
     path = folder / "metrics.json"
     try:
@@ -314,6 +324,11 @@ def _read_metrics(folder, test):
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(metrics, dict):
         raise UserError(f"{path} is not the metrics.json of an evaluation")
+    settings = metrics.get("config")
+    for where, keys in ((metrics, KINDS), (settings if isinstance(settings, dict) else {}, KINDS_OF_SETTINGS)):
+        for key, kind in keys.items():
+            if key in where and not isinstance(where[key], kind):
+                raise UserError(f"{path} is not as main.py --eval wrote it: {key} is {where[key]!r}; evaluate again")
     if metrics.get("images", len(test)) != len(test):
         raise UserError(
             f"{test.path} has {len(test):,} rows, but {path.name} beside it counts {metrics['images']:,} images; "
@@ -424,6 +439,8 @@ def _learned_by(config, prefix=""):
         if prefix or key in ("DATA", "MODEL", "TRAIN", "AUG"):
             if isinstance(value, dict):
                 yield from _learned_by(value, f"{prefix}{key}.")
+            elif prefix + key == "DATA.SOURCES":
+                yield prefix + key, [{k: v for k, v in source.items() if k != "path"} for source in value]
             elif prefix + key not in NO_MATTER:
                 yield prefix + key, value
 

@@ -214,7 +214,7 @@ def test_tables_of_predictions_alone_and_a_model_with_other_labels(four, tmp_pat
 
 
 def test_the_default_folder_is_new_and_faults_leave_none(four):
-    report.main([*map(str, four[::2]), "--resamples", "10"])
+    report.main([str(four[0]), "--resamples", "10", str(four[2])])
     (made,) = four[0].parent.glob("comparison_*")
     assert {p.name for p in made.iterdir()} == {
         "report.html", "report.json", "summary.md", "tables.tex", "per_label.csv", "figures",
@@ -255,7 +255,7 @@ def test_mistakes_are_named(four, tmp_path):
         ([a, b, "--ensemble", a_nih], "--ensemble is for one evaluation.*make the ensemble first"),
         ([a, b, "--seeds-of", a_nih], "--seeds-of is for one evaluation"),
         ([a, b, "--study-by", "max"], "--study-by is for one evaluation"),
-        ([a, b, "--names", "x"], "--names has 1 names for 2 evaluations"),
+        ([a, b, "--names", "x"], "--names has 1 for 2 evaluations"),
         ([a, b, "--names", "x", " "], "--names: the name of .*b_mimic is blank"),
         ([a, "--names", "x"], "--names is for several evaluations"),
         ([a, b, "--output", a], "--output .*a_mimic is one of the evaluations"),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import explain
@@ -129,3 +130,13 @@ def test_sampling_points_are_those_of_the_kernel_where_the_offsets_are_zero(imag
             assert {tuple(p) for p in found.round(4).astype(int)} == grid and len(found) == 9 * groups
             np.testing.assert_allclose(found, found.round(), atol=1e-4)
         np.testing.assert_allclose(weights, 1 / (9 * groups), rtol=1e-5)
+
+
+def test_a_map_of_zeros_has_no_mark(tmp_path):
+    """One panel instead of two: there is no place to look from."""
+    grey, first, widths = np.zeros((40, 30), np.uint8), 0.5 / 64, []
+    levels = [(np.array([[0.2, 0.3], [2.0, 0.5]]), np.array([0.5, 0.5]))]
+    for cam in (np.zeros((2, 2), np.float32), np.array([[0, 0.5], [0, 0]], np.float32)):
+        explain.draw_overlay(tmp_path / "o.png", grey, (0, 0, 30, 40), cam, first, levels, "Edema: 0.1")
+        widths.append(Image.open(tmp_path / "o.png").width)
+    assert widths[0] < widths[1]

@@ -267,6 +267,11 @@ def test_a_folder_whose_files_do_not_belong_together(predictions, tmp_path):
     (tmp_path / "metrics.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
         report.main([str(tmp_path)])
+    for found in ({"config": None}, {"config": {"DATA": []}}, {"auc": None}, {"images": "180"}, {"gmacs": "4.9"}):
+        (tmp_path / "metrics.json").write_text(json.dumps(found))
+        key = next(iter(found))
+        with pytest.raises(UserError, match=f"metrics.json is not as main.py --eval wrote it: (DATA|{key}) is"):
+            report.main([str(tmp_path)])
 
 
 def test_seeds_of_another_configuration_are_refused(predictions, tmp_path):
@@ -279,6 +284,13 @@ def test_seeds_of_another_configuration_are_refused(predictions, tmp_path):
         (folder / "metrics.json").write_text(json.dumps({"images": 180, "config": config}))
         folders.append(folder)
     with pytest.raises(UserError, match="TRAIN.BASE_LR differ"):
+        run(folders[0], "--seeds-of", folders[1])
+    for mix, folder in (("nih", 0), ("nih", 1), ("brax", 1)):  # where the data lay is no matter, what they were is
+        config = {"SEED": folder, "DATA": {"SOURCES": [{"dataset": mix, "path": str(folders[folder])}]}}
+        (folders[folder] / "metrics.json").write_text(json.dumps({"images": 180, "config": config}))
+        if mix == "nih" and folder:
+            assert len(run(folders[0], "--seeds-of", folders[1])["seeds"]["runs"]) == 2
+    with pytest.raises(UserError, match="DATA.SOURCES differ"):
         run(folders[0], "--seeds-of", folders[1])
 
 

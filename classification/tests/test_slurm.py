@@ -8,6 +8,7 @@ apt-get install --no-install-recommends munge slurmctld slurmd slurm-client slur
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY
+from dataset.synthetic import write_tree
 
 missing = [name for name in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(name)]
 pytestmark = [
@@ -66,8 +68,6 @@ def side_by_side(scenario):
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """A tree of three updates an epoch: what counts here is that the runs last, and that they leave room for others."""
-    from dataset.synthetic import write_tree
-
     root = tmp_path_factory.mktemp("few")
     write_tree(root, patients=14, size=64, progress=False)
     return root
@@ -396,12 +396,15 @@ def test_data_can_be_staged_and_other_data_evaluated(house):
     assert not list(node.glob("mimic_*"))  # the disk is given back
 
     house.use_data("/gone")
-    other = house.own_tree()
-    command = ("eval_mimic.sbatch", house.run / "ckpt_epoch_2.pth", "--data-path", other, "--opts", "SEED", 3)
+    other = house.home / "nih"
+    write_tree(other, patients=14, size=64, layout="nih", progress=False)
+    command = ("eval_mimic.sbatch", house.run / "ckpt_epoch_2.pth", "--dataset", "nih", "--data-path", other)
     test = house.submit(*command)
     assert house.wait(test, kind="eval") == "COMPLETED", house.log(test, "eval")
     log = house.log(test, "eval")
     assert f"data in {other}" in log and "evaluating" in log and "ckpt_epoch_2.pth" in log
+    (metrics,) = house.folder.glob("results/*/evaluation_*/metrics.json")
+    assert json.loads(metrics.read_text())["dataset"] == "nih"
 
 
 @side_by_side
