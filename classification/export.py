@@ -23,6 +23,7 @@ from config import Parser
 from dataset.listing import list_images
 from dataset.synthetic_drawing import draw
 from errors import UserError, run_command
+from inference import device_name
 from models.exporting import Probabilities, require, save_onnx, save_torch
 
 TOLERANCE = 1e-4  # of a probability, against PyTorch
@@ -129,7 +130,7 @@ def _compare(network, run, images, path):
     megabytes = sum(file.stat().st_size for file in path.parent.iterdir()) / 1e6
     print(
         f"largest difference from PyTorch {difference:.1e} on {len(images)} images; {megabytes:.1f} MB; "
-        f"one image on {torch.get_num_threads()} CPU threads {theirs:.1f} ms, PyTorch {ours:.1f} ms"
+        f"one image on {device_name(torch.device('cpu'))}: the file {theirs:.1f} ms, PyTorch {ours:.1f} ms"
     )
     if not difference <= TOLERANCE:  # NaN fails too
         raise UserError(
