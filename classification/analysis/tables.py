@@ -436,8 +436,8 @@ def tex(text):
 
 
 def latex(tables):
-    """All tables for a paper; needs \\usepackage{booktabs}."""
-    parts = ["% Made by report.py. In the preamble: \\usepackage{booktabs}"]
+    """All tables for a paper, none wider than its text; needs \\usepackage{booktabs,adjustbox}."""
+    parts = ["% Made by report.py. In the preamble: \\usepackage{booktabs,adjustbox}"]
     for t in tables:
         body = [" & ".join(tex(c.text) for c in row) + r" \\" for row in t.rows]
         if t.total:
@@ -445,9 +445,10 @@ def latex(tables):
         remarks = "".join(" " + tex(r) + "." for r in t.remarks)
         parts.append("\n".join([
             r"\begin{table}", r"\centering\small", rf"\caption{{{tex(t.title)}. {tex(t.note)}{remarks}}}",
-            rf"\label{{tab:{t.key}}}", rf"\begin{{tabular}}{{l{'r' * (len(t.columns) - 1)}}}", r"\toprule",
+            rf"\label{{tab:{t.key}}}", r"\begin{adjustbox}{max width=\linewidth}",
+            rf"\begin{{tabular}}{{l{'r' * (len(t.columns) - 1)}}}", r"\toprule",
             " & ".join(tex(c) for c in t.columns) + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
-            r"\end{table}",
+            r"\end{adjustbox}", r"\end{table}",
         ]))  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
