@@ -92,7 +92,7 @@ class House:
         self.home, self.tree = folder, tree
         self.folder = folder / "classification"
         self.run = self.folder / "output" / "tiny" / "default"
-        skip = shutil.ignore_patterns("tests", "ops_dcnv3", "__pycache__", "output", "results", "logs", "data")
+        skip = shutil.ignore_patterns("tests", "ops_dcnv3", "output", "results", "logs", "data")
         shutil.copytree(ROOT, self.folder, ignore=skip)
         (self.folder / "logs").mkdir()
         self.use_data(tree)
@@ -213,7 +213,7 @@ def test_the_time_limit_passes_unnoticed(house):
 
 @side_by_side
 def test_two_requeues_end_as_an_uninterrupted_run_and_evaluate(house):
-    epochs = ("--opts", "TRAIN.EPOCHS", 24)
+    epochs = ("--opts", "TRAIN.EPOCHS", 14)
     whole = house.submit("train_mimic.sbatch", *epochs, "--tag", "whole")
     job = house.submit("train_mimic.sbatch", *epochs)
     test = house.submit("eval_mimic.sbatch", *epochs, options=(GPU, f"--dependency=afterok:{job}"))
@@ -252,7 +252,7 @@ def test_where_requeue_is_refused_a_successor_takes_over(house):
     """Of a job with --no-requeue: another id, the same options, and what waits for the first waits for it."""
     asked = "-p htc -t 1:30:00 -c 3 --mem=7000M -A lab -C big -x n2 -L mimic:1 --nice=3 --mincpus=5 --contiguous"
     options = (GPU, "--no-requeue", *asked.split(), "-J", "my run", "--comment=two words", "-o", "logs/own%j_%x.txt")
-    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 20, options=options)
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 14, options=options)
     log = house.folder / "logs" / f"own{job}_my run.txt"
     test = house.submit("eval_mimic.sbatch", options=(GPU, f"--dependency=afterok:{job}"))
     house.until(lambda: log.exists() and "images per epoch" in log.read_text(), "training", job)
@@ -277,7 +277,7 @@ def test_where_requeue_is_refused_a_successor_takes_over(house):
 @side_by_side
 def test_seeds_of_an_array_are_runs_of_their_own(house):
     """Task 1, whose number is the array's own, is interrupted: it alone is requeued."""
-    epochs = ("--opts", "TRAIN.EPOCHS", 16)
+    epochs = ("--opts", "TRAIN.EPOCHS", 12)
     named = ("--array=0-1", "--output=logs/train_%A_%a.out")
     # The variable is what the settings give to the shell that submits.
     job = house.submit("train_mimic.sbatch", *epochs, options=(GPU, *named), SBATCH_ACCOUNT="lab")
@@ -296,7 +296,7 @@ def test_seeds_of_an_array_are_runs_of_their_own(house):
 @side_by_side
 def test_a_preempted_job_gives_way_and_goes_on(house):
     """A partition of higher priority wants its node: the job saves its place, makes room, and continues afterwards."""
-    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 30, options=(GPU, "-p", "lent"))
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 24, options=(GPU, "-p", "lent"))
     house.until(lambda: "images per epoch" in house.log(job), "training", job)
     time.sleep(1)
     command = ["sbatch", "--parsable", "-p", "owners", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3"]
@@ -305,13 +305,13 @@ def test_a_preempted_job_gives_way_and_goes_on(house):
     assert house.wait(job) == "COMPLETED", house.log(job)
     log = house.log(job)
     assert log.count("stopped by") == 1 and log.count("resumed from") == 1 and "finished: best" in log
-    assert weights(house.run)["epoch"] == 30
+    assert weights(house.run)["epoch"] == 24
 
 
 @side_by_side
 def test_a_killed_node_costs_no_more_than_its_epoch(house):
     """slurmd and the job's processes killed: Slurm requeues the job, which goes on from the last checkpoint."""
-    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 20, options=(GPU, "-p", "frail"))
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 14, options=(GPU, "-p", "frail"))
     house.until(lambda: (house.run / "last_ckpt.pth").exists(), "a checkpoint", job)
     lab = Path(os.environ["SLURM_CONF"]).parents[1]
     pid = int((lab / "slurmd.n3.pid").read_text())
@@ -331,7 +331,7 @@ def test_a_killed_node_costs_no_more_than_its_epoch(house):
         subprocess.run(["slurmd", "-N", "n3"], check=True)  # it registers, and its node is up again
     assert house.wait(job) == "COMPLETED", house.log(job)
     log = house.log(job)
-    assert log.count("resumed from") == 1 and "finished: best" in log and weights(house.run)["epoch"] == 20
+    assert log.count("resumed from") == 1 and "finished: best" in log and weights(house.run)["epoch"] == 14
 
 
 @side_by_side
@@ -375,7 +375,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(house):
 @side_by_side
 def test_a_turn_without_progress_is_the_last(house):
     """The place at which the turn before stopped is reached again and not left: the job ends with the reason."""
-    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 20)
+    job = house.submit("train_mimic.sbatch", "--opts", "TRAIN.EPOCHS", 14)
     interrupt(house, job, 1)
     status = house.folder / "logs" / f"train_{job}.status"
     place = status.read_text()
