@@ -4,6 +4,7 @@ Skipped where the compiler they need is not found. That no GPU is needed is the 
 show of the CUDA kernels is that indices, guards and sums are right, not that they run on a GPU.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -41,12 +42,16 @@ def program(request, tmp_path_factory):
     """(device, path) of the kernels of a device as a program."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    device = request.param.split()[0]
-    path = tmp_path_factory.mktemp("kernels") / device
+    return built(request.param, tmp_path_factory.getbasetemp())
+
+
+@functools.cache
+def built(name, folder):
+    device, path = name.split()[0], folder / f"kernels {name}"
     if device == "cpu":
         sources, flags = [SOURCES / "cpu_baseline.cpp", SOURCES / "cpu_avx2.cpp"], ["-O0"]
     else:  # the imitation runs longer than it takes to compile
-        sources, flags = [IMITATION / "cuda_kernels.cpp"], ["-O1", "-DDCNV3_TEST_CUDA", *CUDA_FLAGS[request.param]]
+        sources, flags = [IMITATION / "cuda_kernels.cpp"], ["-O1", "-DDCNV3_TEST_CUDA", *CUDA_FLAGS[name]]
     sources.append(HERE / "kernels_alone.cpp")
     command = [COMPILER, "-std=c++17", "-I", SOURCES, "-I", IMITATION, *flags, *sources, "-o", path]
     if subprocess.run([*command, *SANITIZERS], capture_output=True).returncode:
