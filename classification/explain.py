@@ -1,5 +1,7 @@
 """Why a model says so: Grad-CAM, and the places that DCNv3 samples; and their picture over the X-ray."""
 
+import functools
+
 import matplotlib
 
 matplotlib.use("Agg")  # compute nodes have no display
@@ -43,6 +45,7 @@ def grad_cam(model, images, labels):
     return torch.stack(maps, 1).detach()
 
 
+@functools.lru_cache(maxsize=1)  # asked for with every image
 @torch.no_grad()
 def first_places(model, size):
     """Where the first place of each resolution lies in the image: {places in a row: its x (= y) as a part of the side}.
