@@ -4,7 +4,6 @@ Skipped where the compiler they need is not found. That no GPU is needed is the 
 show of the CUDA kernels is that indices, guards and sums are right, not that they run on a GPU.
 """
 
-import functools
 import json
 import os
 import shutil
@@ -42,16 +41,12 @@ def program(request, tmp_path_factory):
     """(device, path) of the kernels of a device as a program."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    return built(request.param, tmp_path_factory.getbasetemp())
-
-
-@functools.cache
-def built(name, folder):
-    device, path = name.split()[0], folder / f"kernels {name}"
+    device = request.param.split()[0]
+    path = tmp_path_factory.mktemp("kernels") / device
     if device == "cpu":
         sources, flags = [SOURCES / "cpu_baseline.cpp", SOURCES / "cpu_avx2.cpp"], ["-O0"]
     else:  # the imitation runs longer than it takes to compile
-        sources, flags = [IMITATION / "cuda_kernels.cpp"], ["-O1", "-DDCNV3_TEST_CUDA", *CUDA_FLAGS[name]]
+        sources, flags = [IMITATION / "cuda_kernels.cpp"], ["-O1", "-DDCNV3_TEST_CUDA", *CUDA_FLAGS[request.param]]
     sources.append(HERE / "kernels_alone.cpp")
     command = [COMPILER, "-std=c++17", "-I", SOURCES, "-I", IMITATION, *flags, *sources, "-o", path]
     if subprocess.run([*command, *SANITIZERS], capture_output=True).returncode:
@@ -95,8 +90,6 @@ CASES = {
     "three windows": dict(h=5, w=22, group=1, width=16, softmax=True, dtype=torch.bfloat16),
     "windows apart": dict(h=21, w=5, group=1, width=8, stride=(2, 1), dilation=(1, 3), padding=(1, 3)),
 }  # fmt: skip
-# Of these the third program, which is slow, has those that its two differences reach.
-IN_PARTS = ("fast", "half", "double", "misaligned", "any kernel", "one row", "width 8", "strided", "three windows")
 # The backward kernels that a case does not fit: more points or channels than the shared memory of a block holds.
 UNFIT = {
     "two tiles": {"tiled"}, "one tile": {"tiled"}, "no tile": {"tiled", "owning"}, "large kernel": {"tiled"},
@@ -146,10 +139,7 @@ def test_golden_alone(program, case, tmp_path):
         assert_same(got, tensors[4:], rtol=0, atol=1e-10)
 
 
-PROGRAMS_AND_CASES = [(p, n) for p in ("cpu", *CUDA_FLAGS) for n in (IN_PARTS if "parts" in p else CASES)]
-
-
-@pytest.mark.parametrize("program, name", PROGRAMS_AND_CASES, indirect=["program"])
+@pytest.mark.parametrize("name", CASES)
 def test_kernels_alone(program, name, tmp_path):
     case = dict(
         kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), scale=1.0, remove_center=False, softmax=False,
