@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def read(path):
     Objects of unknown classes become plain dictionaries; their code is never run.
 
     Raises:
-        UserError: missing, truncated, or not a checkpoint.
+        UserError: missing, truncated, damaged, or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -87,6 +88,8 @@ def read(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if part := _damaged_part(path):
+            raise ValueError(f"{part} in it does not match its checksum: a bad copy or disk")
         try:
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except ValueError:  # the format before torch 1.6: nothing is allowed there
@@ -97,6 +100,15 @@ def read(path):
     # A damaged file can raise almost anything (RuntimeError, EOFError, UnpicklingError, KeyError, ...).
     except Exception as error:
         raise UserError(_what_is_wrong(path, error)) from error
+
+
+def _damaged_part(path):
+    """Name of a part that its checksum contradicts, or None. torch.load checks none, and would load changed weights."""
+    if not zipfile.is_zipfile(path):  # the format before torch 1.6, without checksums
+        return None
+    with zipfile.ZipFile(path) as archive:
+        written = any(part.CRC for part in archive.infolist())  # torch can leave them out: all are 0 then
+        return archive.testzip() if written else None
 
 
 def _what_is_wrong(path, error):

@@ -170,11 +170,16 @@ def test_killed_and_resumed_equals_uninterrupted(finished, run_main, monkeypatch
     assert_same_run(run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2), whole)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, run_main, caplog):
+def one_bit_flipped(content):
+    return content[:-50_000] + bytes([content[-50_000] ^ 1]) + content[-49_999:]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:5000], one_bit_flipped])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, run_main, damage):
     whole = finished / "out" / "tiny" / "default"
     folder = run_main(TRAIN__EPOCHS=2, SAVE_FREQ=2)
     last = folder / "last_ckpt.pth"
-    last.write_bytes(last.read_bytes()[:5000])
+    last.write_bytes(damage(last.read_bytes()))
     run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
     log = (folder / "log_rank0.txt").read_text()
     assert "last_ckpt.pth is not a whole checkpoint" in log and "falling back to the one before" in log
