@@ -25,8 +25,16 @@ def check(model, size, name):
         model.feature_maps(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
 
 
+def _maps(model, features, labels):
+    """Grad-CAM by label, each [N, h, w] and a function of `features`; the weights of the channels are constants."""
+    logits = model.classify(features)
+    for label in labels:
+        (gradient,) = torch.autograd.grad(logits[:, label].sum(), features, retain_graph=True)
+        yield (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu()
+
+
 def grad_cam(model, images, labels):
-    """Grad-CAM (Selvaraju et al. 2017, equations 1 and 2) at the model's last features with places, [N, F, h, w].
+    """Grad-CAM (Selvaraju et al. 2017, equations 1 and 2) at the model's last features with places.
 
     images: [N, 3, S, S], normalised. labels: indices of the K labels asked for.
 
@@ -36,13 +44,35 @@ def grad_cam(model, images, labels):
     """
     with torch.no_grad():
         features = model.feature_maps(images)
-    features = features.detach().requires_grad_()
-    logits = model.classify(features)
-    maps = []
-    for label in labels:
-        (gradient,) = torch.autograd.grad(logits[:, label].sum(), features, retain_graph=True)
-        maps.append((gradient.mean((2, 3), keepdim=True) * features).sum(1).relu())
-    return torch.stack(maps, 1).detach()
+    return torch.stack(list(_maps(model, features.detach().requires_grad_(), labels)), 1).detach()
+
+
+def full_resolution(model, images, labels):
+    """Grad-CAM over the pixels that it is made of: [N, K, S, S], of the same mean as :func:`grad_cam`, so in its unit.
+
+    The features of a place are not made of what lies under it: DCNv3 samples where its offsets say, and a network is
+    free to write down at one place what it has seen at another, some places away. So a map is not stretched over the
+    image but traced back: a pixel counts by how much the places of the map depend on it, each weighted by its own
+    value (the size of the gradient of half the map's sum of squares; for one place, its effective receptive field,
+    Luo et al. 2016), smoothed over half the distance of two places. It costs a backward pass a label.
+    """
+    images = images.detach().requires_grad_()
+    found = []
+    for cam in _maps(model, model.feature_maps(images), labels):
+        (gradient,) = torch.autograd.grad((cam * cam).sum() / 2, images, retain_graph=True)
+        fine = _smooth(gradient.abs().sum(1), images.shape[-1] / cam.shape[-1] / 2)
+        least = torch.finfo(fine.dtype).tiny  # a map of zeros stays one
+        found.append(fine * (cam.detach().mean((1, 2)) / fine.mean((1, 2)).clamp(min=least))[:, None, None])
+    return torch.stack(found, 1)
+
+
+def _smooth(maps, sigma):
+    """Maps [N, H, W] smoothed by a Gaussian, in pixels; beyond the border is nothing."""
+    radius = round(3 * sigma)
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=maps.device) / sigma) ** 2)
+    weights = (weights / weights.sum()).to(maps.dtype)
+    rows = F.conv2d(maps[:, None], weights[None, None, None], padding=(0, radius))
+    return F.conv2d(rows, weights[None, None, :, None], padding=(radius, 0))[:, 0]
 
 
 @functools.lru_cache(maxsize=1)  # asked for with every image
@@ -81,18 +111,6 @@ def first_places(model, size):
         now = after
         found[now] = x / size
     return found
-
-
-def full_resolution(cam, first, size):
-    """A map [h, w] drawn over the whole image, [size, size]: bilinear between its places, constant beyond them.
-
-    first: where place 0 lies, as a part of the side (:func:`first_places`).
-    """
-    middles = (torch.arange(size) + 0.5) / size - first
-    y, x = (2 * middles * n / max(n - 1, 1) - 1 for n in cam.shape)
-    grid = torch.stack([x.expand(size, size), y[:, None].expand(size, size)], -1).float()
-    values = torch.from_numpy(np.ascontiguousarray(cam, np.float32))[None, None]
-    return F.grid_sample(values, grid[None], padding_mode="border", align_corners=True)[0, 0].numpy()
 
 
 @torch.no_grad()
@@ -139,27 +157,28 @@ def sampling_points(model, images, places):
     return levels
 
 
-def maximum(cam, first):
-    """The place where a map [h, w] is largest: (x, y) as parts of the side. first: of :func:`first_places`."""
+def maximum(cam, first=None):
+    """Where a map [h, w] is largest: (x, y) as parts of the sides. first: of :func:`first_places`; pixels without."""
     row, column = np.unravel_index(np.argmax(cam), cam.shape)
+    first = 0.5 / cam.shape[0] if first is None else first
     return first + column / cam.shape[1], first + row / cam.shape[0]
 
 
 COLOURS = ("#4cc9f0", "#80ed99", "#ffd166", "#ef476f")  # of the levels, from the finest on
 
 
-def draw_overlay(path, grey, extent, cam, first, levels, title):
-    """Grad-CAM over the X-ray with its scale; beside it, if there are any, the sampling points seen from its maximum.
+def draw_overlay(path, grey, extent, fine, place, levels, title):
+    """Grad-CAM over the X-ray with its scale; beside it, if there are any, the sampling points of one place.
 
     Args:
         grey: the X-ray, uint8 [H, W].
         extent: left, top, right, bottom of what the model sees of it, in its pixels.
-        cam: of :func:`grad_cam`, [h, w].
-        first: of :func:`first_places`, for that map.
-        levels: (points [M, 2], weights [M]) by level, of :func:`sampling_points`; empty without DCNv3. Not drawn for a
-            map of zeros, which has no maximum to look from.
+        fine: of :func:`full_resolution`, [S, S].
+        place: of the last level that adds most, (x, y) as parts of the sides.
+        levels: (points [M, 2], weights [M]) by level, of :func:`sampling_points` from there; empty without DCNv3. Not
+            drawn for a map of zeros, in which no place adds anything.
     """
-    levels = levels if cam.any() else []
+    levels = levels if fine.any() else []
     left, top, right, bottom = extent
     height, width = grey.shape
     panel, parts = 4.6, 2 if levels else 1
@@ -171,16 +190,12 @@ def draw_overlay(path, grey, extent, cam, first, levels, title):
         axis.set_axis_off()
     figure.suptitle(title, fontsize=12, parse_math=False)
 
-    highest = float(cam.max()) or 1.0
+    highest = float(fine.max()) or 1.0
     scale = colors.Normalize(0, highest)
-    fine = full_resolution(cam, first, 256)
     axes[0].imshow(
         fine, cmap="inferno", norm=scale, alpha=0.55 * np.sqrt(fine / highest), extent=(left, right, bottom, top)
     )
-    x, y = maximum(cam, first)
-    here = left + x * (right - left), top + y * (bottom - top)
-    shape = f"{cam.shape[1]} x {cam.shape[0]}"
-    axes[0].set_title(f"Grad-CAM ({shape} places{'' if cam.any() else ': none adds to the logit'})", fontsize=10)
+    axes[0].set_title("Grad-CAM" if fine.any() else "Grad-CAM: no place adds to the logit", fontsize=10)
     bar = figure.colorbar(
         matplotlib.cm.ScalarMappable(scale, "inferno"), ax=axes[0], fraction=0.05, pad=0.02, aspect=30
     )
@@ -188,7 +203,7 @@ def draw_overlay(path, grey, extent, cam, first, levels, title):
     bar.ax.tick_params(labelsize=8)
 
     if levels:
-        axes[1].set_title("where DCNv3 looks from its maximum", fontsize=10)
+        axes[1].set_title("where DCNv3 looks from the place that adds most", fontsize=10)
     for k, (points, weights) in reversed(list(enumerate(levels))):
         spots = np.array([left, top]) + points * [right - left, bottom - top]
         strength = weights / weights.max()
@@ -196,8 +211,9 @@ def draw_overlay(path, grey, extent, cam, first, levels, title):
             *spots.T, s=7 + 38 * strength, c=[colors.to_rgba(COLOURS[k % 4], 0.3 + 0.7 * a) for a in strength],
             edgecolors=[(0, 0, 0, 0.3 + 0.7 * a) for a in strength], linewidths=0.5, label=f"level {k + 1}",
         )  # fmt: skip
-    for axis in axes:
-        if cam.any():
+    for axis, (x, y) in zip(axes, (maximum(fine), place)):
+        if fine.any():
+            here = left + x * (right - left), top + y * (bottom - top)
             axis.plot(*here, "+", color="white", markersize=11, markeredgewidth=1.6)
         axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     if levels:  # outside: sampling points may lie anywhere

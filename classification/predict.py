@@ -221,6 +221,7 @@ def _draw(args, model, listed, number, tensor, row, labels):
     device = next(model.model.parameters()).device
     images = model.normalize(tensor[None].to(device))
     maps = explain.grad_cam(model.model, images, labels)[0].cpu().numpy()
+    fine = explain.full_resolution(model.model, images, labels)[0].cpu().numpy()
     first = explain.first_places(model.model, images.shape[-1])[maps.shape[-1]]
     places = torch.tensor([explain.maximum(cam, first) for cam in maps])
     levels = explain.sampling_points(model.model, images.expand(len(labels), -1, -1, -1), places)
@@ -229,7 +230,7 @@ def _draw(args, model, listed, number, tensor, row, labels):
         file = re.sub(r"[^\w.-]+", "_", f"{number:06d}_{Path(listed.path).stem[:100]}_{name}.png")
         try:
             explain.draw_overlay(
-                Path(args.explain) / file, grey, placement(model.config, *grey.shape), maps[k], first,
+                Path(args.explain) / file, grey, placement(model.config, *grey.shape), fine[k], places[k].tolist(),
                 [(p[k], w[k]) for p, w in levels], f"{name}: {row[name]:.3f}",
             )  # fmt: skip
         except OSError as error:

@@ -3,11 +3,15 @@
     python benchmarks/localisation.py CHECKPOINT [--images 100]
 
 CHECKPOINT: of a model trained on the synthetic tree (`dataset/synthetic.py`). For each label frontal chests are drawn
-with its sign and two others, and once more without its sign: the sign is where the two pictures differ. A map hits
-where its largest value at full resolution lies on the sign, or no further from it than the pointing game allows (15
-of 224 pixels; Zhang et al. 2018). Beside the model: the same network untrained, the label's own mean map, the middle
-of the picture (where a Gaussian is largest), and a point anywhere. Then the weights are drawn anew from the head
-downwards, and the maps compared with those of before by Spearman's correlation.
+with its sign and two others, and once more without its sign: the sign is where the two pictures differ. A map
+(`explain.full_resolution`) hits where its largest value lies on the sign, or no further from it than the pointing game
+allows (15 of 224 pixels; Zhang et al. 2018). Beside the model: the same network untrained, the label's own mean map (of
+all other pictures), the middle of the picture (where a Gaussian is largest), and a point anywhere.
+
+Most signs have a usual place in the chest, which a mean map knows as well as any pointer. So a window is cut from each
+picture, as the crops of a training are: wherever the sign lies in it, the map has to follow. The means for whole
+pictures are printed below. Then the weights are drawn anew from the head downwards, and the maps compared with those
+of before by Spearman's correlation: at full resolution, and by places as Grad-CAM has them.
 """
 
 import argparse
@@ -29,12 +33,14 @@ from dataset.synthetic_drawing import SIGNS, draw
 from models import build_model
 
 TOLERANCE = 15 / 224  # of the side
+WINDOW = 0.7  # its side, as a part of the picture's shorter one
 
 
-def drawings(label, count, seed=987):
+def drawings(label, count, windows, seed=987):
     """Pictures with the sign of `label` and two others, and how far from it each pixel is, as a part of the side.
 
     Yields (uint8 [H, W], float [H, W]) `count` times. Signs that a picture barely shows are drawn again.
+    windows: square ones anywhere in the pictures, of which each shows at least half of the sign.
     """
     for k in itertools.count():
         others = np.random.default_rng([seed, k]).choice([name for name in SIGNS if name != label], 2, replace=False)
@@ -44,10 +50,22 @@ def drawings(label, count, seed=987):
         )
         sign = np.abs(with_it - without) > 0.04
         if sign.mean() > 0.001:
-            yield (with_it * 255).astype(np.uint8), distance_transform_edt(~sign) / len(sign)
+            seen = a_window(sign, np.random.default_rng([seed, k])) if windows else np.s_[:]
+            picture, sign = with_it[seen], sign[seen]
+            yield (picture * 255).astype(np.uint8), distance_transform_edt(~sign) / len(sign)
             count -= 1
         if not count:
             return
+
+
+def a_window(sign, rng):
+    """Slices of a random one with at least half of the sign: bool [H, W]."""
+    side = round(WINDOW * min(sign.shape))
+    while True:
+        y, x = (rng.integers(0, length - side + 1) for length in sign.shape)
+        seen = np.s_[y : y + side, x : x + side]
+        if 2 * sign[seen].sum() >= sign.sum():
+            return seen
 
 
 def distances(points, fields):
@@ -59,8 +77,8 @@ def distances(points, fields):
     return np.array(found)
 
 
-def maps_of(model, batch, label, at_once=20):
-    return np.concatenate([explain.grad_cam(model, part, [label])[:, 0].numpy() for part in batch.split(at_once)])
+def maps_of(model, batch, label, function=explain.full_resolution, at_once=8):
+    return np.concatenate([function(model, part, [label])[:, 0].numpy() for part in batch.split(at_once)])
 
 
 def randomised(model, config):
@@ -74,6 +92,12 @@ def randomised(model, config):
         yield part.rstrip("."), copy
 
 
+def correlation(before, after):
+    """Mean of Spearman's over maps that have something to compare; 0 where nothing is left."""
+    pairs = [(a.ravel(), b.ravel()) for x, y in zip(before, after) for a, b in zip(x, y) if a.std() > 0]
+    return np.mean([spearmanr(a, b).statistic if b.std() > 0 else 0.0 for a, b in pairs])
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint")
@@ -82,39 +106,38 @@ def main(argv=None):
     torch.manual_seed(0)
     model = trained.load(args.checkpoint)
     read, untrained = model.reader(), build_model(model.config).eval()
-    rows, near, kept = [], [], {}
-    for name in (name for name in SIGNS if name in model.label_names):
-        label = model.label_names.index(name)
-        pictures, fields = zip(*drawings(name, args.images))
-        batch = model.normalize(torch.stack([read.transform(Image.fromarray(p)) for p in pictures]))
-        ours, before = maps_of(model.model, batch, label), maps_of(untrained, batch, label)
-        first = explain.first_places(model.model, batch.shape[-1])[ours.shape[-1]]
-        points = [
-            [explain.maximum(m, first) for m in ours],
-            [explain.maximum(m, first) for m in before],
-            [explain.maximum(ours.mean(0), first)] * len(ours),
-            [(0.5, 0.5)] * len(ours),
-        ]
-        away = [*(distances(p, fields) for p in points), np.concatenate([f.ravel() for f in fields])]
-        rows.append([name, *((d <= 0).mean() for d in away)])
-        near.append([(d <= TOLERANCE).mean() for d in away])
-        kept[name] = batch[:20], label, ours[:20]
-        print(f"{name}: {rows[-1][1]:.2f}", file=sys.stderr)
-    rows.append(["mean", *np.mean([row[1:] for row in rows], 0)])
-    rows.append(["mean, within 15 of 224 pixels", *np.mean(near, 0)])
-    shape = f"{ours.shape[2]} x {ours.shape[1]}"
-    print(f"share of {args.images} maps of {shape} places whose largest value lies on the sign\n")
+    names = [name for name in SIGNS if name in model.label_names]
+    rows, means, kept = [], [], []
+    for windows, where in ((True, ""), (False, ", whole pictures")):
+        away = []  # label, pointer: the distances
+        for name in names:
+            label = model.label_names.index(name)
+            pictures, fields = zip(*drawings(name, args.images, windows))
+            batch = model.normalize(torch.stack([read.transform(Image.fromarray(p)) for p in pictures]))
+            ours, before = maps_of(model.model, batch, label), maps_of(untrained, batch, label)
+            pointers = (ours, before, (ours.sum(0) - ours) / max(len(ours) - 1, 1))
+            points = [*([explain.maximum(m) for m in maps] for maps in pointers), [(0.5, 0.5)] * len(ours)]
+            away.append([*(distances(p, fields) for p in points), np.concatenate([f.ravel() for f in fields])])
+            print(f"{name}{where}: {(away[-1][0] <= 0).mean():.2f}", file=sys.stderr)
+            if windows:
+                rows.append([name, *((d <= 0).mean() for d in away[-1])])
+                kept.append((batch[:10], label))
+        for limit, said in ((0, ""), (TOLERANCE, ", within 15 of 224 pixels")):
+            means.append([f"mean{where}{said}", *np.mean([[(d <= limit).mean() for d in row] for row in away], 0)])
+    side = batch.shape[-1]
+    print(f"share of {args.images} maps of {side} x {side} pixels whose largest value lies on the sign\n")
     print("| label | trained | untrained | its mean map | centre | anywhere |\n| --- | --- | --- | --- | --- | --- |")
-    for name, *values in rows:
+    for name, *values in rows + means:
         print(f"| {name} | " + " | ".join(f"{v:.2f}" for v in values) + " |")
-    print("\n| drawn anew, down to | correlation with the map of before |\n| --- | --- |")
+    print("\n| drawn anew, down to | correlation with the map of before | by places |\n| --- | --- | --- |")
+    functions = explain.full_resolution, explain.grad_cam
+    before = [[maps_of(model.model, *case, function) for case in kept] for function in functions]
     for part, copy in randomised(model.model, model.config):
-        found = []
-        for batch, label, ours in kept.values():
-            for a, b in zip(ours, maps_of(copy, batch, label)):
-                if a.std() > 0:
-                    found.append(spearmanr(a.ravel(), b.ravel()).statistic if b.std() > 0 else 0.0)
-        print(f"| {part} | {np.mean(found):.2f} |")
+        found = [
+            correlation(maps, [maps_of(copy, *case, function) for case in kept])
+            for maps, function in zip(before, functions)
+        ]
+        print(f"| {part} | " + " | ".join(f"{v:.2f}" for v in found) + " |")
 
 
 if __name__ == "__main__":

@@ -98,18 +98,52 @@ def test_the_places_of_intern_image():
     assert explain.first_places(model_of(), 64) == {n: 0.5 / 64 for n in (64, 32, 16, 8, 4, 2)}
 
 
-def test_full_resolution_peaks_at_the_place():
-    cam = np.zeros((4, 4), np.float32)
-    cam[1, 2] = 3
-    first = 0.5 / 64
-    fine = explain.full_resolution(cam, first, 64)
-    x, y = explain.maximum(cam, first)
-    assert (x, y) == (first + 2 / 4, first + 1 / 4)
-    assert np.unravel_index(fine.argmax(), fine.shape) == (16, 32) and fine.max() == 3
-    assert fine[24, 32] == pytest.approx(1.5) and fine[16, 48] == 0 and (fine[16, 48:] == 0).all()
-    ramp = np.tile(np.arange(4, dtype=np.float32), (4, 1))
-    fine = explain.full_resolution(ramp, first, 64)
-    np.testing.assert_allclose(fine[5], np.minimum(np.arange(64) / 16, 3), atol=1e-5)  # constant beyond the last place
+class Elsewhere(nn.Module):
+    """A place each 4 pixels, whose features a DCNv3 layer takes from two places further right and one further up."""
+
+    def __init__(self):
+        super().__init__()
+        self.dcn = explain.DCNv3(4, 1)
+        for layer in (self.dcn.offset, self.dcn.mask):
+            nn.init.zeros_(layer.weight)
+        with torch.no_grad():
+            self.dcn.offset.bias.view(-1, 2).copy_(torch.tensor([2.0, -1.0]))
+            self.dcn.mask.bias.copy_(20.0 * (torch.arange(9) == 4))  # the point in the middle alone
+            for layer in (self.dcn.input_proj, self.dcn.output_proj):
+                nn.init.eye_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def feature_maps(self, images):
+        places = nn.functional.avg_pool2d(images.mean(1, keepdim=True), 4)
+        return self.dcn(places.expand(-1, 4, -1, -1).permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+
+    def classify(self, maps):
+        return maps.mean((1, 2, 3))[:, None]
+
+
+def test_full_resolution_shows_what_the_places_are_made_of():
+    """A light spot: the place that shines is not the one that it lies in."""
+    images = torch.zeros(1, 3, 64, 64)
+    images[:, :, 24:28, 40:44] = 1  # row 6 and column 10 of the places
+    model = Elsewhere()
+    cam, fine = (function(model, images, [0])[0, 0] for function in (explain.grad_cam, explain.full_resolution))
+    assert cam.shape == (16, 16) and divmod(int(cam.argmax()), 16) == (7, 8)
+    x, y = explain.maximum(fine.numpy())
+    assert fine.shape == (64, 64) and abs(64 * x - 42) <= 1 and abs(64 * y - 26) <= 1
+    torch.testing.assert_close(fine.mean(), cam.mean())
+    weight = fine.sum(0) / fine.sum(), fine.sum(1) / fine.sum()
+    for share, middle in zip(weight, (42, 26)):
+        assert share @ (torch.arange(64) + 0.5) == pytest.approx(middle, abs=0.01)
+        assert share[middle - 8 : middle + 8].sum() > 0.97
+
+
+def test_full_resolution_has_the_mean_of_the_places(images):
+    model = model_of()
+    cam, fine = (function(model, images, [4, 0]) for function in (explain.grad_cam, explain.full_resolution))
+    assert fine.shape == (2, 2, 64, 64) and not fine.requires_grad and (fine >= 0).all()
+    torch.testing.assert_close(fine.mean((2, 3)), cam.mean((2, 3)))
+    nn.init.constant_(model.head.weight, 0)
+    assert not explain.full_resolution(model, images, [0]).any()
 
 
 def test_sampling_points_are_those_of_the_kernel_where_the_offsets_are_zero(images):
@@ -134,9 +168,9 @@ def test_sampling_points_are_those_of_the_kernel_where_the_offsets_are_zero(imag
 
 def test_a_map_of_zeros_has_no_mark(tmp_path):
     """One panel instead of two: there is no place to look from."""
-    grey, first, widths = np.zeros((40, 30), np.uint8), 0.5 / 64, []
+    grey, widths = np.zeros((40, 30), np.uint8), []
     levels = [(np.array([[0.2, 0.3], [2.0, 0.5]]), np.array([0.5, 0.5]))]
     for cam in (np.zeros((2, 2), np.float32), np.array([[0, 0.5], [0, 0]], np.float32)):
-        explain.draw_overlay(tmp_path / "o.png", grey, (0, 0, 30, 40), cam, first, levels, "Edema: 0.1")
+        explain.draw_overlay(tmp_path / "o.png", grey, (0, 0, 30, 40), cam, (0.3, 0.4), levels, "Edema: 0.1")
         widths.append(Image.open(tmp_path / "o.png").width)
     assert widths[0] < widths[1]
