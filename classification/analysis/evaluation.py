@@ -439,8 +439,9 @@ def _learned_by(config, prefix=""):
         if prefix or key in ("DATA", "MODEL", "TRAIN", "AUG"):
             if isinstance(value, dict):
                 yield from _learned_by(value, f"{prefix}{key}.")
-            elif prefix + key == "DATA.SOURCES":
-                yield prefix + key, [{k: v for k, v in source.items() if k != "path"} for source in value]
+            elif prefix + key == "DATA.SOURCES":  # the keys of a source are those of DATA in small letters, and path
+                without = ("DATA.PATH", *NO_MATTER)
+                yield prefix + key, [{k: v for k, v in s.items() if f"DATA.{k.upper()}" not in without} for s in value]
             elif prefix + key not in NO_MATTER:
                 yield prefix + key, value
 

@@ -285,8 +285,9 @@ def test_seeds_of_another_configuration_are_refused(predictions, tmp_path):
         folders.append(folder)
     with pytest.raises(UserError, match="TRAIN.BASE_LR differ"):
         run(folders[0], "--seeds-of", folders[1])
-    for mix, folder in (("nih", 0), ("nih", 1), ("brax", 1)):  # where the data lay is no matter, what they were is
-        config = {"SEED": folder, "DATA": {"SOURCES": [{"dataset": mix, "path": str(folders[folder])}]}}
+    for mix, folder in (("nih", 0), ("nih", 1), ("brax", 1)):  # how the data lay is no matter, what they were is
+        source = {"dataset": mix, "path": str(folders[folder]), "zip_mode": folder == 1}
+        config = {"SEED": folder, "DATA": {"SOURCES": [source]}}
         (folders[folder] / "metrics.json").write_text(json.dumps({"images": 180, "config": config}))
         if mix == "nih" and folder:
             assert len(run(folders[0], "--seeds-of", folders[1])["seeds"]["runs"]) == 2
