@@ -121,7 +121,7 @@ def main(argv=None):
             print(f"{name}{where}: {(away[-1][0] <= 0).mean():.2f}", file=sys.stderr)
             if windows:
                 rows.append([name, *((d <= 0).mean() for d in away[-1])])
-                kept.append((batch[:10], label))
+                kept.append((batch[:10], label, fields[:10]))
         for limit, said in ((0, ""), (TOLERANCE, ", within 15 of 224 pixels")):
             means.append([f"mean{where}{said}", *np.mean([[(d <= limit).mean() for d in row] for row in away], 0)])
     side = batch.shape[-1]
@@ -129,15 +129,24 @@ def main(argv=None):
     print("| label | trained | untrained | its mean map | centre | anywhere |\n| --- | --- | --- | --- | --- | --- |")
     for name, *values in rows + means:
         print(f"| {name} | " + " | ".join(f"{v:.2f}" for v in values) + " |")
-    print("\n| drawn anew, down to | correlation with the map of before | by places |\n| --- | --- | --- |")
+    after_new_weights(model, kept)
+
+
+def after_new_weights(model, kept):
+    """Prints what is left of the maps: kept holds (batch, label, fields) of each label."""
     functions = explain.full_resolution, explain.grad_cam
-    before = [[maps_of(model.model, *case, function) for case in kept] for function in functions]
-    for part, copy in randomised(model.model, model.config):
-        found = [
-            correlation(maps, [maps_of(copy, *case, function) for case in kept])
-            for maps, function in zip(before, functions)
-        ]
-        print(f"| {part} | " + " | ".join(f"{v:.2f}" for v in found) + " |")
+
+    def maps(network):
+        return [[maps_of(network, *case[:2], function) for case in kept] for function in functions]
+
+    before = maps(model.model)
+    print("\n| drawn anew, down to | on the sign | correlation with the map of before | by places |")
+    print("| --- | --- | --- | --- |")
+    for part, network in [("nothing", model.model), *randomised(model.model, model.config)]:
+        after = maps(network)
+        hits = [distances(map(explain.maximum, found), fields) <= 0 for found, (*_, fields) in zip(after[0], kept)]
+        values = np.mean(hits), *map(correlation, before, after)
+        print(f"| {part} | " + " | ".join(f"{v:.2f}" for v in values) + " |", flush=True)
 
 
 if __name__ == "__main__":
