@@ -21,7 +21,7 @@ setup:
 	@bash classification/setup_mimic_env.sh --yes --no-weights
 
 demo: setup
-	@bash classification/demo.sh
+	@bash classification/jobs/demo.sh
 
 test: setup
 	@bash classification/tests/all.sh

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode as CN
 
-from errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean
 
 
 # --------------------------------------------------------------------------------- allowed values

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-from errors import UserError
+from common.errors import UserError
 
 REPOSITORY = "OpenGVLab/InternImage"
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-import trained
+from common.errors import UserError, run_command
 from config import Parser
-from dataset.listing import list_images
-from dataset.synthetic_drawing import draw
-from errors import UserError, run_command
-from inference import device_name
+from dataset.synthetic.drawing import draw
+from dataset.tools.listing import list_images
 from models.exporting import Probabilities, require, save_onnx, save_torch
+from predicting import trained
+from training.inference import device_name
 
 TOLERANCE = 1e-4  # of a probability, against PyTorch
 

@@ -16,36 +16,32 @@ import time
 import traceback
 from pathlib import Path
 
-import torchvision_shim  # noqa: F401
+import common.torchvision_shim  # noqa: F401
 
 import torch
 from timm.utils import ModelEmaV3
 
-import checkpoint
-import compiling
 import config as config_module
-import distributed
-import faults
-import logger
-import throughput
 from analysis import training_log
 from analysis.evaluation import TEST, VALIDATE, digest, new_evaluation, read_evaluation, write_evaluation
 from analysis.figures import plot_training
 from analysis.results import Options
 from analysis.writing import write_report
+from common import logger
+from common.errors import UserError, run_command
 from dataset.build import build_datasets, build_loader, fingerprint, worker_count
-from dataset.domain import domain_warning
+from dataset.files.domain import domain_warning
 from dataset.patients import patients_of, refuse_known, together
 from dataset.sources import parts_of
 from dataset.tables import EmptySplit
 from dataset.transforms import build_mixup
-from errors import UserError, run_command
-from inference import autocast, compute_threads, device_name, peak_memory, progress, set_up_device
-from lr_scheduler import build_schedule
 from models import build_model, own_values, pretrained_file
 from models.cost import count_gmacs
-from optimizer import build_optimizer, set_lr
-from tasks import TASKS
+from training import checkpoint, compiling, distributed, faults, throughput
+from training.inference import autocast, compute_threads, device_name, peak_memory, progress, set_up_device
+from training.lr_scheduler import build_schedule
+from training.optimizer import build_optimizer, set_lr
+from training.tasks import TASKS
 
 
 # ------------------------------------------------------------------------------------------ train

@@ -24,18 +24,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import dcnv3
-import explain
-import trained
 from analysis import applied
+from common.errors import UserError, did_you_mean, run_command
 from config import Parser
-from dataset.domain import domain_warning
-from dataset.images import ImageError, decode, sniff
-from dataset.listing import IDS, identify, list_images
+from dataset.files.domain import domain_warning
+from dataset.files.images import ImageError, decode, sniff
+from dataset.tools.listing import IDS, identify, list_images
 from dataset.transforms import placement
 from dataset.views import VIEWS
-from errors import UserError, did_you_mean, run_command
-from inference import autocast
-from prediction_file import FORMATS, PredictionFile
+from predicting import explain, trained
+from predicting.prediction_file import FORMATS, PredictionFile
+from training.inference import autocast
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 CPU_BATCH = 8  # a CPU is no faster with more, and rows come sooner

@@ -9,15 +9,15 @@ import os
 import sys
 from pathlib import Path
 
+from common.errors import UserError
 from config import Parser
-from dataset import audit as auditing
-from dataset import cache
-from dataset.dicom import RECIPES
-from dataset.images import ENDINGS
+from dataset.files.dicom import RECIPES
+from dataset.files.images import ENDINGS
 from dataset.labels import LABELS
 from dataset.releases import RELEASES, reader
 from dataset.tables import own_table
-from errors import UserError
+from dataset.tools import audit as auditing
+from dataset.tools import cache
 
 
 def parse_args(argv=None):

@@ -16,8 +16,8 @@ from analysis import comparison, comparison_tables, tables
 from analysis.evaluation import ensemble, new_evaluation, read_evaluation
 from analysis.results import Options
 from analysis.writing import write_comparison, write_report
+from common.errors import UserError, run_command
 from config import Parser
-from errors import UserError, run_command
 
 # What belongs to the report of one evaluation -> what to do where several are given.
 OF_ONE = {

@@ -273,7 +273,7 @@ fi
 mv "$settings.part" "$settings"
 
 # ----------------------------------------------------------------------------------- self-test
-(cd "$here" && "$py" self_test.py) || fail "the self-test failed (above): this environment must not be trained with"
+(cd "$here" && "$py" -m jobs.self_test) || fail "the self-test failed (above): this environment must not be trained with"
 say "ready. Next: make demo, or, in $here:"
 if have sbatch && [ -n "$data_path" ]; then
   say "  sbatch${account:+ -A $account} train_mimic.sbatch"

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from errors import UserError, did_you_mean
-from inference import predict
+from common.errors import UserError, did_you_mean
+from training.inference import predict
 
 
 def _mean_over_known(positive, negative, targets, pos_weight):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError
+from common.errors import UserError
 
 
 def _read(evaluation, name):

@@ -20,7 +20,7 @@ import pandas as pd
 from analysis import statistics
 from analysis.evaluation import IMAGE_IDS, aligned
 from analysis.results import LEVEL, Measured, about, difference, drawn_from
-from errors import UserError
+from common.errors import UserError
 
 COST = ("parameters", "gmacs", "images_per_s", "device")
 

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import statistics
-from errors import UserError
+from common.errors import UserError
 
 TEST, VALIDATE = "predictions.csv", "predictions_validate.csv"
 SUFFIXES = ("_target", "_probability", "_label")

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.evaluation import clean_id, read_csv
-from errors import UserError
+from common.errors import UserError
 
 KEYS = ("dicom_id", "path", "study_id", "subject_id")  # the finest that both tables have joins them
 MOST = 12  # groups of a column; with more it is cut into bands, or left out

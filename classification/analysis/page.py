@@ -10,9 +10,9 @@ from PIL import Image
 
 from analysis import comparison_tables, tables
 from analysis.evaluation import Evaluation
-from dataset.images import SUFFIXES, ImageError, decode
+from common.errors import UserError
+from dataset.files.images import SUFFIXES, ImageError, decode
 from dataset.mimic_cxr import find_folders, image_stems
-from errors import UserError
 
 THUMBNAIL = 176  # pixels of the longer side
 # Okabe and Ito's colours, which the colour-blind tell apart; lines differ in their dashes too.

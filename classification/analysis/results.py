@@ -11,8 +11,8 @@ import numpy as np
 from analysis import calibration, groups, statistics, thresholds
 from analysis.evaluation import aligned, check_one_configuration
 from analysis.training_log import read_metrics
+from common.errors import UserError
 from dataset.labels import apply_policy
-from errors import UserError
 
 LEVEL = 0.95
 BANDS = 500  # resamples that draw a curve's band

@@ -2,7 +2,7 @@
 
 import torch
 
-from errors import UserError
+from common.errors import UserError
 
 IMAGES = 8  # of a batch
 

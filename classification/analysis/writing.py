@@ -7,7 +7,7 @@ from pathlib import Path
 
 from analysis import card, comparison_tables, figures, page, results, tables
 from analysis.groups import read_table
-from errors import UserError
+from common.errors import UserError
 
 
 def _write_files(report, fitted, folder, pictures, no_pictures):

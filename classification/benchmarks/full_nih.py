@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import nih, stores
+from dataset import nih
+from dataset.files import stores
 from dataset.xrays import RadiographDataset
 
 HEADER = (

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torchvision_shim  # noqa: F401, I001  (before torchvision)
+import common.torchvision_shim  # noqa: F401, I001  (before torchvision)
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,10 @@ import torch
 from PIL import Image
 from pydicom.pixels import apply_voi_lut
 
-from dataset import cache, stores, synthetic, xrays
+from dataset.tools import cache
+from dataset.files import stores
+from dataset import xrays
+from dataset.synthetic import tree as synthetic
 from dataset.labels import LABELS
 from dataset.mimic_cxr import MIMICCXRDataset, load_table
 from dataset.transforms import normalize, radiograph_transform

@@ -28,10 +28,9 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from scipy.stats import spearmanr
 
-import explain
-import trained
-from dataset.synthetic_drawing import SIGNS, draw
+from dataset.synthetic.drawing import SIGNS, draw
 from models import build_model
+from predicting import explain, trained
 
 TOLERANCE = 15 / 224  # of the side
 WINDOW = 0.7  # its side, as a part of the picture's shorter one

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torchvision_shim  # noqa: F401, I001  (before torchvision)
+import common.torchvision_shim  # noqa: F401, I001  (before torchvision)
 
 import torch
 import yaml
@@ -29,10 +29,10 @@ import yaml
 import config as config_module
 import export
 import predict
-import trained
-from dataset import synthetic
+from predicting import trained
+from dataset.synthetic import tree as synthetic
 from dataset.labels import LABELS
-from dataset.listing import list_images
+from dataset.tools.listing import list_images
 from models import build_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -19,16 +19,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops_dcnv3"))
 
-import torchvision_shim  # noqa: F401, I001  (before timm)
+import common.torchvision_shim  # noqa: F401, I001  (before timm)
 
 import torch
 
 import benchmark as operator_benchmark  # takes its own folder off the path again: the installed dcnv3 is meant
-import compiling
+from training import compiling
 import config as config_module
 import dcnv3
-import throughput
-from inference import device_name, set_up_device
+from training import throughput
+from training.inference import device_name, set_up_device
 from models import own_values
 
 ROOT = Path(__file__).resolve().parents[1]

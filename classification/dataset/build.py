@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-import builders
+from common import builders
+from common.errors import UserError
 from config import source_configs
-from dataset.images import ImageError, take_warnings, warning_kind
+from dataset.files.images import ImageError, take_warnings, warning_kind
 from dataset.sources import Sources, check_alike, check_folders
 from dataset.tables import EmptySplit
 from dataset.transforms import normalize
-from errors import UserError
 
 
 class Dataset(Protocol):
     """One split, as a module with `build(config, *splits) -> one dataset a split` makes it (DATA.DATASET names it).
 
     Items: (image uint8 tensor [1 or 3, S, S] with S = DATA.IMG_SIZE, target = targets[index]).
-    It may have more. `domain`, see `dataset.domain`: a model is then not tested on another one without a word;
+    It may have more. `domain`, see `dataset.files.domain`: a model is then not tested on another one without a word;
     `labels` [N, L] as in the label file (1, 0, -1 uncertain, NaN blank), by which a report tries other policies;
     `descriptions()`, further columns of a table of predictions (view, path); `root`, the folder of these paths;
     `cohort`, see `tables.Table.cohort`, what a report says of all splits; `label_mapping`, see `tables.Table`;

@@ -7,10 +7,10 @@ is told by its folder.
 import numpy as np
 import pandas as pd
 
+from common.errors import UserError
 from dataset import tables
 from dataset.labels import LABELS
 from dataset.releases import Folder, Reading, Release, exact, views
-from errors import UserError
 
 COLUMNS = ("Path", "Frontal/Lateral", "AP/PA")
 SIGNS = {name: COLUMNS for name in ("train.csv", "valid.csv")}

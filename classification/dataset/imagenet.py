@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-import torchvision_shim  # noqa: F401
+import common.torchvision_shim  # noqa: F401
 
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
+from common.errors import UserError
 from config import KNOBS
-from dataset.images import ImageError
+from dataset.files.images import ImageError
 from dataset.releases import use_instead
 from dataset.transforms import photo_transform
-from errors import UserError
 
 FOLDERS = {"train": "train", "validate": "val", "test": "val"}  # ImageNet's test labels are not public
 

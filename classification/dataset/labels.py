@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean
 
 # The order of the MIMIC-CXR label files; targets, logits and tables all follow it.
 LABELS = (

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from common.errors import UserError
 from dataset import releases, tables
-from dataset.images import ENDINGS, SUFFIXES
+from dataset.files.images import ENDINGS, SUFFIXES
+from dataset.files.stores import ZipStore
 from dataset.labels import LABELS
-from dataset.stores import ZipStore
 from dataset.tables import SPLITS, Table
 from dataset.xrays import RadiographDataset, build_radiographs
-from errors import UserError
 
 # What this release is known by, see `releases.Release`.
 SIGNS = {f"mimic-cxr-*-{kind}.csv": ("study_id", "subject_id") for kind in ("split", "chexpert", "negbio")}
@@ -215,7 +215,7 @@ def load_table(
         no_finding_clears: where No Finding is 1, a blank label is 0, but for Support Devices.
         image_format: auto, jpg, dcm or png (official layout only).
         allow_missing: leave out images that are not there instead of an error.
-        in_zip: images lie in zip files (see `dataset.stores.ZipStore`), not in `files/`.
+        in_zip: images lie in zip files (see `dataset.files.stores.ZipStore`), not in `files/`.
 
     Raises:
         UserError: names the file, column or value.

@@ -6,9 +6,9 @@ Findings are joined by `|`. The lists have no validation split. One image is one
 import numpy as np
 import pandas as pd
 
+from common.errors import UserError, did_you_mean
 from dataset import tables
 from dataset.releases import Reading, Release, approximate, exact, views
-from errors import UserError, did_you_mean
 
 SIGNS = {"Data_Entry_2017*.csv": ("Image Index", "Finding Labels")}
 FINDINGS = (

@@ -8,10 +8,10 @@ import ast
 import numpy as np
 import pandas as pd
 
+from common.errors import UserError
 from dataset import tables
 from dataset.labels import BLANK
 from dataset.releases import Reading, Release, approximate, exact, views
-from errors import UserError
 
 COLUMNS = ("ImageID", "ImageDir", "StudyID", "PatientID", "Projection", "MethodLabel", "Labels")
 SIGNS = {"*.csv": ("ImageID", "ImageDir", "MethodLabel")}

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import torch
 
+from common.errors import UserError
 from dataset.sources import parts_of
-from errors import UserError
 
 
 def _names(dataset):

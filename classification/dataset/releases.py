@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from common.errors import UserError, did_you_mean
 from dataset import tables
-from dataset.domain import COPY_RECIPE, copied_name
-from dataset.images import ENDINGS
+from dataset.files.domain import COPY_RECIPE, copied_name
+from dataset.files.images import ENDINGS
+from dataset.files.stores import FileStore, ZipStore
 from dataset.labels import LABELS, UNKNOWN
-from dataset.stores import FileStore, ZipStore
 from dataset.tables import SPLITS, Table
 from dataset.views import find_views
 from dataset.xrays import build_radiographs
-from errors import UserError, did_you_mean
 
 RELEASES = ("mimic_cxr", "chexpert", "nih", "padchest", "vindr", "brax")  # those that `recognise` knows
 PROBES = 20  # images looked for to learn where all of them lie

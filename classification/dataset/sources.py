@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
 from config import source_configs
-from dataset.domain import kinds
+from dataset.files.domain import kinds
 from dataset.labels import unlearnable
 from dataset.tables import SPLITS, aligned
-from errors import UserError
 
 
 class Sources:

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from common.errors import UserError
+from dataset.files.stores import FileStore
 from dataset.labels import BLANK, LABELS, apply_policy
-from dataset.stores import FileStore
 from dataset.views import VIEWS, find_views
-from errors import UserError
 
 SPLITS = ("train", "validate", "test")
 SPLIT_ALIASES = {"val": "validate", "valid": "validate", "validation": "validate"}
@@ -50,7 +50,7 @@ class Table:
     labels: np.ndarray
     targets: np.ndarray | None = None
     view: np.ndarray | None = None
-    store: object = None  # of dataset.stores, where the images are read; None: files below root
+    store: object = None  # of dataset.files.stores, where the images are read; None: files below root
     left_out: dict = dataclasses.field(default_factory=dict)  # reason -> number of images
     notes: tuple = ()  # texts that the summary ends with
     # label -> {"from": its names in the release, "kind": exact, approximate or unknown}; empty: each is itself

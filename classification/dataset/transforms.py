@@ -3,7 +3,7 @@
 An image stays uint8 until it is on the device (:func:`normalize`): an eighth of the bytes that cross, for a grey one.
 """
 
-import torchvision_shim  # noqa: F401  (before torchvision)
+import common.torchvision_shim  # noqa: F401  (before torchvision)
 
 import torch
 from timm.data import create_transform

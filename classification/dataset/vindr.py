@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from common.errors import UserError
 from dataset import tables
-from dataset.images import ENDINGS, SUFFIXES
+from dataset.files.images import ENDINGS, SUFFIXES
 from dataset.releases import Reading, Release, approximate, exact
-from errors import UserError
 
 FINDINGS = (
     "Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Clavicle fracture", "Consolidation", "Edema",

@@ -3,10 +3,10 @@
 from PIL import Image
 
 from dataset import tables
-from dataset.domain import image_domain
-from dataset.images import decode
+from dataset.files.domain import image_domain
+from dataset.files.images import decode
+from dataset.files.stores import MemoryStore
 from dataset.labels import unlearnable
-from dataset.stores import MemoryStore
 
 
 class RadiographDataset:
@@ -17,9 +17,9 @@ class RadiographDataset:
         split: train, validate (or val) or test.
         transform: PIL image -> anything; None returns the PIL image.
         mode: of that image, RGB (the grey values three times) or L (grey, a third of the work).
-        on_memory: read all of them now, see :class:`dataset.stores.MemoryStore`.
+        on_memory: read all of them now, see :class:`dataset.files.stores.MemoryStore`.
         heeds: keys of the config that act on it beside those of all X-rays.
-        dicom_recipe, dicom_window, shrink_to: how a file becomes grey, see :func:`dataset.images.decode`.
+        dicom_recipe, dicom_window, shrink_to: how a file becomes grey, see :func:`dataset.files.images.decode`.
 
     Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
 

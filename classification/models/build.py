@@ -20,8 +20,8 @@ The file may have beside `build`:
 import torch
 from torch import nn
 
-import builders
-from errors import UserError
+from common import builders
+from common.errors import UserError
 from models.classifier import Classifier
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.errors import UserError
 from dcnv3.definition import kernel_points
-from errors import UserError
 
 FIRST_OPSET = 19  # of ONNX, the first with DeformConv
 

@@ -9,9 +9,9 @@ from timm.layers import DropPath
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from common.errors import UserError
 from dcnv3 import DCNv3
 from dcnv3.module import ToChannelsFirst, ToChannelsLast
-from errors import UserError
 from models.classifier import Classifier
 from models.clip_head import AttentionPool
 

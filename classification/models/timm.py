@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean
 
 
 class TimmBackbone(nn.Module):

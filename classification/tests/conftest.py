@@ -42,7 +42,7 @@ def few_threads():
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
     """A synthetic MIMIC-CXR tree of 40 patients; not to be changed (see `own_tree`)."""
-    from dataset.synthetic import write_tree
+    from dataset.synthetic.tree import write_tree
 
     root = tmp_path_factory.mktemp("mimic")
     write_tree(root, patients=40, size=64, progress=False)
@@ -53,7 +53,7 @@ def tree(tmp_path_factory):
 def layouts(tmp_path_factory):
     """layouts("nih"): a small synthetic tree (20 patients, 64 pixels) in the layout of a release, or of "mimic": the
     same pictures. Not to be changed."""
-    from dataset.synthetic import write_tree
+    from dataset.synthetic.tree import write_tree
 
     trees = {}
 

@@ -11,7 +11,7 @@ import report
 from analysis import comparison, comparison_tables, statistics
 from analysis.evaluation import read_evaluation
 from analysis.results import Options, collect
-from errors import UserError
+from common.errors import UserError
 from test_report import table
 
 LABELS = ("Edema", "Lung Lesion", "Fracture", "Pneumonia")  # the helper makes the last two negative throughout

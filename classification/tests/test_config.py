@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from config import from_dict, get_config, lookup, parse_args, to_dict, without_effect
-from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 MIMIC = ROOT / "configs" / "internimage_b_mimic_cxr_224.yaml"

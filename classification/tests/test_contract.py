@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from conftest import ROOT, epochs
-from errors import UserError
 
 # Squares on the left or on the right: label by column. The whole of a dataset in one file.
 OWN = """
@@ -178,7 +178,7 @@ def test_any_table_becomes_a_dataset(tree):
 def test_tables_are_read_without_torch():
     code = (
         "import sys; from dataset import MIMICCXRDataset as a; from dataset.mimic_cxr import MIMICCXRDataset as b\n"
-        "import dataset.tables, dataset.audit, dataset.cache, prepare_mimic\n"
+        "import dataset.tables, dataset.tools.audit, dataset.tools.cache, prepare_mimic\n"
         "assert a is b and 'torch' not in sys.modules and 'torchvision' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from conftest import SHARED, edit_csv
-from dataset import stores, tables
+from dataset import tables
+from dataset.files import stores
+from dataset.files.stores import FileStore, MemoryStore, ZipStore
 from dataset.labels import LABELS, apply_policy
 from dataset.mimic_cxr import MIMICCXRDataset
-from dataset.stores import FileStore, MemoryStore, ZipStore
-from errors import UserError
 
 
 def raw_csv(root, kind):
@@ -308,7 +309,7 @@ def test_two_formats_in_one_tree_must_be_chosen_between(own_tree):
 
 # --------------------------------------------------------------------------------------- stores
 def test_dicom_tree_gives_the_pictures_of_the_jpg_tree(tree, tmp_path):
-    from dataset.synthetic import write_tree
+    from dataset.synthetic.tree import write_tree
 
     write_tree(tmp_path / "d", patients=12, size=64, image_format="dicom", progress=False)
     write_tree(tmp_path / "j", patients=12, size=64, image_format="jpg", progress=False)

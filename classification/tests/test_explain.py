@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-import explain
 from config import from_dict
 from models import build_model
+from predicting import explain
 
 SMALL = {"CHANNELS": 16, "DEPTHS": [1, 1, 1, 1], "GROUPS": [1, 2, 4, 8]}
 

@@ -9,8 +9,8 @@ import torch
 
 import dcnv3
 import export
+from common.errors import UserError
 from conftest import SHARED, write_checkpoint
-from errors import UserError
 from models.exporting import save_onnx
 from test_model import CLIP
 

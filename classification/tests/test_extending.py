@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-import checkpoint
 import config as config_module
 import models
-import optimizer
 import utils_multilabel
+from common.errors import UserError
 from config import Knob
 from conftest import epochs
 from dataset import labels
-from errors import UserError
+from training import checkpoint, optimizer
 
 BACKBONE = """
 import torch

@@ -27,10 +27,10 @@ from pydicom.uid import (
 )
 
 from conftest import SHARED
-from dataset.dicom import MAX_PIXELS
-from dataset.domain import domain_warning, image_domain
-from dataset.images import ImageError, decode, sniff, take_warnings
-from dataset.stores import FileStore
+from dataset.files.dicom import MAX_PIXELS
+from dataset.files.domain import domain_warning, image_domain
+from dataset.files.images import ImageError, decode, sniff, take_warnings
+from dataset.files.stores import FileStore
 from dicom_writer import BIG_ENDIAN, EXPLICIT, IMPLICIT, encapsulated, encode, image, items, lut
 
 
@@ -824,8 +824,8 @@ def test_loading_says_what_is_odd_once_a_kind(workers, capfd):
 # ------------------------------------------------------------------------------------------- the domain
 def test_the_domain_of_images_is_told_by_their_content(tmp_path):
     """Not by their names; a copy has that of what it was made of."""
-    from dataset.cache import make_copy
     from dataset.labels import LABELS
+    from dataset.tools.cache import make_copy
 
     for kind, data in (("pictures", picture("JPEG")), ("dicom", image(RAMP.repeat(9, 0).repeat(9, 1), *WINDOW))):
         root = tmp_path / kind

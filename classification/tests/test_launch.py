@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-import distributed
-import successor
-from errors import UserError
+from common.errors import UserError
+from jobs import successor
+from training import distributed
 
 FORK = multiprocessing.get_context("fork")
 

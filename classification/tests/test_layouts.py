@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dataset import synthetic
-from dataset.images import decode
+from dataset.files.images import decode
 from dataset.labels import LABELS
-from dataset.synthetic_layouts import LAYOUTS
+from dataset.synthetic import tree as synthetic
+from dataset.synthetic.layouts import LAYOUTS
 
 OTHERS = [name for name in LAYOUTS if name != "mimic"]
 FRONTAL = ("nih", "vindr")

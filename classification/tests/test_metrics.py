@@ -2,7 +2,7 @@
 
 import contextlib
 
-import torchvision_shim  # noqa: F401  (before torchvision)
+import common.torchvision_shim  # noqa: F401  (before torchvision)
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ from torchvision.ops import sigmoid_focal_loss
 
 import utils_multilabel as multilabel
 from analysis.text import label_table
-from distributed import World
-from errors import UserError
-from lr_scheduler import Schedule
+from common.errors import UserError
+from training.distributed import World
+from training.lr_scheduler import Schedule
 
 
 @pytest.fixture

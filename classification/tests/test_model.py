@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from errors import UserError
+from common.errors import UserError
 from models.intern_image import InternImage
+from training import checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 LOGITS = json.loads((GOLDEN / "internimage_logits.json").read_text())

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 import predict
-import prediction_file
+from common.errors import UserError
 from conftest import ROOT, write_checkpoint
 from dataset.labels import LABELS
-from dataset.synthetic import write_tree
-from errors import UserError
+from dataset.synthetic.tree import write_tree
+from predicting import prediction_file
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_dicom_png_and_jpg_of_one_image(model, tmp_path):
     """The format is told from the content: each file also lies there under the name of another format."""
     write_tree(tmp_path / "dicom", patients=10, size=64, image_format="dicom", progress=False)
     dicom = sorted((tmp_path / "dicom").rglob("*.dcm"))[:4]
-    from dataset.images import decode
+    from dataset.files.images import decode
 
     for k, path in enumerate(dicom):
         grey = Image.fromarray(decode(path.read_bytes(), str(path)))

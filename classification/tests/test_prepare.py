@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 import prepare_mimic
+from common.errors import UserError
 from conftest import ROOT, SHARED, edit_csv
-from dataset import cache
-from dataset.images import decode
-from errors import UserError
+from dataset.files.images import decode
+from dataset.tools import cache
 
 
 def contents(folder):
@@ -208,7 +208,7 @@ def test_planted_faults_are_all_found(own_tree, tmp_path, capsys):
 
 
 def test_faulty_dicoms_are_found(tmp_path):
-    from dataset.synthetic import write_tree
+    from dataset.synthetic.tree import write_tree
 
     tree = tmp_path / "d"
     write_tree(tree, patients=12, size=64, image_format="dicom", progress=False)

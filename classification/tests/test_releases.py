@@ -12,13 +12,13 @@ from PIL import Image
 
 import prepare_mimic
 from benchmarks.full_nih import write_tables
+from common.errors import UserError
 from conftest import ROOT, SHARED
 from dataset import brax, chexpert, mimic_cxr, nih, padchest, releases, vindr
+from dataset.files.stores import FileStore
 from dataset.labels import LABELS, UNKNOWN
 from dataset.mimic_cxr import load_table as load_mimic
 from dataset.patients import patients_of, refuse_known, together
-from dataset.stores import FileStore
-from errors import UserError
 
 NAN = np.nan
 

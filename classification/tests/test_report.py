@@ -11,8 +11,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import report
 from analysis.evaluation import read_evaluation, write_predictions
+from common.errors import UserError
 from conftest import ROOT
-from errors import UserError
 
 LABELS = ("Edema", "Lung Lesion", "Fracture")
 

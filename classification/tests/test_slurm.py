@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY
-from dataset.synthetic import write_tree
+from dataset.synthetic.tree import write_tree
 
 missing = [name for name in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(name)]
 pytestmark = [

@@ -14,19 +14,19 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-import checkpoint
 import main
 import predict
 from analysis.evaluation import read_predictions
 from analysis.groups import find_groups
+from common.errors import UserError
 from config import get_config
 from conftest import TINY, epochs
 from dataset.build import SeededDataset, TrainSampler, build_datasets, fingerprint
-from dataset.domain import domain_warning
+from dataset.files.domain import domain_warning
 from dataset.labels import LABELS
-from dataset.synthetic_layouts import LAYOUTS
+from dataset.synthetic.layouts import LAYOUTS
 from dataset.tables import EmptySplit
-from errors import UserError
+from training import checkpoint
 
 OTHERS = [name for name in LAYOUTS if name != "mimic"]
 # Labels that every release but MIMIC's own form knows in its own words.

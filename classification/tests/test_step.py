@@ -10,16 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
-import compiling
 import config as config_module
-import distributed
-import faults
 import main
+from common.errors import UserError
 from conftest import TINY, epochs
 from dataset.build import build_datasets, build_loader, taken_ahead
-from errors import UserError
 from models.intern_image import InternImage
+from training import checkpoint, compiling, distributed, faults
 from utils_multilabel import LOSSES, build_loss
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

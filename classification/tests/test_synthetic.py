@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-from dataset import synthetic, synthetic_files
 from dataset.labels import LABELS
-from dataset.synthetic import plan, write_tree
-from dataset.synthetic_drawing import SIGNS, draw, random_anatomy
+from dataset.synthetic import files as synthetic_files
+from dataset.synthetic import tree as synthetic
+from dataset.synthetic.drawing import SIGNS, draw, random_anatomy
+from dataset.synthetic.tree import plan, write_tree
 
 TINY = dict(patients=24, size=96, studies=(1, 2), images=(1, 2), progress=False)
 PATHOLOGIES = [label for label in SIGNS if label != "Support Devices"]

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 import prepare_mimic
+from common.errors import UserError
 from conftest import edit_csv
 from dataset import tables
 from dataset.mimic_cxr import MIMICCXRDataset, load_table
-from errors import UserError
 
 
 @pytest.fixture

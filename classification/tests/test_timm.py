@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 
-import torchvision_shim  # noqa: F401  (before timm)
+import common.torchvision_shim  # noqa: F401  (before timm)
 
 import huggingface_hub
 import pytest
@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import save_file
 from timm.optim import param_groups_layer_decay
 
-import checkpoint
 import config as config_module
 import dcnv3
-import explain
 import export
 import predict
+from common.errors import UserError
 from conftest import ROOT, epochs
-from errors import UserError
 from models import build_model, own_values
 from models.cost import count_gmacs
-from optimizer import parameter_groups
+from predicting import explain
+from training import checkpoint
+from training.optimizer import parameter_groups
 
 SMALL = "test_resnet"  # made for tests by timm's authors
 

@@ -19,14 +19,12 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-import checkpoint
 import config as config_module
-import distributed
-import faults
 import main
+from common.errors import UserError
 from conftest import ROOT, edit_csv, epochs
 from dataset.labels import LABELS
-from errors import UserError
+from training import checkpoint, distributed, faults
 
 LOG = logging.getLogger("test")
 
@@ -561,7 +559,7 @@ def test_policies_and_losses_come_from_the_config(run_main):
 # ------------------------------------------------------------------------------------ bad images
 def test_bad_images_are_skipped_and_counted_when_asked(run_main, own_tree, tmp_path):
     """One bad image a split: an error by default; skipped, the others' predictions stay what they were."""
-    from dataset.images import ImageError
+    from dataset.files.images import ImageError
     from dataset.mimic_cxr import MIMICCXRDataset
 
     whole = run_main(data=own_tree, TRAIN__EPOCHS=1)
@@ -595,7 +593,7 @@ def test_bad_images_are_skipped_and_counted_when_asked(run_main, own_tree, tmp_p
 
 def test_a_model_trained_on_jpgs_scores_their_dicoms_alike(run_main, tmp_path):
     """JPGs made from DICOMs as the release was: under mimic_jpg the same AUROC, under window other outputs."""
-    from dataset.synthetic import write_tree
+    from dataset.synthetic.tree import write_tree
 
     dicoms, jpgs = tmp_path / "dicoms", tmp_path / "jpgs"
     write_tree(dicoms, patients=60, size=64, image_format="dicom", progress=False)

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import assert_same, random_inputs
 
+from common import assert_same, random_inputs
 from dcnv3 import definition, kernels
 from dcnv3.functional import output_size
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import DEVICES, DTYPES, IMPLEMENTATIONS, assert_same, random_inputs, results
 
+from common import DEVICES, DTYPES, IMPLEMENTATIONS, assert_same, random_inputs, results
 from dcnv3 import DCNv3, dcnv3, reference
 
 GOLDEN = np.load(Path(__file__).with_name("dcnv3_op.npz"))

@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-from common import DEVICES, IMPLEMENTATIONS, assert_same, random_inputs, results
 
+from common import DEVICES, IMPLEMENTATIONS, assert_same, random_inputs, results
 from dcnv3 import DCNv3, _extension, _ops, dcnv3, kernels
 
 every_device = pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,43 @@
+"""Finds a backbone or a dataset by its name: a module with a `build`."""
+
+import importlib
+import pkgutil
+
+from common.errors import UserError, did_you_mean
+
+
+def _with_build(module):
+    """The module of this full name; None where there is none, or it has no `build`.
+
+    Raises:
+        ModuleNotFoundError: the module is there, but not one that it imports.
+    """
+    if not all(part.isidentifier() for part in module.split(".")):
+        return None
+    try:
+        found = importlib.import_module(module)
+        return found if hasattr(found, "build") else None
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        return None
+
+
+def find(package, name, key):
+    """The module `package.name`, else the module `name`, which has a `build`; `key`: the config key that named it.
+
+    Raises:
+        UserError: no such module, one without `build`, or one that cannot be imported.
+    """
+    try:
+        module = _with_build(f"{package}.{name}") or _with_build(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{key} {name} cannot be imported: {error}") from error
+    if module is None:
+        files = [file.name for file in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+        known = [file for file in files if _with_build(f"{package}.{file}")]
+        raise UserError(
+            f"{key} is {name!r}; choose one of {', '.join(known)}{did_you_mean(name, known)}, "
+            "or name a module that has a function build"
+        )
+    return module

@@ -1,0 +1,160 @@
+"""Image file -> grey uint8 array [H, W] in which bright means dense. Runs without torch.
+
+The content of a file decides its format, never its name. DICOM values become grey by one of two recipes
+(:data:`dataset.files.dicom.RECIPES`), pictures are turned upright. Every fault of a file is an :class:`ImageError` that
+names the file; what was read although something is odd is collected for :func:`take_warnings`.
+"""
+
+import io
+import re
+import warnings
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from common.errors import UserError
+from dataset.files.codestreams import Unusable, check_png, check_size, read_jpeg
+from dataset.files.dicom import begins_as_dicom, decode_dicom
+
+Image.MAX_IMAGE_PIXELS = None  # check_size is stricter, and an error, not a warning
+
+# The endings of image files, which only help to find them: the content decides the format. Some files have none.
+ENDINGS = {"jpg": (".jpg", ".jpeg"), "dcm": (".dcm", ".dicom"), "png": (".png",)}
+SUFFIXES = (".jpg", ".dcm", ".png", ".jpeg", ".dicom", ".JPG", ".DCM", ".PNG", ".JPEG", ".DICOM", "")
+
+# EXIF orientation -> how a picture is turned upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What lies there instead of an image, by how it begins.
+NO_IMAGES = (
+    (b"version https://git-lfs", "a pointer of Git LFS, fetch the file itself with `git lfs pull`"),
+    (b"<", "a web page or XML, such as the answer to a download without login"),
+    (b"\x1f\x8b", "compressed by gzip"),
+    (b"PK", "a zip file"),
+)
+
+
+class ImageError(UserError):
+    """An image that cannot be used; the text names the file and the fault."""
+
+
+def sniff(data):
+    """The format of a file by how it begins: jpg, png or dcm; empty for any other."""
+    if begins_as_dicom(data):
+        return "dcm"
+    return "jpg" if data.startswith(b"\xff\xd8\xff") else "png" if data.startswith(b"\x89PNG") else ""
+
+
+def orientation(picture):
+    """EXIF orientation of a PIL picture, 1 (upright) to 8; 1 where it has none that can be read."""
+    try:
+        value = picture.getexif().get(0x0112, 1)
+    except Exception:  # a damaged EXIF block, by whatever it breaks: the pixels are not concerned
+        return 1
+    return value if value in UPRIGHT else 1
+
+
+def _to_uint8(values):
+    """Any numeric array, its own minimum and maximum to 0 and 255."""
+    values = values.astype(np.float32)
+    low, high = values.min(), values.max()
+    if not np.isfinite(high - low):
+        raise Unusable("some pixels are not finite numbers")
+    return np.round((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+def _decode_picture(data, shrink_to):
+    check = {"jpg": read_jpeg, "png": check_png}.get(sniff(data))
+    if check:  # whether it is whole, before Pillow reads it
+        check(data)
+    with Image.open(io.BytesIO(data)) as image:
+        check_size(image.height, image.width)
+        if shrink_to:  # a JPEG decodes at 1/2, 1/4 or 1/8 in a fraction of the time; no effect on others
+            factor = min(image.size) / shrink_to
+            if factor >= 2:
+                image.draft("L", (int(image.width / factor), int(image.height / factor)))
+        image.load()  # which turns a TIFF itself
+        turn = UPRIGHT.get(orientation(image))
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            grey = Image.fromarray(_to_uint8(np.asarray(image)))
+        else:
+            grey = image.convert("L")
+        return np.asarray(grey if turn is None else grey.transpose(turn))
+
+
+def _reduce(grey, shrink_to):
+    """Means over blocks of whole pixels, as large as leaves the short side at least `shrink_to`."""
+    factor = min(grey.shape) // shrink_to if shrink_to else 1
+    return grey if factor < 2 else np.asarray(Image.fromarray(grey).reduce(factor))
+
+
+def decode(data, name, *, recipe="window", window=0, shrink_to=0):
+    """Bytes of a JPG, PNG or DICOM file (or any other that Pillow reads) -> uint8 [H, W].
+
+    name: of the file, for messages.
+    recipe, window: for DICOM, one of `RECIPES`, and which window or VOI LUT where there are several
+    (the first valid one where that one is not there or not valid).
+    shrink_to: a larger image may be reduced by a whole factor, to a short side of at least this; 0: never.
+
+    Raises:
+        ImageError: empty, cut short, damaged, not an image, no pixels, or a syntax that cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if not data:
+                raise ValueError("the file is empty")
+            if sniff(data) == "dcm":
+                grey = decode_dicom(data, recipe, window)
+            else:
+                grey = _decode_picture(data, shrink_to)
+            grey = _reduce(grey, shrink_to)
+    except Unusable as error:
+        raise ImageError(f"{name}: cannot be read as an image ({error})") from error
+    except MemoryError as error:
+        raise ImageError(f"{name}: there is not enough memory to read it") from error
+    # Decoders raise whatever they meet (OSError, struct.error, KeyError, RuntimeError, ...): to the
+    # user all of it means that this file is broken.
+    except Exception as error:
+        raise ImageError(f"{name}: cannot be read as an image ({_reason(error, data)}); replace the file") from error
+    for warning in caught:
+        note(str(warning.message), name)
+    return grey
+
+
+def _reason(error, data):
+    """One line, without what means nothing to the user, such as an object's address."""
+    if isinstance(error, UnidentifiedImageError):
+        what = next((what for start, what in NO_IMAGES if data[:1000].lstrip().startswith(start)), "")
+        if not data.strip(b"\0"):
+            what = "zeros, as of a download that was not finished"
+        return f"cannot identify image: neither JPG, PNG nor DICOM{what and ', but '}{what}"
+    text = str(error).split("\n")[0]
+    return re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the file", text) or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------- warnings, once a kind
+_warnings = {}  # of this process: kind -> [how often, first text, file of it]
+
+
+def warning_kind(text):
+    """Texts that differ in values alone are of one kind."""
+    return re.sub(r"'[^']*'|-?\d[\d.e+-]*", "#", text)
+
+
+def note(text, name, count=1):
+    _warnings.setdefault(warning_kind(text), [0, text, name])[0] += count
+
+
+def take_warnings():
+    """What this process has warned of since the last call: [(how often, the first text, the file of that one)]."""
+    taken = [tuple(seen) for seen in _warnings.values()]
+    _warnings.clear()
+    return taken

@@ -1,0 +1,74 @@
+"""Does this environment compute rightly? `python -m jobs.self_test`: the operator against its definition, one step.
+
+On every device there is. Kernels that do not fit a GPU have been known to give garbage without an error:
+that is found here and not after a night of training. That the operator runs without its kernels is told too.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import common.torchvision_shim  # noqa: F401  (before torchvision)
+
+import timm
+import torch
+import torchvision
+
+import config as config_module
+from dcnv3 import dcnv3, reference
+from models import build_model
+from training.optimizer import build_optimizer
+
+
+def check_operator(device):
+    """Output and gradients of the operator, float32, against its definition in float64; raises SystemExit."""
+    torch.manual_seed(0)
+    sizes = {"input": (2, 9, 8, 32), "offset": (2, 9, 8, 36), "mask": (2, 9, 8, 18)}
+    exact = {name: torch.randn(size, dtype=torch.float64, requires_grad=True) for name, size in sizes.items()}
+    ours = {name: t.detach().float().to(device).requires_grad_() for name, t in exact.items()}
+    results = []
+    for function, given in ((reference, exact), (dcnv3, ours)):
+        output = function(*given.values(), group=2)
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(given.values()))])
+    for name, wanted, got in zip(("output", *(f"gradient of {n}" for n in sizes)), *results):
+        difference = (got.double().cpu() - wanted).abs().max() / wanted.abs().max()
+        if not difference < 1e-4:
+            sys.exit(
+                f"error: the DCNv3 operator is wrong on {device}: {name} differs by {difference:.1e} of the largest"
+            )
+
+
+def check_step(device):
+    """One training step of a tiny model; raises SystemExit where the loss is not finite."""
+    demo = argparse.Namespace(cfg=str(Path(__file__).parents[1] / "configs" / "internimage_tiny_synthetic.yaml"))
+    config = config_module.get_config(demo)
+    model = build_model(config).to(device).train()
+    optimizer = build_optimizer(config, model)
+    images = torch.randn(4, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=device)
+    loss = model(images).square().mean()
+    loss.backward()
+    optimizer.step()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        sys.exit(f"error: a training step on {device} leaves weights that are not finite")
+
+
+def main():
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            check_operator(device)
+        # A GPU can be one that the kernels do not run on: then only the first call tells.
+        slow = [str(w.message) for w in said if "plain PyTorch" in str(w.message)]
+        check_step(device)
+        name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        for message in slow:
+            print(f"setup: {message}")
+        how = "PyTorch code (slow)" if slow else "its kernels"
+        print(f"setup: self-test on {name}: the operator, by {how}, equals its definition; a training step works")
+    print(f"setup: torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""Checkpoints: write whole ones, find the last, resume from it, load foreign weights.
+
+Nothing here ever runs code from a file: everything is read with `weights_only=True`.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import config as config_module
+from common.errors import UserError
+
+LAST = "last_ckpt.pth"  # after every epoch, or where a signal stopped the run
+PREVIOUS = "last_ckpt.previous.pth"
+BEST = "best_ckpt.pth"
+EMA_BEST = "ema_best_ckpt.pth"
+
+
+# ----------------------------------------------------------------------------------------- files
+def _replace(temporary, path):
+    """Give a written file its name at once, and for good: rename, then flush the folder's entry."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save(state, folder, names):
+    """Write `state` under every name. A reader sees the old file or the whole new one, never a part.
+
+    Files are written in the order of `names`, each a copy of its own (a damaged disk block then
+    costs one of them). The file that was LAST until now is kept as PREVIOUS.
+    """
+    folder = Path(folder)
+    temporary, source = folder / "checkpoint.tmp", None
+    try:
+        for name in names:
+            if source is None:
+                with open(temporary, "wb") as file:
+                    torch.save(state, file)
+            else:
+                shutil.copyfile(source, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            source = folder / name
+            if name == LAST and source.exists():
+                _replace(source, folder / PREVIOUS)
+            _replace(temporary, source)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{folder / name}: the checkpoint could not be written ({error}); earlier ones are intact"
+        ) from error
+
+
+class _Inert:
+    """Stands in for a class or function that a foreign checkpoint names (a yacs CfgNode, say).
+
+    Its "objects" are plain OrderedDicts, one of the few types that torch's safe reader fills.
+    """
+
+    def __new__(cls, *_, **__):
+        return OrderedDict()
+
+
+def read(path):
+    """Content of a checkpoint file, on the CPU.
+
+    Objects of unknown classes become plain dictionaries; their code is never run.
+
+    Raises:
+        UserError: missing, truncated, damaged, or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if part := _damaged_part(path):
+            raise ValueError(f"{part} in it does not match its checksum: a bad copy or disk")
+        try:
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except ValueError:  # the format before torch 1.6: nothing is allowed there
+            unknown = []
+        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle protocol of foreign files
+            return torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged file can raise almost anything (RuntimeError, EOFError, UnpicklingError, KeyError, ...).
+    except Exception as error:
+        raise UserError(_what_is_wrong(path, error)) from error
+
+
+def _damaged_part(path):
+    """Name of a part that its checksum contradicts, or None. torch.load checks none, and would load changed weights."""
+    if not zipfile.is_zipfile(path):  # the format before torch 1.6, without checksums
+        return None
+    with zipfile.ZipFile(path) as archive:
+        written = any(part.CRC for part in archive.infolist())  # torch can leave them out: all are 0 then
+        return archive.testzip() if written else None
+
+
+def _what_is_wrong(path, error):
+    """Why a file is no checkpoint: what it is instead, where its first bytes tell."""
+    with open(path, "rb") as file:
+        start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or download it"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return f"{path} is a web page, not a checkpoint: the download failed; download it again"
+    # torch's own text about unpickling advises to load unsafely: it is not handed on.
+    reason = str(error).splitlines()[0] if str(error) and "weights_only" not in str(error) else type(error).__name__
+    reason = reason.split(". ")[0]  # the rest guesses at causes
+    reason = reason if start else "the file is empty"
+    return f"{path} is not a whole checkpoint ({reason}); use another one"
+
+
+def find_last(folder, log):
+    """(path, state) of the newest whole checkpoint of a run, or None.
+
+    The order is that of the epochs in the names, not of file dates: copying changes those. A file that
+    cannot be read is named in a warning, and the next one is tried.
+    """
+    folder = Path(folder)
+    numbered = [(int(m[1]), p) for p in folder.glob("ckpt_epoch_*.pth") if (m := re.search(r"_(\d+)\.pth$", p.name))]
+    candidates = [folder / LAST, folder / PREVIOUS, *(p for _, p in sorted(numbered, reverse=True)), folder / BEST]
+    there = [path for path in candidates if path.is_file()]
+    for path in there:
+        try:
+            return path, read(path)
+        except UserError as error:
+            log.warning(f"{error} - falling back to the one before")
+    if there:  # to begin anew here would overwrite what may still be saved
+        raise UserError(f"none of the checkpoints in {folder} can be read; move them away or use another --tag")
+    return None
+
+
+def refuse_to_overwrite(folder):
+    """Raises a UserError where a run lies in `folder`: a new one there would replace its best checkpoint."""
+    there = sorted(p.name for p in Path(folder).glob("*ckpt*.pth"))
+    if there:
+        raise UserError(
+            f"TRAIN.AUTO_RESUME is False, but {folder} holds a run ({there[0]}): a new one would overwrite it. "
+            "Use another --tag, or move it away"
+        )
+
+
+# ---------------------------------------------------------------------------------------- resume
+def check_weights(module, weights, path):
+    """Raise a UserError unless `weights` are tensors of the names and shapes of the module (which may be on meta)."""
+    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise UserError(f"{path} is not a checkpoint of this project: its weights are no dictionary of tensors")
+    ours = module.state_dict()
+    problems = [f"{k} is missing" for k in ours if k not in weights]
+    problems += [f"{k} is not in this model" for k in weights if k not in ours]
+    problems += [
+        f"{k} is {tuple(weights[k].shape)}, here {tuple(ours[k].shape)}"
+        for k in ours
+        if k in weights and weights[k].shape != ours[k].shape
+    ]
+    if problems:
+        raise UserError(
+            f"{path} is a checkpoint of another model: {problems[0]} ({len(problems)} such keys); "
+            "use the configuration it was trained with, or another --tag to begin a new run"
+        )
+
+
+def _load_strictly(module, weights, path):
+    check_weights(module, weights, path)
+    module.load_state_dict(weights)
+
+
+def load_weights(model, state, path, label_names, averaged=False):
+    """Weights of one of our checkpoints for evaluation; averaged: the EMA's.
+
+    Raises:
+        UserError: not one of ours, another model, other labels, or no average in it.
+    """
+    if not isinstance(state, dict) or "model" not in state or "label_names" not in state:
+        raise UserError(f"{path} is not a checkpoint of this project; load foreign weights with --pretrained")
+    if list(state["label_names"]) != list(label_names):
+        raise UserError(
+            f"{path} was trained on the labels {', '.join(state['label_names'])}; the data has {', '.join(label_names)}"
+        )
+    weights = state["model_ema" if averaged else "model"]
+    if weights is None:
+        raise UserError(f"{path} has no averaged weights (TRAIN.EMA.ENABLE was off); evaluate it without --ema")
+    _load_strictly(model, weights, path)
+
+
+def resume(state, path, *, model, ema, optimizer, scaler, config, label_names, world, log):
+    """Put a run back to where `state` was saved; raises UserError where it does not fit.
+
+    Rates, decay and betas stay those of the present config: what the user changed since counts.
+    """
+    load_weights(model, state, path, label_names)
+    if state["weights"] != "model":
+        raise UserError(f"{path} holds averaged weights: evaluate them or start from them (--pretrained)")
+    if ema is not None:
+        if state["model_ema"] is None:
+            log.warning(f"{path} has no EMA weights (TRAIN.EMA.ENABLE was off): the average starts from its weights")
+        _load_strictly(ema.module, state["model_ema"] or state["model"], path)
+    # Moments go by parameter name: the groups may be others now (DCN_LR_MUL changed, say).
+    ours, saved = optimizer.state_dict()["param_groups"], state["optimizer"]
+    index = {n: i for g in saved["param_groups"] for n, i in zip(g["names"], g["params"])}
+    pairs = [(i, index[n]) for g in ours for n, i in zip(g["names"], g["params"])]
+    moments = {i: saved["state"][k] for i, k in pairs if k in saved["state"]}
+    try:
+        optimizer.load_state_dict({"state": moments, "param_groups": ours})
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: the optimizer's state does not fit ({error})") from error
+    if state["amp"]:  # empty where the run was not in float16
+        scaler.load_state_dict(state["amp"])
+    if len(state["rng"]) == world.size:
+        torch.set_rng_state(state["rng"][world.rank]["cpu"])
+        if world.device.type == "cuda" and state["rng"][world.rank]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"][world.rank]["cuda"], world.device)
+    else:
+        log.warning(f"{path} was saved by {len(state['rng'])} processes, now {world.size}: random numbers start anew")
+    log_differences(state, config, log)
+
+
+def log_differences(state, config, log, but=()):
+    """Say which options have changed since the checkpoint was written, apart from `but`."""
+    changed = config_module.differences(state["config"], config_module.to_dict(config))
+    for key, (old, new) in changed.items():
+        if key not in but:
+            log.info(f"changed since the checkpoint: {key} {old!r} -> {new!r}")
+
+
+def rng_state(world):
+    """Random number state of this rank, for `resume`."""
+    cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+# ------------------------------------------------------------------------------- foreign weights
+# What wraps a model puts before its names: DataParallel, torch.compile, Lightning and Hugging Face, detectors.
+_WRAPPED = re.compile(r"(?:module\.|_orig_mod\.|model\.|backbone\.)*")
+
+
+def _without_prefix(weights, ours):
+    """The weights under the prefix that leaves most names of `ours`; what the file holds beside it is dropped."""
+    prefixes = {""}
+    for key in weights:
+        parts = _WRAPPED.match(key)[0].split(".")[:-1]
+        prefixes |= {".".join(parts[:k]) + "." for k in range(1, len(parts) + 1)}
+
+    def fitting(prefix):
+        return sum(key.startswith(prefix) and key[len(prefix) :] in ours for key in weights)
+
+    best = max(sorted(prefixes), key=fitting)
+    return {k[len(best) :]: v for k, v in weights.items() if k.startswith(best)} if fitting(best) else weights
+
+
+def _state_dict(content, path, ours):
+    """The weights in a file of any of the known shapes, with the published names."""
+    for key in ("model", "module", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    if not weights:
+        raise UserError(f"{path} holds no weights (looked under model, module, state_dict and at the top)")
+    weights = {re.sub(r"\blayer_scale([12])$", r"gamma\1", k): v for k, v in weights.items()}
+    return _without_prefix(weights, ours)
+
+
+def load_pretrained(model, path, log):
+    """Start from the weights of a published checkpoint (InternImage's own, the Hugging Face copy, timm's).
+
+    A classifier of another size is left as initialised, and so is a part of the model of which the file has nothing.
+    Returns {loaded, replaced, missing, unexpected}, lists of keys as files have them, and logs them; and the `patients`
+    it was trained on, see `dataset.patients`, {} where the file does not say.
+
+    Raises:
+        UserError: the file is of another architecture.
+    """
+    # What wraps all of our own names is not in the file's either.
+    wrapped = _WRAPPED.match(os.path.commonprefix([*model.state_dict()]))[0]
+    ours = {k.removeprefix(wrapped): v for k, v in model.state_dict().items()}
+    content = read(path)
+    theirs = _state_dict(content, path, ours.keys())
+    if hasattr(model, "fitted"):
+        theirs = model.fitted(theirs)
+    classifier = model.classifier.removeprefix(wrapped)
+    head = {f"{classifier}.weight", f"{classifier}.bias"}
+    matching = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
+    replaced = sorted(head & ours.keys() & (theirs.keys() - matching.keys()))
+    # One row of the head per class: a head that fits half is another head.
+    if replaced:
+        replaced = sorted(head & ours.keys())
+        matching = {k: v for k, v in matching.items() if k not in head}
+    parts = {k.split(".")[0] for k in theirs}
+    missing = [k for k in ours if k not in theirs]
+    unexpected = [k for k in theirs if k not in ours]
+    wrong = [
+        f"{k} is {tuple(theirs[k].shape)}, here {tuple(ours[k].shape)}"
+        for k in ours
+        if k in theirs and k not in matching and k not in head
+    ]
+    wrong += [f"{k} is missing in the file" for k in missing if k not in head and k.split(".")[0] in parts]
+    known = {k.split(".")[0] for k in ours} - {classifier}
+    wrong += [f"{k} is not in this model" for k in unexpected if k.split(".")[0] in known]
+    if not matching:
+        raise UserError(_nothing_fits(path, theirs, ours))
+    if wrong or len(matching) < len(ours) / 2:
+        first = wrong[0] if wrong else f"{missing[0]} is missing in the file"
+        raise UserError(
+            f"{path} is of another architecture: {first} ({len(wrong) or len(missing)} such keys); "
+            "choose the configuration that belongs to the file"
+        )
+    model.load_state_dict({wrapped + k: v for k, v in matching.items()}, strict=False)
+    report = {"loaded": sorted(matching), "replaced": replaced, "missing": missing, "unexpected": unexpected}
+    log.info(f"pretrained weights from {path}: {len(matching)} of {len(ours)} keys loaded, all but those named here")
+    for what in ("replaced", "missing", "unexpected"):
+        log.info(f"  {what}: {', '.join(report[what]) or 'none'}")
+    known = content.get("patients")
+    return report | {"patients": known if isinstance(known, dict) else {}}
+
+
+def _nothing_fits(path, theirs, ours):
+    """Why no key of a file is one of the model's: another architecture, or names with a prefix that is not known."""
+    for key in theirs:
+        prefix = next((key[: -len(name)] for name in ours if key.endswith("." + name)), None)
+        if prefix:
+            return f"{path}: its names begin with {prefix!r}, which is no known prefix; remove it from the keys"
+    return (
+        f"{path} is of another architecture: it has no key of this model, such as {next(iter(ours))}, but "
+        f"{next(iter(theirs))}; choose the configuration that belongs to the file"
+    )

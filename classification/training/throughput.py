@@ -1,0 +1,152 @@
+"""What a training step costs, part by part, beside the rate of matrix products on the same device.
+
+`main.py --throughput` says it of one configuration, `benchmarks/train_step.py` of several, side by side.
+"""
+
+import statistics
+import time
+
+import torch
+from timm.utils import ModelEmaV3
+
+from models import build_model
+from models.cost import count_gmacs
+from training.compiling import compile_model
+from training.inference import autocast
+from training.optimizer import build_optimizer
+
+PARTS = ("forward", "backward", "optimizer")
+
+
+class Marks:
+    """Moments of the device's time: on a GPU they are recorded among its work, and nothing waits for them."""
+
+    clock = time.perf_counter  # of a CPU, in seconds
+
+    def __init__(self, device):
+        self.device, self.marks = device, []
+
+    def __call__(self):
+        if self.device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = Marks.clock()
+        self.marks.append(mark)
+
+    def seconds(self):
+        """Between each mark and the next."""
+        pairs = list(zip(self.marks, self.marks[1:]))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+        return [after - before for before, after in pairs]
+
+
+class Step:
+    """The training step of a configuration as `main.py` takes it, on random images, with a loss that costs nothing.
+
+    Its parts, all of which may be replaced: model, trained (what is called; it may be compiled), optimizer, ema (None
+    without an average), amp, images.
+    """
+
+    def __init__(self, config, device):
+        self.device, self.clip = device, config.TRAIN.CLIP_GRAD
+        size = config.DATA.IMG_SIZE
+        self.model = build_model(config).to(device).train()
+        self.gmacs = count_gmacs(self.model, size)
+        self.trained = compile_model(self.model) if config.TRAIN.COMPILE else self.model
+        self.optimizer = build_optimizer(config, self.model)
+        self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
+        self.amp, self.dtype = autocast(config, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.images = torch.randn(config.DATA.BATCH_SIZE, 3, size, size, device=device)
+
+    def __call__(self, images=None, mark=lambda: None):
+        """One step; `mark` is called before it and after each of PARTS."""
+        mark()
+        with self.amp():
+            loss = self.trained(self.images if images is None else images).float().square().mean()
+        mark()
+        self.scaler.scale(loss).backward()
+        mark()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or torch.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        mark()
+
+    def predict(self):
+        """The forward pass of an evaluation."""
+        self.model.eval()
+        with torch.no_grad(), self.amp():
+            self.model(self.images)
+        self.model.train()
+
+
+class Product:
+    """A product of two large square matrices, to have its turn among steps: the rate that they are held against."""
+
+    def __init__(self, device, dtype):
+        self.device, self.side = device, 8192 if device.type == "cuda" else 1024
+        self.a, self.b = (torch.randn(self.side, self.side, device=device).to(dtype) for _ in range(2))
+
+    def __call__(self, mark):
+        mark()
+        self.a @ self.b
+        mark()
+
+    def rate(self, seconds):
+        """Multiplications and additions a second."""
+        return 2 * self.side**3 / seconds
+
+
+def step_seconds(steps, rounds, warm_up=2):
+    """{name: seconds of each of PARTS}: medians over `rounds`, in which each of `steps` ({name: Step}) has its turn.
+
+    A :class:`Product` has one part.
+
+    By turns, since a machine that others share is not equally fast all the time. On a GPU a turn is ten steps without
+    a wait, as in training.
+    """
+    turns = {name: [] for name in steps}
+    for number in range(warm_up + rounds):
+        for name, step in steps.items():
+            for marks in [Marks(step.device) for _ in range(10 if step.device.type == "cuda" and number else 1)]:
+                step(mark=marks)
+                turns[name].append((number, marks))
+    return {
+        name: [statistics.median(s) for s in zip(*(marks.seconds() for number, marks in of_name if number >= warm_up))]
+        for name, of_name in turns.items()
+    }
+
+
+def fed_rate(step, loader, batches, warm_up):
+    """(images/s, share of time that waits for data) of the step on so many batches of a loader, after `warm_up`."""
+    images = iter(loader)
+    for _ in range(warm_up):
+        step(next(images)[0])
+    _finish(step.device)
+    count, waited, started = 0, 0.0, time.perf_counter()
+    for _ in range(batches):
+        asked = time.perf_counter()
+        batch, _, _ = next(images)
+        waited += time.perf_counter() - asked
+        step(batch)
+        count += len(batch)
+    _finish(step.device)
+    seconds = time.perf_counter() - started
+    return count / seconds, waited / seconds
+
+
+def _finish(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def share_of(rate, gmacs, images_per_s):
+    """The part of a matrix rate that a training step reaches: two a multiply-add, thrice with the backward pass."""
+    return 3 * 2e9 * gmacs * images_per_s / rate
