@@ -1,4 +1,4 @@
-"""Every knob of the project: default, meaning, allowed values and when it acts; the only place that writes a config.
+"""Every knob: default, meaning, allowed values, when it takes effect. The only module that writes a config.
 
 Order of precedence, later wins: the defaults here, those of the backbone, the files named in BASE, the YAML of
 `--cfg`, `--opts KEY VALUE ...`, the flags given on the command line. Keys of the published InternImage
@@ -65,9 +65,9 @@ class Knob:
     """One option.
 
     allowed: one of the functions above.
-    acts: what must hold for it to have an effect: other keys and their values; `task`, that of the dataset;
-        `model`, that the backbone heeds it; `data`, that the dataset does; `device`, the type of what computes. Where
-        that does not hold, a value other than the default is warned about.
+    takes_effect: the conditions under which it does: other keys and their values; `task`, the task of the dataset;
+        `model`, that the backbone uses it; `data`, that the dataset uses it; `device`, the type of device. If one
+        does not hold, a value other than the default gives a warning.
     kind: the type besides None, where the default is None. mapping: a mapping is allowed as well.
     flag: its own flag of main.py.
     """
@@ -75,7 +75,7 @@ class Knob:
     default: object
     meaning: str
     allowed: object = None
-    acts: dict = field(default_factory=dict)
+    takes_effect: dict = field(default_factory=dict)
     kind: type = None
     mapping: bool = False
     flag: str = ""
@@ -97,82 +97,89 @@ KNOBS = {
     "DATA.SOURCES": Knob([], "(new) several releases at once, instead of DATASET and DATA_PATH: [{dataset: mimic_cxr, "
                          "path: FOLDER}, ...]; a source may have its own name, csv, split_seed, ...", sources),
     "DATA.SOURCES_MIX": Knob("size", "(new) an epoch of several sources: every image once (size), or as many of each "
-                             "source (even)", one_of("size", "even"), acts=DATA),
+                             "source (even)", one_of("size", "even"), takes_effect=DATA),
     "DATA.CSV": Knob("", "(new) a table of your own instead of the official ones: path, split, labels[, subject_id]",
-                     acts={"DATA.DATASET": "mimic_cxr"}),
-    "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"), acts=OFFICIAL),
+                     takes_effect={"DATA.DATASET": "mimic_cxr"}),
+    "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"),
+                          takes_effect=OFFICIAL),
     "DATA.TEST_LABELER": Knob("same", "(new) labels of the test split: those, or mimic-cxr-*-test-set-labeled.csv",
-                              one_of("same", "radiologist"), acts=OFFICIAL),
+                              one_of("same", "radiologist"), takes_effect=OFFICIAL),
     "DATA.VIEWS": Knob("all", "(new) which views; for a blank one the texts of the metadata decide",
-                       one_of("all", "frontal", "AP", "PA", "lateral"), acts=XRAYS),
-    "DATA.LABELS": Knob([], "(new) label columns, the release's own too; empty: the 14 of CheXpert", acts=XRAYS),
-    "DATA.APPROXIMATE_LABELS": Knob(True, "(new) False: labels that a release has only nearly are unknown", acts=DATA),
+                       one_of("all", "frontal", "AP", "PA", "lateral"), takes_effect=XRAYS),
+    "DATA.LABELS": Knob([], "(new) label columns, the release's own too; empty: the 14 of CheXpert",
+                        takes_effect=XRAYS),
+    "DATA.APPROXIMATE_LABELS": Knob(True, "(new) False: labels that a release has only nearly are unknown",
+                                    takes_effect=DATA),
     "DATA.SPLIT_SEED": Knob(None, "(new) draws by patient the splits that a release does not have: null is 0 for a "
-                            "validation split, and a release without any splits is then all test", kind=int, acts=DATA),
+                            "validation split, and a release without any splits is then all test", kind=int,
+                            takes_effect=DATA),
     "DATA.READERS": Knob("majority", "(new) VinDr: positive is what most of the readers marked, or any of them",
-                         one_of("majority", "any"), acts=DATA),
+                         one_of("majority", "any"), takes_effect=DATA),
     "DATA.LABELLED_BY": Knob("physicians", "(new) PadChest: the images whose labels are physicians', or all",
-                             one_of("physicians", "all"), acts=DATA),
+                             one_of("physicians", "all"), takes_effect=DATA),
     "DATA.UNCERTAIN": Knob("zeros", "(new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics), smooth; "
                            "for all labels, or by label: {default: zeros, Consolidation: ignore}",
-                           acts=XRAYS, mapping=True),
-    "DATA.MISSING": Knob("zeros", "(new) what a blank becomes, likewise", acts=XRAYS, mapping=True),
+                           takes_effect=XRAYS, mapping=True),
+    "DATA.MISSING": Knob("zeros", "(new) what a blank becomes, likewise", takes_effect=XRAYS, mapping=True),
     "DATA.NO_FINDING_CLEARS": Knob(False, "(new) where No Finding is 1, a blank label is 0, but for Support Devices",
-                                   acts=XRAYS),
+                                   takes_effect=XRAYS),
     "DATA.IMAGE_FORMAT": Knob("auto", "(new) which images of a release to read",
-                              one_of("auto", "jpg", "dcm", "png"), acts=DATA),
+                              one_of("auto", "jpg", "dcm", "png"), takes_effect=DATA),
     "DATA.DICOM_RECIPE": Knob("window", "(new) window: as displayed; mimic_jpg: as MIMIC-CXR's JPG release was made",
-                              one_of("window", "mimic_jpg"), acts=XRAYS),
+                              one_of("window", "mimic_jpg"), takes_effect=XRAYS),
     "DATA.DICOM_WINDOW": Knob(0, "(new) which window or VOI LUT of a DICOM that has several", at_least(0),
-                              acts=XRAYS | {"DATA.DICOM_RECIPE": "window"}),
+                              takes_effect=XRAYS | {"DATA.DICOM_RECIPE": "window"}),
     "DATA.ON_BAD_IMAGE": Knob("error", "(new) an image that cannot be read: error, or skip (said and counted)",
                               one_of("error", "skip")),
     "DATA.ALLOW_MISSING": Knob(False, "(new) leave out images that are not there; all are then looked for at start",
-                               acts=XRAYS),
-    "DATA.ZIP_MODE": Knob(False, "read the images from <DATA_PATH>/*.zip (uncompressed)", acts=XRAYS, flag="--zip"),
-    "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node", acts=XRAYS),
+                               takes_effect=XRAYS),
+    "DATA.ZIP_MODE": Knob(False, "read the images from <DATA_PATH>/*.zip (uncompressed)", takes_effect=XRAYS,
+                          flag="--zip"),
+    "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node",
+                               takes_effect=XRAYS),
     "DATA.BATCH_SIZE": Knob(128, "images per GPU and forward pass", at_least(1), flag="--batch-size"),
     "DATA.IMG_SIZE": Knob(224, "side in pixels of what the model sees; timm: the backbone's own unless set",
                           between(32, 4096)),
     "DATA.INTERPOLATION": Knob("bicubic", "how images are resized", one_of("bicubic", "bilinear")),
     "DATA.RESIZE": Knob("squeeze", "(new) how an X-ray becomes a square: squeeze, or pad (aspect kept, black beside)",
-                        one_of("squeeze", "pad"), acts=XRAYS),
+                        one_of("squeeze", "pad"), takes_effect=XRAYS),
     "DATA.NUM_WORKERS": Knob(8, "loading processes per GPU", at_least(0)),
     "DATA.PIN_MEMORY": Knob(True, "batches in memory that a GPU reads directly"),
-    "DATA.PREFETCH": Knob(1, "(new) batches that cross to the GPU while it computes", at_least(0), acts=GPU),
+    "DATA.PREFETCH": Knob(1, "(new) batches that cross to the GPU while it computes", at_least(0), takes_effect=GPU),
     # ------------------------------------------------------------------------------------ model
     "MODEL.TYPE": Knob("intern_image", "a file in models/: intern_image, timm"),
     "MODEL.NAME": Knob("", "folder of the run below OUTPUT; empty: the name of the YAML file"),
     "MODEL.PRETRAINED": Knob("", "weights to start from (a published checkpoint, say)", flag="--pretrained"),
     "MODEL.RESUME": Knob("", "checkpoint of this project to go on from, or to evaluate", flag="--resume"),
     "MODEL.NUM_CLASSES": Knob(1000, "labels, or classes", at_least(1)),
-    "MODEL.DROP_RATE": Knob(0.0, "dropout", between(0, 1), acts=MODEL),
-    "MODEL.DROP_PATH_RATE": Knob(0.1, "stochastic depth of the last block, linear from 0", between(0, 1), acts=MODEL),
+    "MODEL.DROP_RATE": Knob(0.0, "dropout", between(0, 1), takes_effect=MODEL),
+    "MODEL.DROP_PATH_RATE": Knob(0.1, "stochastic depth of the last block, linear from 0", between(0, 1),
+                                 takes_effect=MODEL),
     "MODEL.LABEL_SMOOTHING": Knob(0.1, "of class targets (for labels: TRAIN.LOSS smooth_bce)", between(0, 1),
-                                  acts=PHOTOS),
+                                  takes_effect=PHOTOS),
 
     "MODEL.INTERN_IMAGE.CHANNELS": Knob(64, "of the first level; each further level has twice as many", at_least(2),
-                                        acts=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.DEPTHS": Knob([4, 4, 18, 4], "blocks of the levels", acts=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.GROUPS": Knob([4, 8, 16, 32], "DCNv3 groups of the levels", acts=INTERN_IMAGE),
+                                        takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.DEPTHS": Knob([4, 4, 18, 4], "blocks of the levels", takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.GROUPS": Knob([4, 8, 16, 32], "DCNv3 groups of the levels", takes_effect=INTERN_IMAGE),
     "MODEL.INTERN_IMAGE.LAYER_SCALE": Knob(None, "initial value of the scale of each branch, or None", kind=float,
-                                           acts=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.OFFSET_SCALE": Knob(1.0, "stretches the sampling grid and offsets", acts=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.MLP_RATIO": Knob(4.0, "width of the MLP relative to the channels", acts=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.POST_NORM": Knob(False, "norms after the branches: S, B, L, XL, G", acts=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.RES_POST_NORM": Knob(False, "norms on both sides: H", acts=INTERN_IMAGE),
+                                           takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.OFFSET_SCALE": Knob(1.0, "stretches the sampling grid and offsets", takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.MLP_RATIO": Knob(4.0, "width of the MLP relative to the channels", takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.POST_NORM": Knob(False, "norms after the branches: S, B, L, XL, G", takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.RES_POST_NORM": Knob(False, "norms on both sides: H", takes_effect=INTERN_IMAGE),
     "MODEL.INTERN_IMAGE.DW_KERNEL_SIZE": Knob(None, "of the depthwise convolution; H, G: 5", kind=int,
-                                              acts=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.USE_CLIP_PROJECTOR": Knob(False, "attention pooling: H, G", acts=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.LEVEL2_POST_NORM": Knob(False, "H, G", acts=INTERN_IMAGE),
+                                              takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.USE_CLIP_PROJECTOR": Knob(False, "attention pooling: H, G", takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.LEVEL2_POST_NORM": Knob(False, "H, G", takes_effect=INTERN_IMAGE),
     "MODEL.INTERN_IMAGE.LEVEL2_POST_NORM_BLOCK_IDS": Knob(None, "H, G: blocks 5, 11, 17, ...", kind=list,
-                                                          acts=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.CENTER_FEATURE_SCALE": Knob(False, "H, G", acts=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.REMOVE_CENTER": Knob(False, "no sampling point in the middle", acts=INTERN_IMAGE),
+                                                          takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.CENTER_FEATURE_SCALE": Knob(False, "H, G", takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.REMOVE_CENTER": Knob(False, "no sampling point in the middle", takes_effect=INTERN_IMAGE),
     "MODEL.TIMM.NAME": Knob("", "(new) which backbone: a name of timm's, such as densenet121 or resnet50.a1_in1k",
-                            acts=TIMM),
+                            takes_effect=TIMM),
     "MODEL.TIMM.DOWNLOAD": Knob(False, "(new) start from the weights that timm names, fetched from Hugging Face",
-                                acts=TIMM | {"MODEL.PRETRAINED": ""}),
+                                takes_effect=TIMM | {"MODEL.PRETRAINED": ""}),
     # --------------------------------------------------------------------------------- training
     "TRAIN.EPOCHS": Knob(300, "passes over the train split", at_least(1)),
     "TRAIN.WARMUP_EPOCHS": Knob(20, "epochs of rising learning rate", at_least(0)),
@@ -186,35 +193,37 @@ KNOBS = {
                                       at_least(1)),
     "TRAIN.CLIP_GRAD": Knob(5.0, "largest norm of the gradient; 0: no clipping", at_least(0)),
     "TRAIN.ACCUMULATION_STEPS": Knob(1, "forward passes per update", at_least(1), flag="--accumulation-steps"),
-    "TRAIN.USE_CHECKPOINT": Knob(False, "recompute activations in the backward pass to save memory", acts=MODEL,
+    "TRAIN.USE_CHECKPOINT": Knob(False, "recompute activations in the backward pass to save memory", takes_effect=MODEL,
                                  flag="--use-checkpoint"),
     "TRAIN.COMPILE": Knob(False, "(new) torch.compile: fewer passes over memory; the first update takes minutes, once"),
     "TRAIN.AUTO_RESUME": Knob(True, "go on from the run's last checkpoint"),
-    "TRAIN.LOSS": Knob("bce", "(new) multi-label tasks: a row of utils_multilabel.LOSSES", acts=XRAYS),
-    "TRAIN.LOSS_OPTIONS": Knob({}, "(new) parameters of the loss, such as {gamma: 2.0}", acts=XRAYS, mapping=True),
+    "TRAIN.LOSS": Knob("bce", "(new) multi-label tasks: a row of utils_multilabel.LOSSES", takes_effect=XRAYS),
+    "TRAIN.LOSS_OPTIONS": Knob({}, "(new) parameters of the loss, such as {gamma: 2.0}", takes_effect=XRAYS,
+                               mapping=True),
     "TRAIN.POS_WEIGHT_CAP": Knob(0.0, "(new) weigh positives by negatives/positives of the label, at most this; 0: no "
-                                 "weights", off_or_at_least(1), acts=XRAYS),
+                                 "weights", off_or_at_least(1), takes_effect=XRAYS),
     "TRAIN.LR_SCHEDULER.NAME": Knob("cosine", "how the rate falls", one_of("cosine", "linear", "step")),
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Knob(30, "epochs between decays", at_least(1), acts=STEP),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": Knob(0.1, "factor of a decay", acts=STEP),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Knob(30, "epochs between decays", at_least(1), takes_effect=STEP),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Knob(0.1, "factor of a decay", takes_effect=STEP),
     "TRAIN.OPTIMIZER.NAME": Knob("adamw", "what turns gradients into updates", one_of("adamw", "sgd")),
-    "TRAIN.OPTIMIZER.EPS": Knob(1e-8, "added to the denominator", acts=ADAMW),
-    "TRAIN.OPTIMIZER.BETAS": Knob([0.9, 0.999], "decay of the moments", acts=ADAMW),
-    "TRAIN.OPTIMIZER.MOMENTUM": Knob(0.9, "Nesterov's", between(0, 1), acts=SGD),
+    "TRAIN.OPTIMIZER.EPS": Knob(1e-8, "added to the denominator", takes_effect=ADAMW),
+    "TRAIN.OPTIMIZER.BETAS": Knob([0.9, 0.999], "decay of the moments", takes_effect=ADAMW),
+    "TRAIN.OPTIMIZER.MOMENTUM": Knob(0.9, "Nesterov's", between(0, 1), takes_effect=SGD),
     "TRAIN.OPTIMIZER.DCN_LR_MUL": Knob(None, "factor on the rates of the operator's offsets and center scales",
-                                       kind=float, acts=MODEL),
-    "TRAIN.LR_LAYER_DECAY": Knob(False, "smaller rates for earlier blocks", acts=MODEL),
+                                       kind=float, takes_effect=MODEL),
+    "TRAIN.LR_LAYER_DECAY": Knob(False, "smaller rates for earlier blocks", takes_effect=MODEL),
     "TRAIN.LR_LAYER_DECAY_RATIO": Knob(0.875, "from one block to the one before", at_least(0),
-                                       acts={"TRAIN.LR_LAYER_DECAY": True}),
+                                       takes_effect={"TRAIN.LR_LAYER_DECAY": True}),
     "TRAIN.EMA.ENABLE": Knob(False, "keep, validate and save an exponential moving average of the weights"),
-    "TRAIN.EMA.DECAY": Knob(0.9998, "of the average, per update", between(0, 1), acts={"TRAIN.EMA.ENABLE": True}),
+    "TRAIN.EMA.DECAY": Knob(0.9998, "of the average, per update", between(0, 1),
+                            takes_effect={"TRAIN.EMA.ENABLE": True}),
     # ----------------------------------------------------------------------------- augmentation
     "AUG.COLOR_JITTER": Knob(0.4, "brightness and contrast; of photographs only without AUTO_AUGMENT", at_least(0)),
-    "AUG.GAMMA": Knob(0.0, "(new) X-rays: gamma between 1/(1 + this) and 1 + this", at_least(0), acts=XRAYS),
+    "AUG.GAMMA": Knob(0.0, "(new) X-rays: gamma between 1/(1 + this) and 1 + this", at_least(0), takes_effect=XRAYS),
     "AUG.ROTATION": Knob(0.0, "(new) X-rays: rotation by up to so many degrees to either side", at_least(0),
-                         acts=XRAYS),
-    "AUG.SHIFT": Knob(0.0, "(new) X-rays: shift by up to this part of the side", between(0, 1), acts=XRAYS),
-    "AUG.AUTO_AUGMENT": Knob("rand-m9-mstd0.5-inc1", "photographs: timm's RandAugment string", acts=PHOTOS),
+                         takes_effect=XRAYS),
+    "AUG.SHIFT": Knob(0.0, "(new) X-rays: shift by up to this part of the side", between(0, 1), takes_effect=XRAYS),
+    "AUG.AUTO_AUGMENT": Knob("rand-m9-mstd0.5-inc1", "photographs: timm's RandAugment string", takes_effect=PHOTOS),
     "AUG.REPROB": Knob(0.25, "probability of random erasing", between(0, 1)),
     "AUG.REMODE": Knob("pixel", "what is put there", one_of("const", "rand", "pixel")),
     "AUG.RECOUNT": Knob(1, "largest number of rectangles", at_least(1)),
@@ -228,13 +237,13 @@ KNOBS = {
     "AUG.STD": Knob([0.229, 0.224, 0.225], "of normalisation, likewise"),
     # --------------------------------------------------------------------------- testing, other
     "TEST.EMA": Knob(False, "--eval takes the averaged weights: ema_best_ckpt.pth of the run, or those in --resume",
-                     acts={"EVAL_MODE": True}, flag="--ema"),
-    "TEST.REPORT": Knob(True, "(new) --eval ends with the report of report.py", acts=XRAYS),
+                     takes_effect={"EVAL_MODE": True}, flag="--ema"),
+    "TEST.REPORT": Knob(True, "(new) --eval ends with the report of report.py", takes_effect=XRAYS),
     "TEST.CROP": Knob(True, "resize to 8/7 of the size and take the centre; False: the whole image"),
     "AMP_OPT_LEVEL": Knob("O1", "O0: float32, O1: mixed precision", one_of("O0", "O1"), flag="--amp-opt-level"),
     "AMP_DTYPE": Knob("auto", "(new) auto: what is fast on the device", one_of("auto", "bfloat16", "float16"),
-                      acts={"AMP_OPT_LEVEL": "O1"}),
-    "TF32": Knob(False, "(new) what is computed in float32 has 10 bits of mantissa, and is faster", acts=GPU),
+                      takes_effect={"AMP_OPT_LEVEL": "O1"}),
+    "TF32": Knob(False, "(new) what is computed in float32 has 10 bits of mantissa, and is faster", takes_effect=GPU),
     "DETERMINISTIC": Knob(False, "(new) the same run is the same to the bit on a GPU too, where it is slower"),
     "OUTPUT": Knob("output", "root of all runs: one lives in OUTPUT/MODEL.NAME/TAG", flag="--output"),
     "RESULTS": Knob("", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>; empty: results/<DATA.DATASET>"),
@@ -373,7 +382,8 @@ def _set(config, pairs, source):
     if _backbone(config) != before and config.MODEL.NAME and "MODEL.NAME" not in pairs:
         config.MODEL.NAME = _backbone(config)
     for key, knob in KNOBS.items():
-        if knob.acts.get("MODEL.TYPE", config.MODEL.TYPE) == type_before != config.MODEL.TYPE and key not in pairs:
+        backbone = knob.takes_effect.get("MODEL.TYPE", config.MODEL.TYPE)
+        if backbone == type_before != config.MODEL.TYPE and key not in pairs:
             _put(config, key, copy.deepcopy(knob.default))
     if "DATA.DATASET" in pairs and "DATA.SOURCES" not in pairs:
         config.DATA.SOURCES = []  # of a file below
@@ -468,11 +478,11 @@ def _checked(config):
 
 
 # --------------------------------------------------------------------------------------- sources
-# Key of one of DATA.SOURCES -> key of the config, for that source alone: what its reader heeds.
+# Key of one of DATA.SOURCES -> key of the config, for that source alone: what its reader uses.
 SOURCE_KEYS = {"dataset": "DATA.DATASET", "path": "DATA.DATA_PATH"} | {
     key.removeprefix("DATA.").lower(): key
     for key, knob in KNOBS.items()
-    if key in ("DATA.ALLOW_MISSING", "DATA.ZIP_MODE") or ({"data", "DATA.DATASET"} & set(knob.acts))
+    if key in ("DATA.ALLOW_MISSING", "DATA.ZIP_MODE") or ({"data", "DATA.DATASET"} & set(knob.takes_effect))
 }
 SOURCE_KEYS.pop("sources_mix")
 
@@ -516,29 +526,31 @@ def differences(old, new):
     return {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
 
 
-def without_effect(config, task, heeds, device):
-    """A line for each knob that is set and does nothing, by its `acts`.
+def without_effect(config, task, uses, device):
+    """A line for each knob that is set and does nothing, by its `takes_effect`.
 
-    task: of the dataset. heeds: the keys that the backbone and the dataset act on. device: its type, cpu or cuda.
+    task: of the dataset. uses: the keys that the backbone and the dataset use. device: its type, cpu or cuda.
     """
     lines = []
     for key, knob in KNOBS.items():
         value = lookup(config, key)
-        off = not value and "data" not in knob.acts  # a seed of 0 is one
+        off = not value and "data" not in knob.takes_effect  # a seed of 0 is one
         if off or value == knob.default:
             continue
-        for condition, wanted in knob.acts.items():
+        for condition, wanted in knob.takes_effect.items():
             if condition == "model":
-                missing = None if key in heeds else f"the backbone MODEL.TYPE {config.MODEL.TYPE} has no such thing"
+                missing = None if key in uses else f"the backbone MODEL.TYPE {config.MODEL.TYPE} has no such thing"
             elif condition == "data":
-                missing = None if key in heeds else f"DATA.DATASET {config.DATA.DATASET} has no such thing"
+                missing = None if key in uses else f"DATA.DATASET {config.DATA.DATASET} has no such thing"
             elif condition == "device":
-                missing = None if device == wanted else f"it acts on a GPU, and this runs on {device}"
+                missing = None if device == wanted else f"it takes effect on a GPU, and this runs on {device}"
             elif condition == "task":
                 missing = None if task == wanted else f"it is for {wanted} data, this is {task}"
             else:
-                there = lookup(config, condition)
-                missing = None if there == wanted else f"it acts with {condition} {wanted!r}, which is {there!r}"
+                found = lookup(config, condition)
+                missing = (
+                    None if found == wanted else f"it takes effect with {condition} {wanted!r}, which is {found!r}"
+                )
             if missing:
                 lines.append(f"{key} {value!r} has no effect: {missing}")
                 break

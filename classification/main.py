@@ -423,7 +423,7 @@ def log_without_effect(log, config, dataset, model, device):
     if config.DATA.SOURCES and config.DATA.DATA_PATH:
         log.warning(f"DATA.DATA_PATH {config.DATA.DATA_PATH!r} has no effect: DATA.SOURCES names the folders")
     by_source = [
-        config_module.without_effect(one, part.task, model.heeds | getattr(part, "heeds", frozenset()), device.type)
+        config_module.without_effect(one, part.task, model.uses | getattr(part, "uses", frozenset()), device.type)
         for one, part in parts_of(dataset, config).values()
     ]
     for line in by_source[0]:

@@ -32,5 +32,5 @@ def read(folder):
     )
 
 
-RELEASE = Release("brax", SIGNS, MAPPING, read, heeds=("DATA.SPLIT_SEED",))
+RELEASE = Release("brax", SIGNS, MAPPING, read, uses=("DATA.SPLIT_SEED",))
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

@@ -27,7 +27,7 @@ class Dataset(Protocol):
     `labels` [N, L] as in the label file (1, 0, -1 uncertain, NaN blank), by which a report tries other policies;
     `descriptions()`, further columns of a table of predictions (view, path); `root`, the folder of these paths;
     `cohort`, see `tables.Table.cohort`, what a report says of all splits; `label_mapping`, see `tables.Table`;
-    `sources`, the name of each image's source [N], by which metrics are told apart; `heeds`, config keys that act on it
+    `sources`, the name of each image's source [N], by which metrics are told apart; `uses`, config keys that it uses
     beside those of every dataset of its task.
     """
 

@@ -292,5 +292,5 @@ def table(config, *_splits):
 
 def build(config, *splits):
     """The datasets of `splits` that `config` describes, over one table."""
-    heeds = frozenset() if config.DATA.CSV else frozenset({"DATA.IMAGE_FORMAT"})
-    return build_radiographs(config, table(config, *splits), splits, heeds)
+    uses = frozenset() if config.DATA.CSV else frozenset({"DATA.IMAGE_FORMAT"})
+    return build_radiographs(config, table(config, *splits), splits, uses)

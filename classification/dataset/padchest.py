@@ -99,6 +99,6 @@ def read(folder, labelled_by="physicians"):
     )
 
 
-RELEASE = Release("padchest", SIGNS, MAPPING, read, {"labelled_by": "DATA.LABELLED_BY"}, heeds=("DATA.SPLIT_SEED",),
+RELEASE = Release("padchest", SIGNS, MAPPING, read, {"labelled_by": "DATA.LABELLED_BY"}, uses=("DATA.SPLIT_SEED",),
                   all_images={"labelled_by": None})  # fmt: skip
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

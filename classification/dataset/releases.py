@@ -303,7 +303,7 @@ class Release:
     signs: {name of a table: columns} by which its folder is known, the surest first.
     mapping: {label of a model: :class:`Source`}; other labels of the 14 are unknown to it.
     read(folder, **options) -> :class:`Reading`; options: {its keyword: config key}.
-    heeds: further config keys that act on it.
+    uses: further config keys that it uses.
     all_images: the options by which `read` leaves out no image, and finds no fault in one that is too many.
     """
 
@@ -312,7 +312,7 @@ class Release:
     mapping: dict
     read: Callable
     options: dict = field(default_factory=dict)
-    heeds: tuple = ()
+    uses: tuple = ()
     all_images: dict = field(default_factory=dict)
 
     def load_table(
@@ -424,6 +424,6 @@ class Release:
     def build(self, config, *splits):
         """The datasets of `splits` that `config` describes, over one table."""
         approximates = any(not source.exact for source in self.mapping.values())
-        heeds = {"DATA.IMAGE_FORMAT", *self.heeds, *self.options.values()}
-        heeds |= {"DATA.APPROXIMATE_LABELS"} if approximates else set()
-        return build_radiographs(config, self.table(config, *splits), splits, frozenset(heeds))
+        uses = {"DATA.IMAGE_FORMAT", *self.uses, *self.options.values()}
+        uses |= {"DATA.APPROXIMATE_LABELS"} if approximates else set()
+        return build_radiographs(config, self.table(config, *splits), splits, frozenset(uses))

@@ -18,7 +18,7 @@ class RadiographDataset:
         transform: PIL image -> anything; None returns the PIL image.
         mode: of that image, RGB (the grey values three times) or L (grey, a third of the work).
         on_memory: read all of them now, see :class:`dataset.files.stores.MemoryStore`.
-        heeds: keys of the config that act on it beside those of all X-rays.
+        uses: keys of the config that it uses beside those of all X-rays.
         dicom_recipe, dicom_window, shrink_to: how a file becomes grey, see :func:`dataset.files.images.decode`.
 
     Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
@@ -41,7 +41,7 @@ class RadiographDataset:
         dicom_recipe="window",
         dicom_window=0,
         shrink_to=0,
-        heeds=frozenset(),
+        uses=frozenset(),
     ):
         if table.targets is None:
             table = table.with_targets()
@@ -53,7 +53,7 @@ class RadiographDataset:
         self.domain = image_domain(self.store, self.table.path, dicom_recipe)
         self.label_names, self.targets = table.label_names, self.table.targets
         self.labels, self.cohort = self.table.labels, table.cohort()
-        self.label_mapping, self.heeds = table.label_mapping, heeds
+        self.label_mapping, self.uses = table.label_mapping, uses
         self.summary, self.warnings = table.summary(), unlearnable(self) if split == "train" else []
         self.transform, self.mode = transform, mode
         self.decoding = {"recipe": dicom_recipe, "window": dicom_window, "shrink_to": shrink_to}
@@ -82,10 +82,10 @@ class RadiographDataset:
         return {**view, "path": [path.decode() for path in self.table.path]}
 
 
-def build_radiographs(config, table, splits, heeds=frozenset()):
+def build_radiographs(config, table, splits, uses=frozenset()):
     """The datasets of `splits` over one table, with the transforms and the label policy that `config` describes.
 
-    heeds: keys of the config that act on the table's release beside those of all X-rays.
+    uses: keys of the config that the table's release uses beside those of all X-rays.
     """
     from dataset.transforms import radiograph_transform, resized_side
 
@@ -101,7 +101,7 @@ def build_radiographs(config, table, splits, heeds=frozenset()):
             dicom_recipe=d.DICOM_RECIPE,
             dicom_window=d.DICOM_WINDOW,
             shrink_to=2 * resized_side(d.IMG_SIZE),  # resizing then has four pixels or more for each of its own
-            heeds=heeds,
+            uses=uses,
         )
         for split in splits
     ]

@@ -3,9 +3,9 @@
 What it returns, an nn.Module from images [N, 3, S, S] to logits [N, MODEL.NUM_CLASSES], says of itself:
 
     classifier    the name of its last nn.Linear, which weights of other classes leave as initialised
-    heeds         the config keys it acts on, of MODEL.DROP_RATE, MODEL.DROP_PATH_RATE, TRAIN.USE_CHECKPOINT,
+    uses          the config keys it uses, of MODEL.DROP_RATE, MODEL.DROP_PATH_RATE, TRAIN.USE_CHECKPOINT,
                   TRAIN.LR_LAYER_DECAY and TRAIN.OPTIMIZER.DCN_LR_MUL; a warning says that the others do nothing
-    lr_scales(decay)    where it heeds TRAIN.LR_LAYER_DECAY: prefix of parameter names -> factor on their rate
+    lr_scales(decay)    where it uses TRAIN.LR_LAYER_DECAY: prefix of parameter names -> factor on their rate
     undecayed     where it has them: names of parameters without weight decay, beside all norms and biases
     feature_maps(images), classify(maps)    where it has them: the last features with places, [N, C, H, W], and the
                   logits that follow from them (what predict.py --explain needs)
@@ -50,7 +50,7 @@ def build_model(config):
         UserError: no such backbone, or one that does not say what it must.
     """
     model = _module(config).build(config)
-    missing = [name for name in ("classifier", "heeds") if not hasattr(model, name)]
+    missing = [name for name in ("classifier", "uses") if not hasattr(model, name)]
     if missing:
         raise UserError(f"MODEL.TYPE {config.MODEL.TYPE}: its build() returns a model without `{missing[0]}`")
     last = dict(model.named_modules()).get(model.classifier)

@@ -145,7 +145,7 @@ class InternImage(nn.Module):
     """
 
     classifier = "head"
-    heeds = frozenset(
+    uses = frozenset(
         ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TRAIN.USE_CHECKPOINT", "TRAIN.LR_LAYER_DECAY",
          "TRAIN.OPTIMIZER.DCN_LR_MUL")
     )  # fmt: skip

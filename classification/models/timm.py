@@ -17,12 +17,12 @@ class TimmBackbone(nn.Module):
 
     Args:
         network: as `timm.create_model` returns it. Its parameters are called `backbone.` and timm's name here.
-        heeds: the config keys that it was built by.
+        uses: the config keys that it was built by.
     """
 
-    def __init__(self, network, heeds):
+    def __init__(self, network, uses):
         super().__init__()
-        self.backbone, self.heeds = network, frozenset(heeds)
+        self.backbone, self.uses = network, frozenset(uses)
         name = network.pretrained_cfg["classifier"]
         head = dict(network.named_modules()).get(name) if isinstance(name, str) else None
         if not isinstance(head, nn.Linear):
@@ -179,15 +179,15 @@ def build(config):
             f"MODEL.TIMM.NAME {name} does not take images of DATA.IMG_SIZE {size} ({reason}); "
             f"its own size is {cfg.input_size[-1]}"
         ) from error
-    heeds = {"TRAIN.LR_LAYER_DECAY"}
+    uses = {"TRAIN.LR_LAYER_DECAY"}
     if "drop_rate" in taken:
-        heeds.add("MODEL.DROP_RATE")
+        uses.add("MODEL.DROP_RATE")
     if any(isinstance(module, DropPath) for module in network.modules()):
-        heeds.add("MODEL.DROP_PATH_RATE")
+        uses.add("MODEL.DROP_PATH_RATE")
     if config.TRAIN.USE_CHECKPOINT:
         try:
             network.set_grad_checkpointing(True)
-            heeds.add("TRAIN.USE_CHECKPOINT")
+            uses.add("TRAIN.USE_CHECKPOINT")
         except (AssertionError, AttributeError):  # timm's way to say that it cannot
             pass
-    return TimmBackbone(network.train(), heeds)
+    return TimmBackbone(network.train(), uses)

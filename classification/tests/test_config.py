@@ -159,7 +159,7 @@ def test_a_config_comes_back_from_its_dictionary():
 
 
 @pytest.mark.parametrize(
-    "opts, task, heeds, line",
+    "opts, task, uses, line",
     [
         (["TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.EPS", "1e-6"], "multilabel", (), "TRAIN.OPTIMIZER.EPS 1e-06"),
         (["DATA.ZIP_MODE", "True", "DATA.ALLOW_MISSING", "True"], "multilabel", (), None),  # it acts there too
@@ -176,18 +176,18 @@ def test_a_config_comes_back_from_its_dictionary():
         (["TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", "0.5"], "multilabel", (), None),
     ],
 )
-def test_settings_without_effect_are_named(opts, task, heeds, line):
-    """Beside what the main configuration sets for a backbone that heeds it and for X-rays."""
-    heeds = {"MODEL.DROP_PATH_RATE", *heeds}
-    before = without_effect(load(), task, heeds, "cpu")
-    new = [x for x in without_effect(load("--opts", *opts), task, heeds, "cpu") if x not in before]
+def test_settings_without_effect_are_named(opts, task, uses, line):
+    """Beside what the main configuration sets for a backbone that uses it and for X-rays."""
+    uses = {"MODEL.DROP_PATH_RATE", *uses}
+    before = without_effect(load(), task, uses, "cpu")
+    new = [x for x in without_effect(load("--opts", *opts), task, uses, "cpu") if x not in before]
     assert [x.split(" has no effect: ")[0] for x in new] == ([line] if line else [])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*cxr*.yaml")), ids=lambda p: p.stem)
 def test_the_shipped_configurations_set_nothing_in_vain(path):
-    heeds = {"MODEL.DROP_PATH_RATE", "TRAIN.USE_CHECKPOINT"}
-    assert without_effect(load(cfg=path), "multilabel", heeds, "cpu") == []
+    uses = {"MODEL.DROP_PATH_RATE", "TRAIN.USE_CHECKPOINT"}
+    assert without_effect(load(cfg=path), "multilabel", uses, "cpu") == []
 
 
 def test_another_backbone_forgets_what_a_file_below_said_of_the_first(tmp_path):

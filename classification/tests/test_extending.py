@@ -24,7 +24,7 @@ from torch import nn
 
 
 class Small(nn.Module):
-    classifier, heeds = "fc", frozenset({"MODEL.DROP_RATE"})
+    classifier, uses = "fc", frozenset({"MODEL.DROP_RATE"})
 
     def __init__(self, classes, drop):
         super().__init__()
@@ -108,8 +108,8 @@ def test_logits_are_float32_for_every_backbone(tiny, small):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (('classifier, heeds = "fc", ', "heeds = "), "returns a model without `classifier`"),
-        (("classifier, heeds = ", "classifier, other = "), "returns a model without `heeds`"),
+        (('classifier, uses = "fc", ', "uses = "), "returns a model without `classifier`"),
+        (("classifier, uses = ", "classifier, other = "), "returns a model without `uses`"),
         (('"fc", frozenset', '"stem", frozenset'), "its classifier 'stem' is Conv2d"),
         (('"fc", frozenset', '"head", frozenset'), "its classifier 'head' is None"),
         (("return Small(config.MODEL.NUM_CLASSES", "return Small(3"), "expected an nn.Linear with 14 outputs"),

@@ -64,7 +64,7 @@ def test_what_a_backbone_says_of_itself(name):
         maps = model.feature_maps(images)
         assert maps.shape[2:] == (2, 2)
         torch.testing.assert_close(model.classify(maps), model(images), rtol=1e-4, atol=1e-5)
-    assert ("MODEL.DROP_PATH_RATE" in model.heeds) == name.startswith("test_")
+    assert ("MODEL.DROP_PATH_RATE" in model.uses) == name.startswith("test_")
 
 
 def test_the_rates_are_timms_own():
@@ -255,14 +255,14 @@ def test_a_backbone_that_cannot_be(name, size, message):
 
 
 def test_settings_without_effect():
-    def named(config, heeds=()):
-        return [line.split(" has no")[0] for line in config_module.without_effect(config, "multilabel", heeds, "cpu")]
+    def named(config, uses=()):
+        return [line.split(" has no")[0] for line in config_module.without_effect(config, "multilabel", uses, "cpu")]
 
     config = config_of(
         "densenet121", DATA__IMG_SIZE=64, MODEL__DROP_RATE=0.1, MODEL__DROP_PATH_RATE=0.3, TRAIN__USE_CHECKPOINT=True,
         MODEL__INTERN_IMAGE={"CHANNELS": 32}, TRAIN__OPTIMIZER={"DCN_LR_MUL": 0.1},
     )  # fmt: skip
-    assert named(config, build_model(config).heeds) == [
+    assert named(config, build_model(config).uses) == [
         "MODEL.DROP_PATH_RATE 0.3", "MODEL.INTERN_IMAGE.CHANNELS 32", "TRAIN.OPTIMIZER.DCN_LR_MUL 0.1",
     ]  # fmt: skip
     intern_image = {"MODEL": {"TIMM": {"NAME": "densenet121", "DOWNLOAD": True}}}
@@ -311,7 +311,7 @@ def test_recomputation_changes_no_gradient():
         config = config_of("test_convnext", DATA__IMG_SIZE=64, TRAIN__USE_CHECKPOINT=recompute)
         torch.manual_seed(0)
         model = build_model(config)
-        assert ("TRAIN.USE_CHECKPOINT" in model.heeds) == recompute
+        assert ("TRAIN.USE_CHECKPOINT" in model.uses) == recompute
         model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))).square().sum().backward()
         return [parameter.grad for parameter in model.parameters()]
 

@@ -50,7 +50,7 @@ def set_up_device(config, device):
     # Before the first matrix product on the GPU, or torch refuses deterministic ones.
     if config.DETERMINISTIC:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # The operator heeds it too: its backward pass then adds in a fixed order.
+    # The operator uses it too: its backward pass then adds in a fixed order.
     torch.use_deterministic_algorithms(config.DETERMINISTIC)
     # Shapes do not change, so the fastest convolutions are worth a search; it may end differently each time.
     torch.backends.cudnn.benchmark = not config.DETERMINISTIC

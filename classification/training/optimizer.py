@@ -20,7 +20,7 @@ def parameter_groups(model, config):
 
     A group's learning rate is the schedule's times its `lr_scale`.
     """
-    decayed = config.TRAIN.LR_LAYER_DECAY and "TRAIN.LR_LAYER_DECAY" in model.heeds
+    decayed = config.TRAIN.LR_LAYER_DECAY and "TRAIN.LR_LAYER_DECAY" in model.uses
     layer_scales = model.lr_scales(config.TRAIN.LR_LAYER_DECAY_RATIO) if decayed else {}
     undecayed = getattr(model, "undecayed", ())
     groups = {}
