@@ -124,7 +124,7 @@ KNOBS = {
     "DATA.NO_FINDING_CLEARS": Knob(False, "(new) where No Finding is 1, a blank label is 0, but for Support Devices",
                                    takes_effect=XRAYS),
     "DATA.IMAGE_FORMAT": Knob("auto", "(new) which images of a release to read",
-                              one_of("auto", "jpg", "dcm", "png"), takes_effect=DATA),
+                              one_of("auto", "jpg", "dcm", "png", "tif"), takes_effect=DATA),
     "DATA.DICOM_RECIPE": Knob("window", "(new) window: as displayed; mimic_jpg: as MIMIC-CXR's JPG release was made",
                               one_of("window", "mimic_jpg"), takes_effect=XRAYS),
     "DATA.DICOM_WINDOW": Knob(0, "(new) which window or VOI LUT of a DICOM that has several", at_least(0),

@@ -13,11 +13,9 @@ from common.errors import UserError
 from config import Parser
 from dataset.files.dicom import RECIPES
 from dataset.files.images import ENDINGS
-from dataset.labels import LABELS
-from dataset.releases import RELEASES, reader
-from dataset.tables import own_table
 from dataset.tools import audit as auditing
 from dataset.tools import cache
+from dataset.tools.readers import find_reader
 
 
 def parse_args(argv=None):
@@ -28,7 +26,7 @@ def parse_args(argv=None):
     labels = commands.add_parser("labels", help="print the labels that training learns by default, one a line")
     for command in (audit, build, labels):
         command.add_argument("--data-path", required=True, help="the folder that holds files/ and the CSV files")
-        command.add_argument("--dataset", choices=RELEASES, default="mimic_cxr", help="the release (mimic_cxr)")
+        command.add_argument("--dataset", default="mimic_cxr", help="a file in dataset/, as DATA.DATASET (mimic_cxr)")
         command.add_argument("--csv", default="", help="a table of your own instead of the official ones, as DATA.CSV")
         command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all CPUs)")
     for command in (audit, build):
@@ -48,8 +46,7 @@ def main(argv=None):
     """Run one command line; returns the exit status: 1 where something is wrong with the tree."""
     args = parse_args(argv)
     if args.command == "labels":
-        own = reader(args.dataset).find_own_csv(args.data_path, args.csv)
-        print(*(own_table(own.parent, own).label_names if own else LABELS), sep="\n")
+        print(*find_reader(args.dataset).learned_labels(args.data_path, args.csv), sep="\n")
         return 0
     for name, least, most in (("workers", 1, 1024), ("size", 8, 100_000), ("quality", 1, 100)):
         if not least <= getattr(args, name, least) <= most:

@@ -24,6 +24,7 @@ import pandas as pd
 
 from analysis import statistics
 from common.errors import UserError
+from dataset.tables import read_csv
 
 TEST, VALIDATE = "predictions.csv", "predictions_validate.csv"
 SUFFIXES = ("_target", "_probability", "_label")
@@ -223,8 +224,9 @@ def _row(bad):
 
 
 def _numbers(frame, column, path):
-    values = pd.to_numeric(frame[column], errors="coerce")
-    bad = (values.isna() & frame[column].notna()).to_numpy()
+    texts = frame[column].str.strip()
+    values = pd.to_numeric(texts.str.replace(",", "."), errors="coerce")  # 0,5 beside semicolons
+    bad = (values.isna() & (texts != "")).to_numpy()
     if bad.any():
         raise UserError(
             f"{path}: {column} is {frame[column].iloc[_row(bad) - 1]!r} in data row {_row(bad)}; not a number"
@@ -237,18 +239,6 @@ def clean_id(column):
     return column.astype("string").str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
 
 
-def read_csv(path):
-    """A CSV as text, blank fields NaN; UserError where it is none."""
-    try:
-        frame = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, na_values=[""])
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as CSV ({error})") from error
-    frame.columns = [str(c).strip() for c in frame.columns]
-    if frame.empty:
-        raise UserError(f"{path}: the file has no rows")
-    return frame
-
-
 def read_predictions(path):
     """The :class:`Predictions` in a CSV.
 
@@ -256,7 +246,7 @@ def read_predictions(path):
         UserError: names the file, the column and the row.
     """
     path = Path(path)
-    frame = read_csv(path)
+    frame = read_csv(path, ())
     names = tuple(c.removesuffix("_probability") for c in frame.columns if c.endswith("_probability"))
     targets = [c.removesuffix("_target") for c in frame.columns if c.endswith("_target")]
     if not names:
@@ -283,7 +273,7 @@ def read_predictions(path):
                 f"{path}: {names[k]}{suffix} is {frame[names[k] + suffix].iloc[row]!r} in data row {row + 1}; expected "
                 f"{wanted} ({int((~good).sum()):,} such values in the file)"
             )
-    ids = frame[[c for c in frame.columns if not c.endswith(SUFFIXES)]].apply(clean_id).fillna("")
+    ids = frame[[c for c in frame.columns if not c.endswith(SUFFIXES)]].apply(clean_id)
     if "subject_id" in ids:
         blank = ids["subject_id"].isin(["", "-1"]).to_numpy()
         if blank.all():

@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from analysis.evaluation import clean_id, read_csv
+from analysis.evaluation import clean_id
 from common.errors import UserError
+from dataset.tables import read_csv
 
 KEYS = ("dicom_id", "path", "study_id", "subject_id")  # the finest that both tables have joins them
 MOST = 12  # groups of a column; with more it is cut into bands, or left out
@@ -50,7 +51,7 @@ def read_table(path, predictions, required=True):
     Raises:
         UserError: no key, several rows a key, or none of the images' patients.
     """
-    frame = read_csv(path)
+    frame = read_csv(path, ())
     key = next((k for k in KEYS if k in frame and k in predictions.ids), None)
     if key is None:
         raise UserError(

@@ -252,8 +252,16 @@ def whole_table(root, *, csv="", image_format="auto", allow_missing=False):
     return load_table(root, csv=csv, labeler="", image_format=image_format, allow_missing=allow_missing)
 
 
-def tables_to_copy(root, _table):
-    """{path in a copy: table} of the official files."""
+def learned_labels(root, csv=""):
+    """The labels that training learns where DATA.LABELS names none."""
+    own = find_own_csv(root, csv)
+    return tables.own_table(own.parent, own).label_names if own else LABELS
+
+
+def tables_to_copy(root, _table, csv=""):
+    """{path in a copy: table} of the official files; of a table of the user's own, its frame."""
+    if own := find_own_csv(root, csv):
+        return {"images.csv": tables.read_csv(own, ("path",))}
     found = [path for folder in find_folders(root)[1] for path in sorted(folder.glob("mimic-cxr-*.csv*"))]
     return {path.name: path for path in reversed(found)}  # the first of a name
 

@@ -9,6 +9,8 @@ import functools
 import hashlib
 import importlib
 import os
+import pkgutil
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +28,6 @@ from dataset.tables import SPLITS, Table
 from dataset.views import find_views
 from dataset.xrays import build_radiographs
 
-RELEASES = ("mimic_cxr", "chexpert", "nih", "padchest", "vindr", "brax")  # those that `recognise` knows
 PROBES = 20  # images looked for to learn where all of them lie
 MOST_FOLDERS = 100  # in a folder of releases; one with more holds the images of one
 
@@ -187,16 +188,21 @@ def _roots(folder, signs):
     return []
 
 
+def _modules_with_signs():
+    """{name: module} of the datasets that are known by their tables: only these are imported, others may need torch."""
+    import dataset
+
+    found = {}
+    for info in pkgutil.iter_modules(dataset.__path__):
+        text = (Path(info.module_finder.path) / f"{info.name}.py").read_text() if not info.ispkg else ""
+        if re.search(r"^SIGNS\b", text, re.MULTILINE):
+            found[info.name] = importlib.import_module(f"dataset.{info.name}")
+    return found
+
+
 def recognise(folder):
-    """The names among RELEASES of what lies in `folder`."""
-    modules = {name: importlib.import_module(f"dataset.{name}") for name in RELEASES}
-    return [name for name, module in modules.items() if _roots(folder, module.SIGNS)]
-
-
-def reader(name):
-    """What reads the release of this name: its :class:`Release`, or the module itself."""
-    module = importlib.import_module(f"dataset.{name}")
-    return getattr(module, "RELEASE", module)
+    """The names of the datasets whose tables are in `folder`."""
+    return [name for name, module in _modules_with_signs().items() if _roots(folder, module.SIGNS)]
 
 
 def use_instead(folder, name):
@@ -265,6 +271,12 @@ def _find_paths(candidates, folder, image_format, allow_missing):
 
 
 # ------------------------------------------------------------------------------------------------ releases
+def refuse_own_csv(csv, name):
+    """Raises a UserError where a table of the user's own is named for the dataset `name`, which does not read it."""
+    if csv:
+        raise UserError(f"{csv}: a table of your own is read by --dataset mimic_cxr, not by {name}")
+
+
 @dataclass
 class Reading:
     """What a release's own tables say, one value an image.
@@ -384,16 +396,20 @@ class Release:
 
     def find_own_csv(self, _root, csv=""):
         """None: a release is read from its own tables; a UserError where another one is named."""
-        if csv:
-            raise UserError(f"{csv}: a table of your own is read by --dataset mimic_cxr, not by {self.name}")
+        refuse_own_csv(csv, self.name)
+
+    def learned_labels(self, _root, csv=""):
+        """The labels that training learns where DATA.LABELS names none."""
+        refuse_own_csv(csv, self.name)
+        return LABELS
 
     def whole_table(self, root, *, csv="", image_format="auto", allow_missing=False, checked=True):
         """The table of all images that the release names, without labels: for those who audit and copy them."""
-        self.find_own_csv(root, csv)
+        refuse_own_csv(csv, self.name)
         given = {"image_format": image_format, "allow_missing": allow_missing, "checked": checked}
         return self.load_table(root, label_names=(), **given, **self.all_images)
 
-    def tables_to_copy(self, _root, table):
+    def tables_to_copy(self, _root, table, _csv=""):
         """{path in a copy: table} of the files that a copy of the release needs."""
         below = {path: path.is_relative_to(table.root) for path in table.sources}
         return {str(path.relative_to(table.root)) if below[path] else path.name: path for path in table.sources}

@@ -9,7 +9,7 @@ import pandas as pd
 
 from common.errors import UserError
 from dataset import tables
-from dataset.files.images import ENDINGS, SUFFIXES
+from dataset.files.images import SUFFIXES
 from dataset.releases import Reading, Release, approximate, exact
 
 FINDINGS = (
@@ -43,11 +43,11 @@ SIGNS = {
 
 def _need_rows(folder, split, images, path):
     """Raises a UserError where the folder of a split holds an image that the table does not name."""
-    known, endings = set(images), {ending for kind in ENDINGS.values() for ending in kind}
+    known = set(images)
     unknown = [
         name
         for name in folder.files(split)
-        if (Path(name).suffix.lower() in endings or "." not in name) and Path(name).stem not in known
+        if (Path(name).suffix.lower() in SUFFIXES[:-1] or "." not in name) and Path(name).stem not in known
     ]
     if unknown:
         raise UserError(

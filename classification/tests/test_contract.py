@@ -182,3 +182,75 @@ def test_tables_are_read_without_torch():
         "assert a is b and 'torch' not in sys.modules and 'torchvision' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# TIFF files with JSON lines, in one file and without SIGNS.
+LINES = """
+import json
+from pathlib import Path
+import numpy as np
+from dataset.tables import SPLITS, Table, check_table, to_bytes
+from dataset.xrays import build_radiographs
+
+def build(config, *splits):
+    root = Path(config.DATA.DATA_PATH)
+    rows = [json.loads(line) for line in (root / "images.jsonl").read_text().splitlines()]
+    table = Table(
+        root=root, sources=(root / "images.jsonl",), label_names=("a", "b"),
+        path=to_bytes(row["file"] for row in rows), dicom_id=to_bytes(row["file"] for row in rows),
+        study=np.full(len(rows), b""), subject=to_bytes(row["patient"] for row in rows),
+        split=np.array([SPLITS.index(row["split"]) for row in rows], np.int8),
+        labels=np.array([row["labels"] for row in rows], np.float32),
+    )
+    return build_radiographs(config, check_table(table), splits)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".TIFF", ".bmp"])
+def test_a_dataset_of_one_file_works_in_every_tool(outside, run_main, tmp_path, capsys, suffix):
+    import json
+
+    from PIL import Image
+
+    import prepare_mimic
+    from dataset import tables
+    from dataset.tools.listing import list_images
+
+    outside("lines", LINES)
+    root, draw = tmp_path / "tiffs", np.random.default_rng(5)
+    root.mkdir()
+    rows = []
+    for k in range(64):
+        name = f"{k:02}{suffix}"
+        Image.fromarray(draw.integers(0, 256, (40, 40), np.uint8)).save(root / name)
+        split = ("train", "train", "validate", "test")[k % 4]
+        labels = [k // 4 % 2, [1, 0, None][k // 4 % 3]]
+        rows.append({"file": name, "patient": f"p{k}", "split": split, "labels": labels})
+    (root / "images.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = ["--dataset", "lines", "--data-path", str(root)]
+    assert prepare_mimic.main(["labels", *own]) == 0 and capsys.readouterr().out == "a\nb\n"
+    assert len(list_images([root])) == 64
+    (root / f"more{suffix}").write_bytes((root / f"00{suffix}").read_bytes())
+    assert prepare_mimic.main(["audit", *own, "--workers", "1", "--output", str(tmp_path / "audit")]) == 1
+    found = tables.read_csv(tmp_path / "audit/audit.csv", ())
+    assert found["problem"].tolist() == ["extra", "duplicate pixels"] and set(found["path"]) == {f"more{suffix}"}
+    assert prepare_mimic.main(["build", *own, "--workers", "1", "--output", str(tmp_path / "copy")]) == 0
+    assert "--dataset mimic_cxr" in capsys.readouterr().out
+    copied = tables.read_csv(tmp_path / "copy/images.csv", ("path", "subject_id", "split", "a", "b"))
+    order = sorted(range(64), key=lambda k: (max(k % 4, 1), k))  # split by split
+    assert copied["path"].tolist() == [f"{k:02}.jpg" for k in order]
+    assert copied["b"].tolist() == [["1.0", "0.0", ""][int(path[:2]) // 4 % 3] for path in copied["path"]]
+    run_main(data=root, DATA__DATASET="lines", MODEL__NUM_CLASSES=2, TRAIN__EPOCHS=1)
+    run_main(data=tmp_path / "copy", out="copied", MODEL__NUM_CLASSES=2, TRAIN__EPOCHS=1)
+    with pytest.raises(UserError, match="holds no tables of nih"):  # looks for other releases without this one's SIGNS
+        run_main(data=root, DATA__DATASET="nih")
+
+
+def test_tools_name_what_a_dataset_lacks(outside, tmp_path):
+    import prepare_mimic
+
+    outside("squares", OWN)
+    with pytest.raises(UserError, match=r"--dataset squares: no path in ids\(\) or descriptions\(\)"):
+        prepare_mimic.main(["audit", "--dataset", "squares", "--data-path", str(tmp_path)])
+    with pytest.raises(UserError, match="--dataset is 'squars'; choose one of .*did you mean squares"):
+        prepare_mimic.main(["audit", "--dataset", "squars", "--data-path", str(tmp_path)])

@@ -207,7 +207,7 @@ def test_a_label_name_cannot_break_page_or_latex(tmp_path):
             lambda f: f.assign(Edema_probability=f.Edema_probability + 1),
             r"Edema_probability is '1\..*data row 1; expected",
         ),
-        (lambda f: f.assign(Edema_probability=np.nan), "Edema_probability is nan in data row 1"),
+        (lambda f: f.assign(Edema_probability=np.nan), "Edema_probability is '' in data row 1"),
         (lambda f: f.assign(Edema_probability="high"), "Edema_probability is 'high' in data row 1; not a number"),
         (lambda f: f.assign(Edema_target=0.5), "Edema_target is '0.5' .*expected 1, 0"),
         (lambda f: pd.concat([f, f[:3]]), r"image0 has more than one row \(3 rows too many\)"),

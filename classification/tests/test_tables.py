@@ -1,5 +1,7 @@
 """Tables as people have them: ids that are names, other kinds of CSV, and what the tools make of own tables."""
 
+import gzip
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -271,3 +273,29 @@ def test_reading_is_one_function_for_all(own):
     """Its columns are texts: nothing is made a number on the way."""
     root = own("path,split,A\nim/0.png,train,007\n")
     assert tables.read_csv(root / "mine.csv", ("path",)).iloc[0].tolist() == ["im/0.png", "train", "007"]
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: text.replace(",", ";").replace(".", ",").encode("utf-8-sig"),
+        lambda text: ("sep=;\n" + text.replace(",", ";")).encode("utf-16"),
+        lambda text: text.replace(",", "\t").encode("utf-16-le"),
+        lambda text: gzip.compress(text.replace("\n", "\r\n").encode()),
+    ],
+)
+def test_predictions_are_read_in_the_forms_of_other_tables(tmp_path, encode):
+    from analysis.evaluation import read_predictions
+    from analysis.groups import read_table
+
+    path, ages = tmp_path / "predictions.csv", tmp_path / "ages.csv"
+    path.write_bytes(encode("dicom_id,subject_id,Edema_target,Edema_probability\na,1,1,0.25\nb,2,,0.5\nc,2,0,1e-3\n"))
+    found = read_predictions(path)
+    np.testing.assert_array_equal(found.targets[:, 0], [1, np.nan, 0])
+    assert found.probabilities[:, 0].tolist() == [0.25, 0.5, 0.001] and found.ids["subject_id"].tolist() == [
+        "1",
+        "2",
+        "2",
+    ]
+    ages.write_bytes(encode("subject_id,age\n1,30\n2,85\n"))
+    assert read_table(ages, found)["age band"][0].tolist() == ["18-39", "80 and over", "80 and over"]

@@ -19,8 +19,16 @@ from dataset.files.dicom import begins_as_dicom, decode_dicom
 Image.MAX_IMAGE_PIXELS = None  # check_size is stricter, and an error, not a warning
 
 # The endings of image files, which only help to find them: the content decides the format. Some files have none.
-ENDINGS = {"jpg": (".jpg", ".jpeg"), "dcm": (".dcm", ".dicom"), "png": (".png",)}
-SUFFIXES = (".jpg", ".dcm", ".png", ".jpeg", ".dicom", ".JPG", ".DCM", ".PNG", ".JPEG", ".DICOM", "")
+ENDINGS = {"jpg": (".jpg", ".jpeg"), "dcm": (".dcm", ".dicom"), "png": (".png",), "tif": (".tif", ".tiff")}
+OTHER_ENDINGS = (".bmp", ".webp", ".jp2", ".pgm")  # which Pillow reads as well
+_LOWER = (*sum(ENDINGS.values(), ()), *OTHER_ENDINGS)
+SUFFIXES = (*_LOWER, *map(str.upper, _LOWER), "")
+# How a file of a format begins; TIFF, and BigTIFF, in either byte order. For DICOM see `begins_as_dicom`.
+BEGINNINGS = {
+    "jpg": (b"\xff\xd8\xff",),
+    "png": (b"\x89PNG",),
+    "tif": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+}
 
 # EXIF orientation -> how a picture is turned upright.
 UPRIGHT = {
@@ -46,10 +54,10 @@ class ImageError(UserError):
 
 
 def sniff(data):
-    """The format of a file by how it begins: jpg, png or dcm; empty for any other."""
+    """The format of a file by how it begins, one of ENDINGS; empty for any other."""
     if begins_as_dicom(data):
         return "dcm"
-    return "jpg" if data.startswith(b"\xff\xd8\xff") else "png" if data.startswith(b"\x89PNG") else ""
+    return next((kind for kind, starts in BEGINNINGS.items() if data.startswith(starts)), "")
 
 
 def orientation(picture):

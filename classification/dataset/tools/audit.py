@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dataset import mimic_cxr, releases, tables
+from dataset import mimic_cxr, tables
 from dataset.files.images import ENDINGS, SUFFIXES, ImageError, decode, orientation, sniff, take_warnings, warning_kind
 from dataset.files.stores import FileStore
 from dataset.labels import BLANK, LABELS
 from dataset.tools.processes import in_processes
+from dataset.tools.readers import find_reader
 
 # Everything that can be found, in the order of the summary. A row of the table: problem, path, detail.
 PROBLEMS = {
@@ -213,8 +214,8 @@ def _find_images(base, known, official):
 def audit(root, output, *, dataset="mimic_cxr", csv="", image_format="auto", workers=None, log=print):
     """Reads every image under `root` and compares them with its tables; writes audit.csv and audit.txt into `output`.
 
-    dataset: the release that `root` holds, one of :data:`dataset.releases.RELEASES`; of those but MIMIC-CXR a fault in
-        the tables themselves is an error.
+    dataset: the module that reads `root` (DATA.DATASET); of those but MIMIC-CXR a fault in the tables themselves is an
+        error.
     csv: a table of the user's own instead of the official ones, see :func:`dataset.mimic_cxr.load_table`.
     image_format: which images a release's own tables mean, where it has two kinds.
 
@@ -229,7 +230,7 @@ def audit(root, output, *, dataset="mimic_cxr", csv="", image_format="auto", wor
     def add(problem, path, detail=""):
         problems.append((problem, path, detail))
 
-    reader, metadata = releases.reader(dataset), None
+    reader, metadata = find_reader(dataset), None
     own = reader.find_own_csv(root, csv)
     official = reader is mimic_cxr and own is None
     if reader is not mimic_cxr:

@@ -20,11 +20,11 @@ import PIL
 from PIL import Image
 
 from common.errors import UserError
-from dataset import releases, tables
 from dataset.files.domain import COPY_RECIPE, copied_name, image_domain
 from dataset.files.images import ImageError, decode, take_warnings
 from dataset.files.stores import FileStore
 from dataset.tools.processes import in_processes
+from dataset.tools.readers import find_reader
 
 SHARD_IMAGES = 10_000  # about 600 MB at 512 pixels: 38 shards for the whole of MIMIC-CXR
 BAD = "bad_images.csv"
@@ -88,17 +88,15 @@ def _same_recipe(out, recipe):
         _replace(path, lambda temporary: temporary.write_text(json.dumps(recipe, indent=2) + "\n"))
 
 
-def _copy_tables(sources, own, out):
-    """The tables beside the images, {path in the copy: file}; of the user's own one with its paths there."""
-    if own is None:
-        for name, source in sources.items():
-            if not (out / name).exists():
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                _replace(out / name, functools.partial(shutil.copyfile, source))
-    else:
-        frame = tables.read_csv(own, ("path",))
-        frame["path"] = frame["path"].str.strip().map(copied_name)
-        _replace(out / "images.csv", lambda temporary: frame.to_csv(temporary, index=False))
+def _copy_tables(sources, out):
+    """The tables beside the images, {path in the copy: file, or a frame whose paths become those of the copy}."""
+    for name, source in sources.items():
+        if isinstance(source, pd.DataFrame):
+            frame = source.assign(path=source["path"].str.strip().map(copied_name))
+            _replace(out / name, functools.partial(frame.to_csv, index=False))
+        elif not (out / name).exists():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            _replace(out / name, functools.partial(shutil.copyfile, source))
 
 
 def _write_shard(path, images, skip_bad):
@@ -174,7 +172,7 @@ def make_copy(
     """Makes or completes the copy of the tree `root` in `out`; returns {path: fault} of its bad images.
 
     Args:
-        dataset: the release that `root` holds, one of :data:`dataset.releases.RELEASES`.
+        dataset: the module that reads `root` (DATA.DATASET).
         csv, image_format: see :func:`dataset.mimic_cxr.load_table`.
         size: short side in pixels; smaller images keep theirs.
         quality: of the JPEGs, 1 to 100.
@@ -187,8 +185,7 @@ def make_copy(
         UserError: bad tables, or `out` holds something else.
     """
     out = Path(out).expanduser().absolute()
-    reader = releases.reader(dataset)
-    own = reader.find_own_csv(root, csv)
+    reader = find_reader(dataset)
     table = reader.whole_table(root, csv=csv, image_format=image_format, allow_missing=allow_missing)
     paths = _check_places(table, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -202,7 +199,10 @@ def make_copy(
     started = time.time()
     done = list(copy(paths, table.root, out, options, workers))
     faults = {path: fault for path, fault in done if fault}
-    _copy_tables(reader.tables_to_copy(root, table), own, out)
+    copied = reader.tables_to_copy(root, table, csv)
+    _copy_tables(copied, out)
+    if "images.csv" in copied and dataset != "mimic_cxr":
+        log(f"read the copy with --dataset mimic_cxr ({out / 'images.csv'}; if labels are blank: DATA.MISSING ignore)")
     seconds = time.time() - started
     log(f"{len(done):,} images in {seconds:.1f} s ({len(done) / seconds:.1f} images/s), "
         f"{len(paths) - len(done):,} were there; {out}")  # fmt: skip
