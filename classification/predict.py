@@ -29,10 +29,10 @@ from common.errors import UserError, did_you_mean, run_command
 from config import Parser
 from dataset.files.domain import domain_warning
 from dataset.files.images import ImageError, decode, sniff
+from dataset.preparing import placement
 from dataset.tools.listing import IDS, identify, list_images
-from dataset.transforms import placement
 from dataset.views import VIEWS
-from predicting import explain, trained
+from predicting import trained
 from predicting.prediction_file import FORMATS, PredictionFile
 from training.inference import autocast
 
@@ -113,6 +113,8 @@ def _explained(args, models, paths):
         return []
     if len(models) > 1:
         raise UserError("--explain takes one checkpoint: the maps of several models have no common scale")
+    from predicting import explain  # matplotlib takes longer to import than sixty images to predict
+
     explain.check(models[0].model, models[0].config.DATA.IMG_SIZE, models[0].path)
     names = models[0].label_names
     for name in args.labels or []:
@@ -215,6 +217,8 @@ def probabilities(model, images, tta=False):
 
 def _draw(args, model, listed, number, tensor, row, labels):
     """The overlays of one image."""
+    from predicting import explain
+
     recipe, window = model.config.DATA.DICOM_RECIPE, model.config.DATA.DICOM_WINDOW
     grey = decode(listed.read(), listed.path, recipe=recipe, window=window, shrink_to=1024)
     device = next(model.model.parameters()).device

@@ -36,7 +36,8 @@ from dataset import xrays
 from dataset.synthetic import tree as synthetic
 from dataset.labels import LABELS
 from dataset.mimic_cxr import MIMICCXRDataset, load_table
-from dataset.transforms import normalize, radiograph_transform
+from dataset.preparing import normalize
+from dataset.transforms import radiograph_transform
 
 SIDE, MEAN, STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -14,9 +14,9 @@ from common import builders
 from common.errors import UserError
 from config import source_configs
 from dataset.files.images import ImageError, take_warnings, warning_kind
+from dataset.preparing import normalize
 from dataset.sources import Sources, check_alike, check_folders
 from dataset.tables import EmptySplit
-from dataset.transforms import normalize
 
 
 class Dataset(Protocol):

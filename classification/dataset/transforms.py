@@ -1,6 +1,7 @@
-"""PIL image -> uint8 tensor, with augmentation for training; batches of them -> what the model takes.
+"""PIL image -> uint8 tensor, with augmentation for training.
 
-An image stays uint8 until it is on the device (:func:`normalize`): an eighth of the bytes that cross, for a grey one.
+An image stays uint8 until it is on the device (`dataset.preparing.normalize`): a grayscale one crosses in an eighth of
+the bytes.
 """
 
 import common.torchvision_shim  # noqa: F401  (before torchvision)
@@ -10,13 +11,9 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import v2
 
+from dataset.preparing import Square, evaluation_transform, resized_side
+
 INTERPOLATION = {"bicubic": v2.InterpolationMode.BICUBIC, "bilinear": v2.InterpolationMode.BILINEAR}
-
-
-def normalize(images, mean, std):
-    """uint8 [N, 1 or 3, S, S] -> float32 [N, 3, S, S] of (value / 255 - mean) / std, on the device of `images`."""
-    mean, std = (torch.as_tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
-    return (images.float() / 255 - mean) / std
 
 
 class Erasing:
@@ -40,22 +37,6 @@ class RandomGamma:
 
     def __call__(self, image):
         return v2.functional.adjust_gamma(image, float(((torch.rand(()) * 2 - 1) * self.bound).exp()))
-
-
-def resized_side(size):
-    """Side in pixels to which an image is resized before a crop of `size` is taken."""
-    return int(size * 8 / 7)
-
-
-def _whole(side, interpolation, how):
-    """The whole image as a square: squeezed, or with its aspect kept and black beside it."""
-    if how == "pad":
-        return [v2.Resize(None, interpolation, max_size=side), v2.CenterCrop(side)]  # the crop pads what is too small
-    return [v2.Resize((side, side), interpolation)]
-
-
-def _middle(size, interpolation):
-    return [v2.Resize(resized_side(size), interpolation), v2.CenterCrop(size)]
 
 
 def _affine(config):
@@ -88,31 +69,14 @@ RADIOGRAPH_AUGMENTATIONS = [
 
 
 def radiograph_transform(config, train):
-    """For X-rays, grey or RGB: resized as a whole, for training with RADIOGRAPH_AUGMENTATIONS.
-
-    A tensor from the start: torch resizes uint8 twice as fast as Pillow, to within one grey level of it.
-    """
-    size, interpolation = config.DATA.IMG_SIZE, INTERPOLATION[config.DATA.INTERPOLATION]
-    # A square first, for training and test alike: crops of the original would have other proportions.
-    side = resized_side(size) if train or config.TEST.CROP else size
-    steps = [v2.PILToTensor(), *_whole(side, interpolation, config.DATA.RESIZE)]
+    """For X-rays, grayscale or RGB: resized as a whole, for training with RADIOGRAPH_AUGMENTATIONS."""
     if not train:
-        return v2.Compose([*steps, v2.CenterCrop(size)])
-    return v2.Compose([*steps, *filter(None, (augmentation(config) for augmentation in RADIOGRAPH_AUGMENTATIONS))])
-
-
-def placement(config, height, width):
-    """What part of an X-ray of so many pixels the model sees, without augmentation: left, top, right, bottom.
-
-    In pixels of the X-ray; beyond its border where `DATA.RESIZE pad` puts black.
-    """
-    size = config.DATA.IMG_SIZE
-    part = size / resized_side(size) if config.TEST.CROP else 1
-    if config.DATA.RESIZE == "squeeze":
-        across, down = part * width, part * height
-    else:
-        across = down = part * max(height, width)
-    return (width - across) / 2, (height - down) / 2, (width + across) / 2, (height + down) / 2
+        return evaluation_transform(config)
+    data = config.DATA
+    # A square first, as for the test: crops of the original would have other proportions.
+    side = resized_side(data.IMG_SIZE)
+    square = Square(side, side, data.INTERPOLATION, data.RESIZE)
+    return v2.Compose([square, *filter(None, (augmentation(config) for augmentation in RADIOGRAPH_AUGMENTATIONS))])
 
 
 def photo_transform(config, train):
@@ -120,7 +84,8 @@ def photo_transform(config, train):
     aug, data = config.AUG, config.DATA
     if not train:
         interpolation = INTERPOLATION[data.INTERPOLATION]
-        steps = _middle(data.IMG_SIZE, interpolation) if config.TEST.CROP else _whole(data.IMG_SIZE, interpolation, "")
+        middle = [v2.Resize(resized_side(data.IMG_SIZE), interpolation), v2.CenterCrop(data.IMG_SIZE)]
+        steps = middle if config.TEST.CROP else [v2.Resize((data.IMG_SIZE, data.IMG_SIZE), interpolation)]
         return v2.Compose([*steps, v2.PILToTensor()])
     steps = create_transform(
         data.IMG_SIZE,

@@ -87,7 +87,8 @@ def build_radiographs(config, table, splits, uses=frozenset()):
 
     uses: keys of the config that the table's release uses beside those of all X-rays.
     """
-    from dataset.transforms import radiograph_transform, resized_side
+    from dataset.preparing import resized_side
+    from dataset.transforms import radiograph_transform
 
     d = config.DATA
     table = table.with_targets(d.UNCERTAIN, d.MISSING)

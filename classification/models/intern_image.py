@@ -5,7 +5,6 @@ XL, H and G (table 1 of the paper and the configurations of the published models
 """
 
 import torch
-from timm.layers import DropPath
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -51,6 +50,20 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         return self.norm(self.conv(x.permute(0, 3, 1, 2)))
+
+
+class DropPath(nn.Module):
+    """In training, zeroes a branch for some images of the batch and scales up the others (Huang et al. 2016)."""
+
+    def __init__(self, probability):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x):
+        if not self.training or self.probability == 0:
+            return x
+        kept = 1 - self.probability
+        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(kept).div_(kept or 1)
 
 
 class MLP(nn.Module):

@@ -2,6 +2,8 @@
 
 import sys
 
+import common.torchvision_shim  # noqa: F401  (before timm, which imports torchvision)
+
 import huggingface_hub
 import timm
 import torch

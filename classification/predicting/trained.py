@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import common.torchvision_shim  # noqa: F401  (before torchvision)
-
 import torch
 from PIL import Image
 from torch import nn
@@ -14,7 +12,7 @@ import config as config_module
 from analysis.evaluation import digest
 from common.errors import UserError
 from dataset.files.images import decode
-from dataset.transforms import normalize, radiograph_transform, resized_side
+from dataset.preparing import evaluation_transform, normalize, resized_side
 from models import build_model
 from training import checkpoint
 
@@ -49,7 +47,7 @@ class _Reader:
             "window": config.DATA.DICOM_WINDOW,
             "shrink_to": 2 * resized_side(config.DATA.IMG_SIZE),
         }
-        self.transform = radiograph_transform(config, train=False)
+        self.transform = evaluation_transform(config)
 
     def __call__(self, data, name):
         return self.transform(Image.fromarray(decode(data, name, **self.decoding)))

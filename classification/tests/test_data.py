@@ -502,7 +502,7 @@ def test_erased_patches_have_the_noise_of_the_mean_and_the_rest_is_unchanged(tra
 def test_a_batch_is_normalised_as_torchvision_does_it():
     from torchvision.transforms import v2
 
-    from dataset.transforms import normalize
+    from dataset.preparing import normalize
 
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     images = torch.randint(0, 256, (2, 1, 5, 7), dtype=torch.uint8)
@@ -546,3 +546,21 @@ def test_a_crop_at_test_time_has_the_geometry_of_training(tiny, how, black):
     assert image.shape == (1, 56, 56)
     columns = (image[0] > 127).all(0)
     assert columns.tolist() == [False] * black + [True] * (56 - 2 * black) + [False] * black
+
+
+@pytest.mark.parametrize("how", ["squeeze", "pad"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_square_is_that_of_torchvision(interpolation, how):
+    from torchvision.transforms import v2
+
+    from dataset.preparing import Square
+
+    mode = v2.InterpolationMode(interpolation)
+    rng = np.random.default_rng(0)
+    for shape, side, size in [((90, 71), 64, 56), ((31, 130, 3), 73, 64), ((64, 64), 64, 64), ((40, 300), 57, 57)]:
+        image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        whole = [v2.Resize((side, side), mode)]
+        if how == "pad":
+            whole = [v2.Resize(None, mode, max_size=side), v2.CenterCrop(side)]
+        expected = v2.Compose([v2.PILToTensor(), *whole, v2.CenterCrop(size)])(image)
+        assert torch.equal(Square(side, size, interpolation, how)(image), expected)
