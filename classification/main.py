@@ -436,7 +436,7 @@ def log_without_effect(log, config, dataset, model, device):
 def load_for_evaluation(model, config, folder, dataset, log):
     """Put the weights to evaluate on `dataset` into `model`: those of --resume, the run's best, or --pretrained.
 
-    Returns (their file, what the checkpoint tells of the training: domain, patients; {} where that is not known).
+    Returns (their file, domain, patients and weights as the checkpoint has them; {} where it does not).
     """
     # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
     path = Path(config.MODEL.RESUME or folder / (checkpoint.EMA_BEST if config.TEST.EMA else checkpoint.BEST))
@@ -452,7 +452,7 @@ def load_for_evaluation(model, config, folder, dataset, log):
     refuse_known(state.get("patients", {}), dataset, config, path)
     of_evaluation = ("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
     checkpoint.log_differences(state, config, log, but=of_evaluation)
-    return path, {key: state[key] for key in ("domain", "patients") if key in state}
+    return path, {key: state[key] for key in ("domain", "patients", "weights") if key in state}
 
 
 def build_evaluation_sets(config, log):
@@ -508,6 +508,7 @@ def evaluate(config, world, folder, log):
         "trained_on": sorted(training.get("patients", {})),
         "checkpoint": str(path),
         "checkpoint_sha256": digest(path),
+        "ema": None if training.get("weights") == "model_ema" else config.TEST.EMA,  # None: it has no other
         "backbone": config_module.backbone_name(config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "gmacs": round(count_gmacs(model, config.DATA.IMG_SIZE), 3),

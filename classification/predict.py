@@ -252,13 +252,28 @@ def predict(args):
     workers = (1 if device.type == "cpu" else min(8, cpus)) if args.workers is None else args.workers
     if batch < 1 or workers < 0:
         raise UserError(f"-b is {batch} and -j is {workers}; they must be at least 1 and 0")
-    adjust, fitted_for = applied.read_calibration(args.calibrated, names) if args.calibrated else (None, None)
-    if fitted_for and [fitted_for] != [model.digest for model in models]:
-        print(f"note: {args.calibrated} was fitted for another checkpoint (sha256 {fitted_for[:12]}...)")
+    adjust, calibrated_for = applied.read_calibration(args.calibrated, names) if args.calibrated else (None, None)
     if args.rule and not args.thresholds:
         raise UserError("--rule says which thresholds to take: give --thresholds EVALUATION as well")
     rule = (args.rule or "youden") if args.thresholds else None
-    cuts = applied.read_thresholds(args.thresholds, rule, names) if args.thresholds else {}
+    cuts, cut_for = applied.read_thresholds(args.thresholds, rule, names) if args.thresholds else ({}, None)
+    dicom = "dicom" in first.domain
+    here = {
+        "checkpoints_sha256": [model.digest for model in models],
+        "ema": args.ema, "tta": args.tta,
+        "dicom_recipe": args.dicom_recipe or (first.config.DATA.DICOM_RECIPE if dicom else None),
+    }  # fmt: skip
+    fitted_notes = [
+        note
+        for option, folder, fitted_for in (
+            ("--calibrated", args.calibrated, calibrated_for),
+            ("--thresholds", args.thresholds, cut_for),
+        )
+        if folder
+        for note in applied.differences(option, folder, fitted_for, **here)
+    ]
+    for note in fitted_notes:
+        print(f"note: {note}")
     images = list_images(paths)
 
     command = {
@@ -271,6 +286,7 @@ def predict(args):
         "checkpoint_paths": [str(model.path) for model in models],
         "device": str(device),
         "batch_size": batch,
+        "notes": fitted_notes,
         "started": datetime.now().isoformat(timespec="seconds"),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "dcnv3": dcnv3.__version__},
     }

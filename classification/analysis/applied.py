@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from dataset.files.domain import kinds
 
 
 def _read(evaluation, name):
@@ -23,39 +24,61 @@ def _read(evaluation, name):
 
 
 def read_calibration(evaluation, label_names):
-    """calibration.json of an evaluation -> (function of probabilities [N, L], digest of its checkpoint or None).
+    """calibration.json of an evaluation -> (function of probabilities [N, L] -> [N, L], what it was fitted for).
 
-    Platt's scaling of each label; where the validation split could not fit it, the temperature of all labels.
+    Of each label what `chosen` says, see analysis.calibration. Files of earlier versions have no such choice: then
+    Platt scaling where its slope is positive, else the temperature.
 
     Raises:
-        UserError: no such file, or a label without either.
+        UserError: no such file, or a label that it does not have.
     """
     from analysis.calibration import apply_platt, apply_temperature
 
     path, content = _read(evaluation, "calibration.json")
-    platt, temperature = content.get("platt") or {}, content.get("temperature")
-    if not isinstance(platt, dict):
-        raise UserError(f"{path} is not a calibration.json of report.py: its platt is no dictionary")
-    lacking = [name for name in label_names if platt.get(name) is None and temperature is None]
-    if lacking:
-        raise UserError(f"{path} has no calibration of {', '.join(lacking)}; predict without --calibrated")
+    chosen, platt, temperature = content.get("chosen"), content.get("platt") or {}, content.get("temperature")
+    fault = UserError(
+        f"{path} is not a calibration.json of report.py: its values are no numbers; make the report again"
+    )
+    if not isinstance(platt, dict) or not isinstance(chosen, dict | None):
+        raise fault
+
+    def method(name):
+        if chosen is not None:
+            return chosen[name]["method"] if name in chosen else None
+        if platt.get(name) and platt[name]["slope"] > 0:
+            return "platt"
+        return None if temperature is None else "temperature"
 
     def adjust(probabilities):
-        columns = [
-            apply_platt(column, platt[name]) if platt.get(name) else apply_temperature(column, temperature)
-            for name, column in zip(label_names, probabilities.T)
-        ]
-        return np.stack(columns, 1)
+        apply = {
+            "platt": lambda column, name: apply_platt(column, platt[name]),
+            "temperature": lambda column, name: apply_temperature(column, temperature),
+            "none": lambda column, name: column,
+        }
+        return np.stack([apply[methods[name]](p, name) for name, p in zip(label_names, probabilities.T)], 1)
 
     try:
+        methods = {name: method(name) for name in label_names}
+        if lacking := [name for name, found in methods.items() if found is None]:
+            raise UserError(f"{path} has no calibration of {', '.join(lacking)}; predict without --calibrated")
         adjust(np.full((1, len(label_names)), 0.5))
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is not a calibration.json of report.py: its values are no numbers") from error
-    return adjust, content.get("checkpoint_sha256")
+        if isinstance(error, UserError):
+            raise
+        raise fault from error
+    return adjust, _fitted_for(content, content)
+
+
+def _fitted_for(content, older):
+    """`fitted_for` of a file, see Evaluation.fitted_for; of an older file, the digest that it has."""
+    digest = older.get("checkpoint_sha256")
+    found = content.get("fitted_for")
+    return found if isinstance(found, dict) else {"checkpoints_sha256": digest and [digest]}
 
 
 def read_thresholds(evaluation, rule, label_names):
-    """report.json of an evaluation -> {label: threshold, None where the validation split has none}.
+    """report.json of an evaluation -> ({label: threshold, None where the validation split has none}, what they were
+    fitted for).
 
     Raises:
         UserError: no such file, rule or label.
@@ -73,4 +96,29 @@ def read_thresholds(evaluation, rule, label_names):
     for name, cut in cuts.items():
         if cut is not None and (isinstance(cut, bool) or not isinstance(cut, int | float)):
             raise UserError(f"{path} is not a report.json of report.py: the threshold of {name} is no number")
-    return cuts
+    about = content.get("about")
+    return cuts, _fitted_for(content, about if isinstance(about, dict) else {})
+
+
+def differences(option, evaluation, fitted_for, *, checkpoints_sha256, ema, tta, dicom_recipe):
+    """Notes, a line each: in what a prediction differs from what `option EVALUATION` was fitted for.
+
+    fitted_for: as the functions above return it. checkpoints_sha256: of the checkpoints of the prediction.
+    dicom_recipe: how the prediction reads DICOM, None where that is not known or no matter.
+    """
+    then, start = fitted_for.get("checkpoints_sha256"), f"{option} {evaluation} was fitted"
+    found = []
+    if not then:
+        found.append(f"{option} {evaluation} does not record the checkpoint that it was fitted for")
+    elif sorted(then) != sorted(checkpoints_sha256):
+        shown = ", ".join(f"{digest[:12]}..." for digest in then)
+        found.append(f"{start} for another checkpoint (sha256 {shown})")
+    for flag, now in (("ema", ema), ("tta", tta)):
+        before = fitted_for.get(flag)
+        if before is not None and before != now:
+            then, here = ("with" if value else "without" for value in (before, now))
+            found.append(f"{start} {then} --{flag}, this prediction is {here} it")
+    domain = fitted_for.get("domain")
+    if domain and dicom_recipe and kinds(domain) != kinds(f"dicom {dicom_recipe}"):
+        found.append(f"{start} on images of the kind {domain}, DICOM is read here by --dicom-recipe {dicom_recipe}")
+    return found

@@ -190,6 +190,7 @@ class Evaluation:
     test: Predictions
     validate: Predictions | None = None
     metrics: dict = field(default_factory=dict)
+    validate_of: str | None = None  # digest of the checkpoint that predicted the validation split, where recorded
 
     @property
     def name(self):
@@ -210,6 +211,20 @@ class Evaluation:
         if "checkpoint" in self.metrics:
             beside.append(Path(self.metrics["checkpoint"]).parent / "metrics.jsonl")
         return next((path for path in beside if path.is_file()), None)
+
+    @property
+    def fitted_for(self):
+        """What thresholds and calibration of this evaluation hold for, see analysis.applied.
+
+        ema: None where it is not recorded or no matter (the checkpoint holds averaged weights alone).
+        """
+        digests = self.metrics.get("checkpoints_sha256") or [self.validate_of]
+        return {
+            "checkpoints_sha256": None if None in digests else digests,
+            "ema": self.metrics.get("ema"),
+            "tta": False,
+            "domain": (self.metrics.get("domain") or {}).get("tested"),
+        }
 
     @property
     def policy(self):
@@ -306,14 +321,19 @@ KINDS = {
 KINDS_OF_SETTINGS = {"DATA": dict, "MODEL": dict, "TEST": dict, "TRAIN": dict, "SEED": int}
 
 
-def _read_metrics(folder, test):
-    path = folder / "metrics.json"
+def _read_json(path):
     try:
         metrics = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(metrics, dict):
         raise UserError(f"{path} is not the metrics.json of an evaluation")
+    return metrics
+
+
+def _read_metrics(folder, test):
+    path = folder / "metrics.json"
+    metrics = _read_json(path)
     settings = metrics.get("config")
     for where, keys in ((metrics, KINDS), (settings if isinstance(settings, dict) else {}, KINDS_OF_SETTINGS)):
         for key, kind in keys.items():
@@ -379,11 +399,29 @@ def read_evaluation(given, validate=None):
         test, metrics = read_predictions(path), {}
     else:
         raise UserError(f"{path} does not exist; give a folder that main.py --eval wrote, or a CSV of predictions")
-    held_out = None
+    held_out, digest_of = None, metrics.get("checkpoint_sha256")
     if validate is not None:
         held_out = read_predictions(validate)
         _check_validate(test, held_out)
-    return Evaluation(str(given), path, test, held_out, metrics)
+        if held_out.path.parent.resolve() != test.path.parent.resolve():
+            digest_of = _check_checkpoint(held_out.path, digest_of, path)
+    return Evaluation(str(given), path, test, held_out, metrics, digest_of)
+
+
+def _check_checkpoint(validate, digest_of, path):
+    """The digest of the checkpoint that made the predictions `validate`, None where no metrics.json beside has it.
+
+    Raises:
+        UserError: another checkpoint's than `digest_of`, that of the evaluation `path`.
+    """
+    beside = validate.parent / "metrics.json"
+    found = _read_json(beside).get("checkpoint_sha256") if beside.is_file() else None
+    if found and digest_of and found != digest_of:
+        raise UserError(
+            f"--validate {validate} is of another checkpoint (sha256 {found[:12]}...) than {path} "
+            f"({digest_of[:12]}...); give the validation predictions of the same one"
+        )
+    return found
 
 
 def aligned(first, other):
@@ -486,6 +524,7 @@ def ensemble(evaluations, folder):
     metrics = {
         "ensemble": [e.given for e in evaluations],
         "checkpoints": [e.metrics.get("checkpoint") for e in evaluations],
+        "checkpoints_sha256": [e.metrics.get("checkpoint_sha256") for e in evaluations],
         "images": len(test),
         **_scores(test),
         **kept,

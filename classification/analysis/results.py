@@ -315,7 +315,8 @@ def calibrations(evaluation, cluster, weights):
         "fitted_on": held_out.path.name,
         "images": len(held_out),
         "label_names": list(names),
-        "checkpoint_sha256": evaluation.metrics.get("checkpoint_sha256"),
+        "checkpoint_sha256": evaluation.validate_of,
+        "fitted_for": evaluation.fitted_for,
         "temperature": temperature,
         "platt": platt,
     }
@@ -496,6 +497,7 @@ def collect(evaluation, options, against=(), seeds=()):
         "label_mapping": evaluation.metrics.get("label_mapping", {}),
         "bootstrap": drawn_from(test, patients, options),
         "label_names": list(test.label_names),
+        "fitted_for": evaluation.fitted_for,
         "mean": measured.mean(),
         "labels": measured.labels(),
         "study": studies(test, options),

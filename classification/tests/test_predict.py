@@ -136,7 +136,7 @@ def test_calibration_and_thresholds(model, pictures, tmp_path):
     (tmp_path / "e/calibration.json").write_text(json.dumps(content))
     cuts = {name: {"threshold": None if k == 0 else float(plain[k])} for k, name in enumerate(LABELS)}
     cuts["Fracture"]["threshold"] = float(plain[LABELS.index("Fracture")]) + 1e-6
-    report = {"thresholds": {"youden": {"rule": "x", "labels": cuts}}}
+    report = {"thresholds": {"youden": {"rule": "x", "labels": cuts}}, "about": {"checkpoint_sha256": "0" * 64}}
     (tmp_path / "e/report.json").write_text(json.dumps(report))
     flags = ("--calibrated", tmp_path / "e", "--thresholds", tmp_path / "e")
     (row,) = run(model, pictures / "deep/0.jpg", *flags, output=tmp_path / "c.csv")
@@ -153,6 +153,10 @@ def test_calibration_and_thresholds(model, pictures, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             run(model, pictures / "deep/0.jpg", flag, tmp_path / name, output=tmp_path / "x.csv")
+    # What differs from the fitting is noted for both, printed and in run.json; what is the same is not.
+    assert json.loads((tmp_path / "run.json").read_text())["c.csv"]["notes"] == [
+        f"{flag} {tmp_path / 'e'} was fitted for another checkpoint (sha256 000000000000...)" for flag in flags[::2]
+    ]  # fmt: skip
     with pytest.raises(UserError, match="no thresholds by the rule 'f1': choose one of youden"):
         run(model, pictures, "--thresholds", tmp_path / "e", "--rule", "f1", output=tmp_path / "x.csv")
 

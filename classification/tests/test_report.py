@@ -152,6 +152,23 @@ def test_thresholds_and_scalings_come_from_validation_alone(predictions, validat
     assert not (tmp_path / "calibration.json").exists()
 
 
+def test_validation_predictions_of_another_checkpoint_are_refused(predictions, validate, tmp_path):
+    """Those without a metrics.json beside them cannot be checked: calibration.json then names no checkpoint."""
+    folders = []
+    for digest in ("a", "b"):
+        folders.append(tmp_path / digest)
+        folders[-1].mkdir()
+        (folders[-1] / "predictions.csv").write_bytes(predictions.read_bytes())
+        (folders[-1] / "predictions_validate.csv").write_bytes(validate.read_bytes())
+        (folders[-1] / "metrics.json").write_text(json.dumps({"images": 180, "checkpoint_sha256": digest * 64}))
+    with pytest.raises(UserError, match=r"--validate .*b/pred.* is of another checkpoint \(sha256 bbbbbbbbbbbb"):
+        run(folders[0], "--validate", folders[1] / "predictions_validate.csv")
+    for given, expected in ((folders[0] / "predictions_validate.csv", ["a" * 64]), (validate, None)):
+        fitted_for = run(folders[0], "--validate", given)["fitted_for"]
+        assert fitted_for["checkpoints_sha256"] == expected
+        assert json.loads((folders[0] / "calibration.json").read_text())["fitted_for"] == fitted_for
+
+
 def test_seeds_and_ensemble(predictions, tmp_path):
     other = table(tmp_path / "other.csv", noise=1.5)
     r = run(predictions, "--seeds-of", other)

@@ -7,7 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score, roc_curve
 
-from analysis import calibration, statistics, thresholds
+from analysis import applied, calibration, statistics, thresholds
 
 
 def clustered(seed=0, patients=40, images=300, ties=True):
@@ -198,6 +198,27 @@ def test_applied_threshold_counts_and_intervals_by_patient():
         assert (found[rate]["low"], found[rate]["high"]) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))
     nothing = thresholds.apply(1.1, scores, targets, cluster, weights, statistics.interval)
     assert nothing["ppv"]["value"] is None and nothing["sensitivity"]["value"] == 0
+
+
+def test_what_differs_from_the_fitting_is_noted():
+    def notes(fitted_for, **changed):
+        here = {"checkpoints_sha256": ["b", "a"], "ema": False, "tta": False, "dicom_recipe": "window"} | changed
+        return applied.differences("--thresholds", "E", fitted_for, **here)
+
+    then = {"checkpoints_sha256": ["a", "b"], "ema": False, "tta": False, "domain": "dicom window"}
+    assert notes(then) == [] and notes(then, dicom_recipe=None) == []
+    assert notes(then | {"ema": None}, ema=True) == []  # the checkpoint holds averaged weights alone
+    for changed, text in (
+        ({"checkpoints_sha256": ["a"]}, "was fitted for another checkpoint"),
+        ({"ema": True}, "was fitted without --ema, this prediction is with it"),
+        ({"tta": True}, "was fitted without --tta, this prediction is with it"),
+        ({"dicom_recipe": "mimic_jpg"}, "on images of the kind dicom window, DICOM is read here by"),
+    ):
+        (note,) = notes(then, **changed)
+        assert note.startswith("--thresholds E") and text in note
+    assert notes({"checkpoints_sha256": None}) == [
+        "--thresholds E does not record the checkpoint that it was fitted for"
+    ]
 
 
 # ------------------------------------------------------------------------------------ calibration
