@@ -200,6 +200,8 @@ KNOBS = {
     "TRAIN.LOSS": Knob("bce", "(new) multi-label tasks: a row of utils_multilabel.LOSSES", takes_effect=XRAYS),
     "TRAIN.LOSS_OPTIONS": Knob({}, "(new) parameters of the loss, such as {gamma: 2.0}", takes_effect=XRAYS,
                                mapping=True),
+    "TRAIN.BEST_BY": Knob("mean_auc", "(new) the metric that chooses best_ckpt.pth, by its key in metrics.json; of "
+                          "classes acc1 unless set"),
     "TRAIN.POS_WEIGHT_CAP": Knob(0.0, "(new) weigh positives by negatives/positives of the label, at most this; 0: no "
                                  "weights", off_or_at_least(1), takes_effect=XRAYS),
     "TRAIN.LR_SCHEDULER.NAME": Knob("cosine", "how the rate falls", one_of("cosine", "linear", "step")),
@@ -233,6 +235,8 @@ KNOBS = {
     "AUG.CUTMIX": Knob(1.0, "strength of cutmix; 0: off", at_least(0)),
     "AUG.MIXUP_PROB": Knob(1.0, "probability that a batch is mixed at all", between(0, 1)),
     "AUG.MIXUP_SWITCH_PROB": Knob(0.5, "of those, the part that gets cutmix where both are on", between(0, 1)),
+    "AUG.MIXUP_OFF_EPOCH": Knob(0, "(new) batches are mixed in so many epochs, and not in those after; 0: in all",
+                                at_least(0)),
     "AUG.MEAN": Knob([0.485, 0.456, 0.406], "of normalisation: ImageNet's; timm: the backbone's own unless set"),
     "AUG.STD": Knob([0.229, 0.224, 0.225], "of normalisation, likewise"),
     # --------------------------------------------------------------------------- testing, other

@@ -25,16 +25,17 @@ import config as config_module
 from analysis import training_log
 from analysis.evaluation import TEST, VALIDATE, digest, new_evaluation, read_evaluation, write_evaluation
 from analysis.figures import plot_training
+from analysis.metrics import Best
 from analysis.results import Options
 from analysis.writing import write_report
 from common import logger
 from common.errors import UserError, run_command
 from dataset.build import build_datasets, build_loader, fingerprint, worker_count
 from dataset.files.domain import domain_warning
+from dataset.mixing import build_mixing
 from dataset.patients import patients_of, refuse_known, together
 from dataset.sources import parts_of
 from dataset.tables import EmptySplit
-from dataset.transforms import build_mixup
 from models import build_model, own_values, pretrained_file
 from models.cost import count_gmacs
 from training import checkpoint, compiling, distributed, faults, throughput
@@ -85,19 +86,6 @@ def zero_sums(device):
     return sums | {"seconds": 0.0, "waited": 0.0}  # the second is a part of the first
 
 
-class Best:
-    """The best score so far of one set of weights on the validation split; None before there is one."""
-
-    def __init__(self, value=None):
-        self.value = value
-
-    def beaten_by(self, score):
-        """Whether `score` is a new best, which is then kept; a score of None is none."""
-        better = score is not None and (self.value is None or score > self.value)
-        self.value = score if better else self.value
-        return better
-
-
 class Run:
     """Everything a training run owns; built in the order that its parts need each other."""
 
@@ -129,9 +117,11 @@ class Run:
         self.images_per_update = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * self.world.size
         groups = self.train_loader.batch_sampler.groups
         self.data = {"train": fingerprint(train_set, groups), "validate": fingerprint(val_set)}
-        self.mixup = build_mixup(config)
+        self.mix = build_mixing(config)
         self.label_names, self.task = train_set.label_names, TASKS[train_set.task]
-        self.criterion = self.task.build_criterion(config, train_set.targets)
+        draws = self.train_loader.batch_sampler.draws()
+        self.criterion = self.task.build_criterion(config, train_set.targets, draws, self.world.device)
+        self.metric = self.task.best_metric(config.TRAIN.BEST_BY)
         self.train_set, self.domain = train_set, getattr(train_set, "domain", "")
         self.val_sources = getattr(val_set, "sources", None)
         self.patients = together(patients_of(train_set, config), patients_of(val_set, config))
@@ -173,27 +163,33 @@ class Run:
         limit_threads(config, world)
         self.amp, self.dtype = autocast(config, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
-        self.optimizer = build_optimizer(config, self.model)
+        self.optimizer = build_optimizer(config, self.model, self.criterion)
         self.schedule = build_schedule(config, self.updates, world.size)
 
     def _begin(self):
         self.epoch = self.first_update = 0
         self.position = 0, 0  # (epoch, update) of the newest checkpoint
-        self.best, self.ema_best = Best(), Best()
+        self.best, self.ema_best = Best(self.metric), Best(self.metric)
         self.sums = zero_sums(self.world.device)
 
     def _go_on(self, path, state):
         checkpoint.resume(
-            state, path, model=self.model, ema=self.ema, optimizer=self.optimizer, scaler=self.scaler,
-            config=self.config, label_names=self.label_names, world=self.world, log=self.log,
+            state, path, model=self.model, criterion=self.criterion, ema=self.ema, optimizer=self.optimizer,
+            scaler=self.scaler, config=self.config, label_names=self.label_names, world=self.world, log=self.log,
         )  # fmt: skip
         self.epoch, self.first_update = state["epoch"], state["update"]
         self.patients = together(self.patients, state.get("patients", {}))
         if warning := domain_warning(state.get("domain"), self.domain):
             self.log.warning(warning)
         saved = state.get("data", self.data)
-        if saved["validate"] == self.data["validate"]:
-            self.best, self.ema_best = Best(state["max_accuracy"]), Best(state["max_ema_accuracy"])
+        best_by = state.get("best_by", self.task.best_metric(config_module.KNOBS["TRAIN.BEST_BY"].default).key)
+        if best_by != self.metric.key:
+            self.log.warning(
+                f"{path} chose its best checkpoint by {best_by} ({state['max_accuracy']}), now TRAIN.BEST_BY is "
+                f"{self.metric.key}: the best checkpoint restarts"
+            )
+        elif saved["validate"] == self.data["validate"]:
+            self.best.value, self.ema_best.value = state["max_accuracy"], state["max_ema_accuracy"]
         else:
             self.log.warning(
                 f"{path} was validated on other images or labels than now: scores before and after cannot be "
@@ -229,12 +225,15 @@ class Run:
             f"peak learning rate {self.schedule.peak:.3e} = TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} x batch "
             f"{self.images_per_update} / TRAIN.LR_REFERENCE_BATCH {config.TRAIN.LR_REFERENCE_BATCH}"
         )
+        log.info(f"the best checkpoint is chosen by {self.metric.key}, {self.metric.direction} (TRAIN.BEST_BY)")
         if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
             log.warning("TRAIN.WARMUP_EPOCHS is not below TRAIN.EPOCHS: the peak learning rate is never reached")
 
     def batches(self, epoch, first_update):
         """Iterator over the batches of an epoch from an update on."""
         sampler = self.train_loader.batch_sampler
+        self.criterion.set_epoch(epoch)
+        self.mix.epoch = epoch
         sampler.epoch, sampler.start_batch = epoch, first_update * self.config.TRAIN.ACCUMULATION_STEPS
         return iter(self.train_loader)
 
@@ -242,24 +241,31 @@ class Run:
         """One step of the optimizer at rate `lr`, over the next batches; adds what is logged of it to `sums`."""
         accumulation = self.config.TRAIN.ACCUMULATION_STEPS
         set_lr(self.optimizer, lr)
+        total, known = 0.0, 0.0  # of the update: its loss, and the share of its labels that are known
         for k in range(accumulation):
             asked = time.time()
             images, targets, _ = next(batches)
             sums["waited"] += time.time() - asked
             sums["skipped"] += self.config.DATA.BATCH_SIZE - len(images)
             small = len(images) < self.config.DATA.BATCH_SIZE  # to compile for each such size would take minutes
-            if self.mixup is not None:
-                images, targets = self.mixup(images, targets)
+            images, targets = self.mix(images, targets)
             self.last_images = images
+            share = self.task.known(targets, self.config.DATA.BATCH_SIZE)
             # Gradients cross the network once per update, with the last forward pass.
             silent = self.world.size > 1 and k < accumulation - 1
             with self.trained.no_sync() if silent else contextlib.nullcontext():
                 with self.amp(), compiling.uncompiled(self.config.TRAIN.COMPILE and small):
                     loss = self.criterion(self.trained(images), targets)
-                self.scaler.scale(loss / accumulation).backward()
-            sums["loss"] = sums["loss"] + loss.detach().double() / accumulation
+                self.scaler.scale(loss * share / accumulation).backward()
+            total, known = total + loss.detach().double() * share / accumulation, known + share
+        distributed.average_gradients(self.criterion.parameters(), self.world)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.TRAIN.CLIP_GRAD or math.inf)
+        # The mean over the known labels of the whole update: all its batches on all ranks.
+        whole = 1 / distributed.mean_tensor(known / accumulation, self.world).clamp(min=1e-12)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_([p.grad for p in parameters], whole)
+        sums["loss"] = sums["loss"] + total * whole
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.TRAIN.CLIP_GRAD or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -306,7 +312,9 @@ class Run:
             "update": update,
             "images_per_update": self.images_per_update,
             "sums": [r["sums"] for r in ranks],
-            # The best score, by the task's metric: the mean AUROC of labels, the accuracy of classes.
+            "loss": {self.criterion.name: self.criterion.state_dict()},
+            # The best score by TRAIN.BEST_BY.
+            "best_by": self.metric.key,
             "max_accuracy": self.best.value,
             "max_ema_accuracy": self.ema_best.value,
             "rng": [r["rng"] for r in ranks],
@@ -322,15 +330,15 @@ class Run:
         self.position = epoch, update
 
     def validate(self, model, best):
-        """Loss, score and details of `model` on the validation split, the same on all ranks; is it a new best?"""
-        task = self.task
+        """(what metrics.jsonl has of `model` on the validation split, the same on all ranks; is it a new best?)"""
         distributed.share_buffers(model, self.world)
-        metrics = task.validate(
-            model, self.val_loader, self.world, self.amp, label_names=self.label_names, sources=self.val_sources
-        )
-        is_best = best.beaten_by(metrics[task.score])
-        told = {k: metrics[k] for k in (task.score, task.details, "by_source") if k in metrics}
-        return {"val_loss": metrics["loss"], **told}, is_best
+        found = self.task.validate(
+            model, self.val_loader, self.world, self.amp, label_names=self.label_names, metric=self.metric,
+            sources=self.val_sources,
+        )  # fmt: skip
+        is_best = best.is_beaten_by(found.score)
+        best.value = found.score if is_best else best.value
+        return found.record, is_best
 
     def finish_epoch(self, epoch, sums):
         """Validate, write the log lines and every checkpoint that is due after `epoch`."""
@@ -342,7 +350,7 @@ class Run:
             "lr": self.schedule(done * self.updates - 1),
             "grad_norm": sums["norm"].item() / sums["updates"],
             **validated,
-            f"best_{self.task.score}": self.best.value,
+            f"best_{self.metric.key}": self.best.value,
         }
         if self.ema is not None:
             validated, is_ema_best = self.validate(self.ema.module, self.ema_best)
@@ -361,7 +369,7 @@ class Run:
             from analysis import tensorboard
 
             tensorboard.write_epoch(self.board, record, self.last_images, self.config.AUG.MEAN, self.config.AUG.STD)
-        self.log.info(training_log.epoch_lines(record, self.task.score))
+        self.log.info(training_log.epoch_lines(record, self.metric))
         # LAST comes last: killed before it, the run repeats this epoch and writes the others again.
         names = [checkpoint.BEST] if is_best else []
         if done % self.config.SAVE_FREQ == 0 or done == self.config.TRAIN.EPOCHS:
@@ -393,14 +401,14 @@ def train(config, world, folder, log):
                 asked = distributed.report_outcome(world, "interrupted {} {}".format(*run.position))
                 return 0 if asked else number
     if world.is_main:
-        plot_training(folder, run.task.score)
+        plot_training(folder, run.task.metrics())
     if run.best.value is None:
         log.warning(
             "no label has both classes in the validation split, so there is no best checkpoint; "
             f"evaluate the last one with --eval --resume {folder / checkpoint.LAST}"
         )
     distributed.report_outcome(world, "finished")
-    log.info(f"finished: best {run.task.score} on the validation split {run.best.value}; everything is in {folder}")
+    log.info(f"finished: best {run.metric.key} on the validation split {run.best.value}; everything is in {folder}")
     return 0
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import statistics
+from analysis.metrics import METRICS, label_metrics
 from common.errors import UserError
 from dataset.tables import read_csv
 
@@ -313,7 +313,7 @@ def read_predictions(path):
 
 # What a report reads of metrics.json, where it is there.
 KINDS = {
-    **dict.fromkeys(("config", "auc", "cohort", "label_mapping", "label_policy"), dict),
+    **dict.fromkeys(("config", "cohort", "label_mapping", "label_policy", *(m.name for m in METRICS)), dict),
     **dict.fromkeys(("images", "skipped", "parameters"), int),
     **dict.fromkeys(("gmacs", "images_per_s"), (int, float)),
     **dict.fromkeys(("checkpoint", "checkpoint_sha256", "root", "dataset", "backbone", "device"), str),
@@ -344,7 +344,7 @@ def _read_metrics(folder, test):
             f"{test.path} has {len(test):,} rows, but {path.name} beside it counts {metrics['images']:,} images; "
             "the table is not whole, evaluate again"
         )
-    labels = metrics.get("auc", dict.fromkeys(test.label_names))
+    labels = next((metrics[metric.name] for metric in METRICS if metric.name in metrics), test.label_names)
     if tuple(labels) != test.label_names:
         raise UserError(
             f"{test.path} has other labels than {path.name} beside it: {_difference(test.label_names, labels)}"
@@ -488,16 +488,10 @@ def check_one_configuration(first, others):
 
 
 def _scores(predictions):
-    """What metrics.json says of probabilities: the loss, and AUROC and average precision by label and on the mean."""
+    """What metrics.json has of probabilities: the loss and every metric."""
     y, p = predictions.targets, np.clip(predictions.probabilities, 1e-12, 1 - 1e-12)
-    found = {"loss": float(-np.nanmean(y * np.log(p) + (1 - y) * np.log1p(-p)))}
-    once = np.ones((len(y), 1), np.int32)
-    areas = statistics.bootstrap(predictions.probabilities, y, np.arange(len(y)), once)
-    for key, values in zip(("auc", "average_precision"), areas):
-        by_label = [None if np.isnan(v) else float(v) for v in values[:, 0]]
-        found[f"mean_{key}"] = float(np.nanmean(values)) if any(v is not None for v in by_label) else None
-        found[key] = dict(zip(predictions.label_names, by_label))
-    return found
+    loss = float(-np.nanmean(y * np.log(p) + (1 - y) * np.log1p(-p)))
+    return {"loss": loss} | label_metrics(predictions.probabilities, y, predictions.label_names)
 
 
 def ensemble(evaluations, folder):

@@ -10,7 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from analysis.comparison_tables import approximate
-from analysis.training_log import read_metrics
+from analysis.metrics import METRICS
+from analysis.training_log import chosen_by, read_metrics
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
@@ -22,31 +23,41 @@ STYLE = {
 }  # fmt: skip
 
 
-def _training(epochs, score):
-    x = [e["epoch"] for e in epochs]
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained")
+def _training(epochs, rows):
+    """Loss, each metric of `rows` that the epochs have, and learning rate; the one that chooses the best is marked."""
+    x, best_by = [e["epoch"] for e in epochs], chosen_by(epochs)
+    rows = [metric for metric in rows if any(metric.key in e for e in epochs)]
+    panels = 2 + len(rows)
+    figure, axes = plt.subplots(1, panels, figsize=(3.2 * panels, 2.9), layout="constrained")
     axes[0].plot(x, [e["train_loss"] for e in epochs], color=BLUE, label="train")
     axes[0].plot(x, [e["val_loss"] for e in epochs], color=ORANGE, ls="--", label="validation")
     axes[0].set_title("loss")
-    axes[1].plot(x, [e[score] for e in epochs], color=BLUE, label="weights")
-    if "ema" in epochs[-1]:
-        axes[1].plot(x, [e["ema"][score] if "ema" in e else None for e in epochs], color=ORANGE, ls="--", label="EMA")
-    axes[1].set_title(f"validation {score}")
-    axes[2].plot(x, [e["lr"] for e in epochs], color=BLUE)
-    axes[2].set_title("learning rate at the epoch's end")
-    axes[2].yaxis.set_major_formatter("{x:g}")  # a power of ten above the axis would run into the title
+    for axis, metric in zip(axes[1:], rows):
+        axis.plot(x, _column(epochs, metric.key), color=BLUE, label="weights")
+        if any("ema" in e for e in epochs):
+            axis.plot(x, _column([e.get("ema", {}) for e in epochs], metric.key), color=ORANGE, ls="--", label="EMA")
+        best = ", chooses the best" if metric.key == best_by else ""
+        axis.set_title(f"validation {metric.key}\n{metric.direction}{best}")
+    axes[-1].plot(x, [e["lr"] for e in epochs], color=BLUE)
+    axes[-1].set_title("learning rate at the epoch's end")
+    axes[-1].yaxis.set_major_formatter("{x:g}")  # a power of ten above the axis would run into the title
     for axis in axes:
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].legend()
-    axes[1].legend()
+    for axis in axes[:-1]:
+        axis.legend()
     return figure
 
 
-def plot_training(folder, score):
-    """training.png from metrics.jsonl of a run: losses, score and learning rate over the epochs."""
+def _column(epochs, key):
+    """Values of a key, NaN (a gap in the line) where an epoch has none."""
+    return [np.nan if e.get(key) is None else e[key] for e in epochs]
+
+
+def plot_training(folder, rows):
+    """training.png from metrics.jsonl of a run: losses, metrics and learning rate over the epochs."""
     with plt.rc_context(STYLE):
-        figure = _training(read_metrics(Path(folder) / "metrics.jsonl"), score)
+        figure = _training(read_metrics(Path(folder) / "metrics.jsonl"), rows)
         figure.savefig(Path(folder) / "training.png", dpi=120)
     plt.close(figure)
 
@@ -157,7 +168,7 @@ def write_figures(report, folder):
             "precision_recall": _curves(report, "precision_recall", "sensitivity", "precision"),
             "calibration": _calibration(report),
             "cooccurrence": _cooccurrence(report),
-            "training": _training(epochs, "mean_auc") if epochs else None,
+            "training": _training(epochs, METRICS) if epochs else None,
         }
         _save(drawn, folder)
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from analysis import comparison_tables, tables
 from analysis.evaluation import Evaluation
+from analysis.metrics import METRICS
 from common.errors import UserError
 from dataset.files.images import SUFFIXES, ImageError, decode
 from dataset.mimic_cxr import find_folders, image_stems
@@ -126,12 +127,12 @@ def _training_charts(report):
     found = []
     for names, title, left in (
         ({"train_loss": "train", "val_loss": "validation"}, "loss", 34),
-        ({"mean_auc": "validation"}, "mean AUROC", 34),
+        *(({metric.key: "validation"}, f"mean {metric.column}", 34) for metric in METRICS),
         ({"lr": "rate"}, "learning rate", 46),
     ):
-        values = [e[k] for e in epochs for k in names if e[k] is not None]
+        values = [e[k] for e in epochs for k in names if e.get(k) is not None]
         if values:
-            lines = [(x, [e[k] for e in epochs], name) for k, name in names.items()]
+            lines = [(x, [e.get(k) for e in epochs], name) for k, name in names.items()]
             span = (x[0], x[-1] if len(x) > 1 else x[0] + 1)
             ends = (min(values), max(values) if max(values) > min(values) else min(values) + 1e-6)
             found.append(chart(lines, size=(260, 170), x=span, y=ends, labels=("epoch", title), left=left, title=title))

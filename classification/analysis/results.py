@@ -10,6 +10,7 @@ import numpy as np
 
 from analysis import calibration, groups, statistics, thresholds
 from analysis.evaluation import aligned, check_one_configuration
+from analysis.metrics import METRICS
 from analysis.training_log import read_metrics
 from common.errors import UserError
 from dataset.labels import apply_policy
@@ -425,8 +426,10 @@ def training(evaluation):
     path = evaluation.epochs_file
     if path is None:
         return {"left_out": "no metrics.jsonl in the evaluation or beside its checkpoint"}
-    keys = ("epoch", "train_loss", "val_loss", "mean_auc", "lr")
-    return {"epochs": [{k: e.get(k) for k in keys} for e in read_metrics(path)]}
+    epochs = read_metrics(path)
+    keys = ["epoch", "train_loss", "val_loss", *(metric.key for metric in METRICS), "lr"]
+    best = [key for key in epochs[-1] if key.startswith("best_")] if epochs else []
+    return {"epochs": [{k: e[k] for k in [*keys, *best] if k in e} for e in epochs]}
 
 
 def cooccurrence(predictions):

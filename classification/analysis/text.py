@@ -18,10 +18,11 @@ def label_table(metrics, columns):
     rows.append(("mean", *(number(metrics[f"mean_{name}"]) for name in columns), "", ""))
     width = max(len(r[0]) for r in rows)
     lines = [r[0].ljust(width) + "".join(c.rjust(10) for c in r[1:]) for r in rows]
-    return "\n".join([*lines, *undefined_note(metrics["auc"])])
+    name, column = next(iter(columns.items()))
+    return "\n".join([*lines, *undefined_note(metrics[name], column)])
 
 
-def undefined_note(auc):
-    """One line that names the labels without an AUROC, or none."""
-    names = [name for name, value in auc.items() if value is None]
-    return [f"no AUROC (one class only), left out of the mean: {', '.join(names)}"] if names else []
+def undefined_note(values, column):
+    """One line that names the labels without a value of a metric, or none; column: its heading."""
+    names = [name for name, value in values.items() if value is None]
+    return [f"no {column} (one class only), left out of the mean: {', '.join(names)}"] if names else []

@@ -23,9 +23,14 @@ def append_metrics(path, record):
     temporary.replace(path)
 
 
-def epoch_lines(record, score):
-    """An epoch for the log: one line, and the AUROC by label below it."""
+def chosen_by(epochs):
+    """The metric that chose the best checkpoint, as TRAIN.BEST_BY names it; "" where the epochs do not have it."""
+    return next((key.removeprefix("best_") for key in epochs[-1] if key.startswith("best_")), "")
 
+
+def epoch_lines(record, metric):
+    """An epoch for the log: one line, and the values per label of the metric that chooses the best below it."""
+    score = metric.key
     line = (
         f"epoch {record['epoch']} done in {record['seconds']} s ({record['images_per_s']} images/s, "
         f"{record['waited']:.0%} of it waiting for data, peak memory {record['peak_memory_gb']} GB): "
@@ -38,7 +43,7 @@ def epoch_lines(record, score):
         line += f", EMA {score} {number(record['ema'][score])} (best {number(record['ema']['best'])})"
     if "by_source" in record:
         line += ", " + ", ".join(f"{name} {number(own[score])}" for name, own in record["by_source"].items())
-    if "auc" in record:
-        line += "\n" + "  ".join(f"{name} {number(value)}" for name, value in record["auc"].items())
-        line += "".join("\n" + note for note in undefined_note(record["auc"]))
+    if isinstance(values := record[metric.name], dict):
+        line += "\n" + "  ".join(f"{name} {number(value)}" for name, value in values.items())
+        line += "".join("\n" + note for note in undefined_note(values, metric.column))
     return line

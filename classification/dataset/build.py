@@ -218,6 +218,15 @@ class TrainSampler(torch.utils.data.Sampler):
     def __len__(self):
         return self.batches - self.start_batch
 
+    def draws(self):
+        """How often an epoch takes each image [N], averaged over epochs."""
+        if not self.groups:
+            return np.ones(self.length)
+        found = np.zeros(self.length)
+        for rows in self.groups:
+            found[rows] = self.length / len(self.groups) / len(rows)
+        return found
+
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = self._order(generator)

@@ -99,15 +99,3 @@ def photo_transform(config, train):
         normalize=False,
     )
     return v2.Compose([steps, *([Erasing(aug)] if aug.REPROB > 0 else [])])
-
-
-def build_mixup(config):
-    """Batch transform (images, targets) -> (images, soft targets), or None where mixing is off."""
-    aug = config.AUG
-    choices = [kind(alpha=alpha, num_classes=config.MODEL.NUM_CLASSES) for kind, alpha in
-               ((v2.MixUp, aug.MIXUP), (v2.CutMix, aug.CUTMIX)) if alpha > 0]  # fmt: skip
-    if not choices or aug.MIXUP_PROB == 0:
-        return None
-    weights = [1 - aug.MIXUP_SWITCH_PROB, aug.MIXUP_SWITCH_PROB] if len(choices) == 2 else None
-    mix = v2.RandomChoice(choices, p=weights)
-    return v2.RandomApply([mix], p=aug.MIXUP_PROB)

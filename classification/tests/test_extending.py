@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 import config as config_module
 import models
 import utils_multilabel
+from analysis.metrics import METRICS, Metric
 from common.errors import UserError
 from config import Knob
 from conftest import epochs
@@ -49,6 +50,14 @@ def small(tmp_path, monkeypatch):
     sys.modules.pop("models.small", None)
 
 
+@pytest.fixture
+def rows():
+    """The table of metrics, which a test may change."""
+    before = METRICS[:]
+    yield METRICS
+    METRICS[:] = before
+
+
 def test_a_loss(run_main, monkeypatch):
     given = []
 
@@ -63,10 +72,9 @@ def test_a_loss(run_main, monkeypatch):
         run_main(TRAIN__LOSS="squared", TRAIN__LOSS_OPTIONS="{skale: 0.5}", out="other")
 
 
-def test_a_metric(run_main, monkeypatch, capsys):
-    """Its row alone brings it into metrics.json and the table; validation goes on with the first row."""
-    row = utils_multilabel.Metric("gini", "Gini", lambda t, p: 2 * roc_auc_score(t, p) - 1)
-    monkeypatch.setattr(utils_multilabel, "METRICS", [*utils_multilabel.METRICS, row])
+def test_a_metric(run_main, rows, capsys):
+    """Its row alone brings it into metrics.json, metrics.jsonl and the table."""
+    rows.append(Metric("gini", "Gini", lambda t, p: 2 * roc_auc_score(t, p) - 1))
     run_main(TRAIN__EPOCHS=1)
     folder = run_main("--eval")
     metrics = json.loads(next(folder.parents[1].glob("results/evaluation_*/metrics.json")).read_text())
@@ -74,7 +82,8 @@ def test_a_metric(run_main, monkeypatch, capsys):
     assert metrics["gini"]["Edema"] == pytest.approx(2 * metrics["auc"]["Edema"] - 1)
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert any(line[:4] == ["label", "AUROC", "AP", "Gini"] for line in table)
-    assert "gini" not in epochs(folder)[0] and "average_precision" not in epochs(folder)[0]
+    (line,) = epochs(folder)
+    assert line["mean_gini"] == pytest.approx(2 * line["mean_auc"] - 1) and "auc" in line and "gini" not in line
 
 
 def test_a_backbone(run_main, small, tmp_path):
@@ -130,7 +139,7 @@ def test_a_knob(run_main, monkeypatch):
     monkeypatch.setitem(config_module.KNOBS, "TRAIN.GRAD_FACTOR", row)
     used = []
     build = optimizer.build_optimizer
-    monkeypatch.setattr("main.build_optimizer", lambda c, m: used.append(c.TRAIN.GRAD_FACTOR) or build(c, m))
+    monkeypatch.setattr("main.build_optimizer", lambda c, *m: used.append(c.TRAIN.GRAD_FACTOR) or build(c, *m))
     folder = run_main(TRAIN__GRAD_FACTOR=0.5, TRAIN__EPOCHS=1)
     assert used == [0.5] and json.loads((folder / "config.json").read_text())["TRAIN"]["GRAD_FACTOR"] == 0.5
     with pytest.raises(UserError, match="TRAIN.GRAD_FACTOR is -1.0; it must be at least 0"):

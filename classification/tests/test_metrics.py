@@ -29,7 +29,7 @@ def outputs():
 
 
 def measure(logits, targets, names):
-    return multilabel.multilabel_metrics(logits, multilabel.sigmoid(logits), targets, names, multilabel.METRICS)
+    return multilabel.multilabel_metrics(logits, 1 / (1 + np.exp(-logits.astype(float))), targets, names)
 
 
 def test_metrics_mask_unknown_targets(outputs):
@@ -138,9 +138,11 @@ def test_every_loss_masks_unknown_targets(name):
 
 def test_positive_weights_are_negatives_by_positives_and_capped():
     targets = np.array([[1, 0, 1, 0.7], [0, 0, 1, 0], [0, 0, np.nan, 0], [0, 0, 0, 1]], np.float32)
-    assert multilabel.pos_weights(targets, 10.0).tolist() == [3, 4, 0.5, 2]
-    assert multilabel.pos_weights(targets, 2.5).tolist() == [2.5, 2.5, 0.5, 2]
-    assert multilabel.pos_weights(targets, 0.0) is None
+    positives, negatives, known = multilabel.count_labels(targets, np.ones(4))
+    assert (positives.tolist(), negatives.tolist(), known.tolist()) == ([1, 0, 2, 1], [3, 4, 1, 2], [4, 4, 3, 4])
+    assert multilabel.pos_weights(positives, negatives, 10.0).tolist() == [3, 4, 0.5, 2]
+    assert multilabel.pos_weights(positives, negatives, 2.5).tolist() == [2.5, 2.5, 0.5, 2]
+    assert multilabel.pos_weights(positives, negatives, 0.0) is None
 
 
 def test_validation_and_test_give_what_is_promised_and_each_source():

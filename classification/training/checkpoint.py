@@ -199,7 +199,7 @@ def load_weights(model, state, path, label_names, averaged=False):
     _load_strictly(model, weights, path)
 
 
-def resume(state, path, *, model, ema, optimizer, scaler, config, label_names, world, log):
+def resume(state, path, *, model, criterion, ema, optimizer, scaler, config, label_names, world, log):
     """Put a run back to where `state` was saved; raises UserError where it does not fit.
 
     Rates, decay and betas stay those of the present config: what the user changed since counts.
@@ -207,6 +207,7 @@ def resume(state, path, *, model, ema, optimizer, scaler, config, label_names, w
     load_weights(model, state, path, label_names)
     if state["weights"] != "model":
         raise UserError(f"{path} holds averaged weights: evaluate them or start from them (--pretrained)")
+    _load_criterion(criterion, state.get("loss", {}), path, log)
     if ema is not None:
         if state["model_ema"] is None:
             log.warning(f"{path} has no EMA weights (TRAIN.EMA.ENABLE was off): the average starts from its weights")
@@ -229,6 +230,15 @@ def resume(state, path, *, model, ema, optimizer, scaler, config, label_names, w
     else:
         log.warning(f"{path} was saved by {len(state['rng'])} processes, now {world.size}: random numbers start anew")
     log_differences(state, config, log)
+
+
+def _load_criterion(criterion, saved, path, log):
+    """The parameters of a loss; saved: {name of the loss: its state}."""
+    ours, theirs = criterion.state_dict(), saved.get(criterion.name, {})
+    if {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}:
+        criterion.load_state_dict(theirs)
+    else:
+        log.warning(f"{path} has other parameters of TRAIN.LOSS {criterion.name}: they start from their initial values")
 
 
 def log_differences(state, config, log, but=()):

@@ -222,6 +222,22 @@ def mean(value, world):
     return sum(gather(value, world)) / world.size
 
 
+def mean_tensor(tensor, world):
+    """Mean of a tensor over the ranks; the CPU does not wait for it."""
+    if world.size > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        tensor /= world.size
+    return tensor
+
+
+def average_gradients(parameters, world):
+    """Over the ranks, of parameters that are in no DistributedDataParallel."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = mean_tensor(parameter.grad, world)
+
+
 def share_buffers(module, world):
     """Rank 0's buffers to all: batch-norm statistics are each rank's own between forward passes."""
     if world.size > 1:

@@ -14,9 +14,9 @@ def _lr_scale(name, config, layer_scales):
     return scale
 
 
-def parameter_groups(model, config):
+def parameter_groups(model, config, criterion=None):
     """Groups {params, names, weight_decay, lr_scale}: no decay for norms and biases (1-D parameters) and
-    what the model says.
+    what the model says. Parameters of the criterion have no decay either.
 
     A group's learning rate is the schedule's times its `lr_scale`.
     """
@@ -31,12 +31,16 @@ def parameter_groups(model, config):
         group = groups.setdefault((decay, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
         group["names"].append(name)
+    own = dict(criterion.named_parameters(prefix=criterion.name)) if criterion is not None else {}
+    if own:
+        names, parameters = list(own), list(own.values())
+        groups["loss"] = {"params": parameters, "names": names, "weight_decay": 0.0, "lr_scale": 1.0}
     return list(groups.values())
 
 
-def build_optimizer(config, model):
+def build_optimizer(config, model, criterion=None):
     """AdamW or SGD with Nesterov momentum over :func:`parameter_groups`."""
-    o, groups = config.TRAIN.OPTIMIZER, parameter_groups(model, config)
+    o, groups = config.TRAIN.OPTIMIZER, parameter_groups(model, config, criterion)
     if o.NAME == "sgd":
         return torch.optim.SGD(groups, lr=config.TRAIN.BASE_LR, momentum=o.MOMENTUM, nesterov=o.MOMENTUM > 0)
     # One pass over the parameters of a group instead of one for each operation of the update.

@@ -1,4 +1,4 @@
-"""What is learned: criterion, logits -> probabilities, metrics, and the figure that chooses the best checkpoint.
+"""What is learned: criterion, metrics, validation and test.
 
 A task is a row of `TASKS`; a dataset names its own (`dataset.task`).
 """
@@ -12,104 +12,120 @@ import torch
 import torch.nn.functional as F
 
 import utils_multilabel as multilabel
+from analysis.metrics import METRICS, Metric, choose_metric
 from analysis.text import label_table, number
+from config import KNOBS
 from training.inference import predict
 
 
 @dataclass(frozen=True)
 class Task:
-    """score: the name of the metric that decides, larger is better. details: of what is logged beside it.
-
-    build_criterion(config, targets of the train split) -> function(logits, targets) -> scalar
-    probabilities(logits [N, L]) -> [N, L]
-    validate(model, loader, world, amp, label_names=, sources=) -> {"loss", score, details}, and with sources (the name
-        of that of each image of the dataset, or None) `by_source`, the same of each
-    test(model, loader, world, amp, label_names=, sources=) -> those and further metrics, `images` (how many), and the
-        arrays `probabilities`, `targets` [N, L] and `rows` [N] (which of the dataset)
+    """build_criterion(config, targets of the train split, draws [N], device) -> utils_multilabel.Criterion
+        draws: how often an epoch takes each image
+    known(targets, batch_size) -> of the terms of a full batch, the share that the criterion is the mean of: a tensor
+    metrics() -> the rows, each with `key` and `higher_is_better`, of which TRAIN.BEST_BY names one
+    validate(model, loader, world, amp, label_names=, metric=, sources=) -> utils_multilabel.Validation; sources: the
+        name of that of each image of the dataset, or None
+    test(model, loader, world, amp, label_names=, sources=) -> {"loss", metrics, `images` (how many)}, and the arrays
+        `probabilities`, `targets` [N, L] and `rows` [N] (which of the dataset)
     table(metrics) -> text
     report: whether an evaluation ends with one (intervals, thresholds, calibration of labels)
     """
 
-    score: str
-    details: str
     build_criterion: Callable
-    probabilities: Callable
+    known: Callable
+    metrics: Callable
     validate: Callable
     test: Callable
     table: Callable
     report: bool
 
+    def best_metric(self, best_by):
+        """The row of the metrics that TRAIN.BEST_BY names; left at its default, that or the task's first."""
+        return choose_metric(self.metrics(), best_by, KNOBS["TRAIN.BEST_BY"].default)
+
 
 # ----------------------------------------------------------------------------- labels, each 0 or 1
-def _label_criterion(config, targets):
-    weights = multilabel.pos_weights(targets, config.TRAIN.POS_WEIGHT_CAP)
-    return multilabel.build_loss(config.TRAIN.LOSS, config.TRAIN.LOSS_OPTIONS, weights)
+def _label_criterion(config, targets, draws, device):
+    positives, negatives, known = multilabel.count_labels(targets, draws)
+    given = {
+        "pos_weight": multilabel.pos_weights(positives, negatives, config.TRAIN.POS_WEIGHT_CAP),
+        "positives": positives,
+        "known": known,
+    }
+    given = {key: None if value is None else torch.from_numpy(value).float().to(device) for key, value in given.items()}
+    loss, options = config.TRAIN.LOSS, config.TRAIN.LOSS_OPTIONS
+    return multilabel.build_loss(loss, options, epochs=config.TRAIN.EPOCHS, **given).to(device)
 
 
-def _validate_labels(*arguments, label_names, sources):
-    found = multilabel.evaluate_split(
-        *arguments, label_names=label_names, metrics=multilabel.METRICS[:1], sources=sources
-    )
-    decides = multilabel.METRICS[0].name
-    kept = ("loss", f"mean_{decides}", decides)
-    told = {k: found[k] for k in kept}
-    if sources is not None:
-        told["by_source"] = {name: {k: own[k] for k in kept} for name, own in found["by_source"].items()}
-    return told
-
-
-def _label_table(metrics):
-    lines = [label_table(metrics, {metric.name: metric.column for metric in multilabel.METRICS})]
-    for name, own in metrics.get("by_source", {}).items():
-        means = ", ".join(f"mean {m.column} {number(own[f'mean_{m.name}'])}" for m in multilabel.METRICS)
+def _label_table(found):
+    lines = [label_table(found, {metric.name: metric.column for metric in METRICS})]
+    for name, own in found.get("by_source", {}).items():
+        means = ", ".join(f"mean {m.column} {number(own[m.key])}" for m in METRICS)
         lines.append(f"{name}: {means}, {own['images']:,} images")
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------- one class of many
-def _class_criterion(config, _targets):
-    # Targets are class indices, or probabilities after mixup.
-    return partial(F.cross_entropy, label_smoothing=config.MODEL.LABEL_SMOOTHING)
+class ClassMetric(Metric):
+    """A metric of classes, a figure of its own: `function(ranks [N])`, how many classes are before the right one."""
+
+    @property
+    def key(self):
+        return self.name
 
 
-def _softmax(logits):
-    return torch.from_numpy(logits).double().softmax(1).numpy()
+CLASS_METRICS = [
+    ClassMetric("acc1", "top-1", lambda ranks: float((ranks < 1).mean())),
+    ClassMetric("acc5", "top-5", lambda ranks: float((ranks < 5).mean())),
+]
 
 
-def _test_classes(*arguments, label_names, sources):
+def _class_criterion(config, _targets, _draws, device):
+    # Targets are class indices, or probabilities after mixing.
+    loss = partial(F.cross_entropy, label_smoothing=config.MODEL.LABEL_SMOOTHING)
+    return multilabel.Criterion("cross_entropy", loss, {}, {}).to(device)
+
+
+def _test_classes(*arguments, label_names, sources=None):
     logits, targets, rows = predict(*arguments)
     ranks = (logits > np.take_along_axis(logits, targets[:, None], 1)).sum(1)
     return {
         "loss": float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets))),
-        **{f"acc{k}": float((ranks < k).mean()) for k in (1, 5)},
+        **{metric.key: metric.function(ranks) for metric in CLASS_METRICS},
         "images": len(targets),
-        "probabilities": _softmax(logits),
+        "probabilities": torch.from_numpy(logits).double().softmax(1).numpy(),
         "targets": np.eye(len(label_names), dtype=np.float32)[targets],
         "rows": rows,
     }
 
 
-def _class_table(metrics):
-    return f"top-1 {metrics['acc1']:.4f}   top-5 {metrics['acc5']:.4f}   {metrics['images']:,} images"
+def _validate_classes(*arguments, label_names, metric, sources=None):
+    found = _test_classes(*arguments, label_names=label_names)
+    record = {"val_loss": found["loss"], **{row.key: found[row.key] for row in CLASS_METRICS}}
+    return multilabel.Validation(found[metric.key], found["loss"], {}, record)
+
+
+def _class_table(found):
+    figures = [f"{metric.column} {found[metric.key]:.4f}" for metric in CLASS_METRICS]
+    return "   ".join([*figures, f"{found['images']:,} images"])
 
 
 TASKS = {
     "multilabel": Task(
-        score=f"mean_{multilabel.METRICS[0].name}",
-        details=multilabel.METRICS[0].name,
         build_criterion=_label_criterion,
-        probabilities=multilabel.sigmoid,
-        validate=_validate_labels,
+        known=lambda targets, batch_size: (~targets.isnan()).sum() / (batch_size * targets.shape[1]),
+        metrics=lambda: METRICS,
+        validate=multilabel.validate_multilabel,
         test=multilabel.evaluate_test_set,
         table=_label_table,
         report=True,
     ),
     "single_label": Task(
-        score="acc1",
-        details="acc5",
         build_criterion=_class_criterion,
-        probabilities=_softmax,
-        validate=_test_classes,
+        known=lambda targets, batch_size: torch.full((), len(targets) / batch_size, device=targets.device),
+        metrics=lambda: CLASS_METRICS,
+        validate=_validate_classes,
         test=_test_classes,
         table=_class_table,
         report=False,

@@ -1,0 +1,98 @@
+"""The metrics of labels, one table for training, --eval and the report; runs without torch.
+
+Targets are 1, 0 or NaN; NaN is unknown and counts nowhere.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from common.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of one label: `function(targets of 0 and 1 [N], probabilities [N])` -> float.
+
+    name: the key in metrics.json of its values per label. column: its heading in tables and figures.
+    """
+
+    name: str
+    column: str
+    function: Callable
+    higher_is_better: bool = True
+
+    @property
+    def key(self):
+        """In metrics.json, metrics.jsonl and TRAIN.BEST_BY: the mean over the labels."""
+        return f"mean_{self.name}"
+
+    @property
+    def direction(self):
+        return "higher is better" if self.higher_is_better else "lower is better"
+
+
+# To add a metric, write its row: training, --eval and the report all read this table.
+METRICS = [
+    Metric("auc", "AUROC", roc_auc_score),  # Hanley and McNeil 1982
+    Metric("average_precision", "AP", average_precision_score),
+]
+
+
+def choose_metric(metrics, best_by, default):
+    """The row of `metrics` whose key is TRAIN.BEST_BY; the first row where `best_by` is the `default` of the option and
+    the task has no such metric.
+
+    Raises:
+        UserError: no such metric.
+    """
+    by_key = {metric.key: metric for metric in metrics}
+    if best_by in by_key:
+        return by_key[best_by]
+    if best_by != default:
+        choices = f"choose one of {', '.join(by_key)}{did_you_mean(best_by, by_key)}"
+        raise UserError(f"TRAIN.BEST_BY is {best_by!r}; {choices}")
+    return metrics[0]
+
+
+@dataclass
+class Best:
+    """The best score so far of one set of weights by `metric`; None before there is one."""
+
+    metric: Metric
+    value: float | None = None
+
+    def is_beaten_by(self, score):
+        """Whether `score` is better; None (no label has a value) never is."""
+        if score is None or self.value is None:
+            return score is not None
+        return score > self.value if self.metric.higher_is_better else score < self.value
+
+
+def per_label(function, probabilities, targets):
+    """`function(target, probability)` of each label that has both classes among its known targets, else None.
+
+    probabilities, targets: [N, L]. With one class there is no AUROC. None becomes null in JSON and a dash in tables; so
+    does a value that is not finite.
+    """
+    values = []
+    for probability, target in zip(probabilities.T, targets.T):
+        known = ~np.isnan(target)
+        both = len(np.unique(target[known])) == 2
+        value = float(function(target[known], probability[known])) if both else math.nan
+        values.append(value if math.isfinite(value) else None)
+    return values
+
+
+def label_metrics(probabilities, targets, label_names):
+    """{key: mean, name: {label: value}} of each row of METRICS; a mean is over the labels that have a value."""
+    found = {}
+    for metric in METRICS:
+        values = per_label(metric.function, probabilities, targets)
+        defined = [v for v in values if v is not None]
+        found[metric.key] = float(np.mean(defined)) if defined else None
+        found[metric.name] = dict(zip(label_names, values))
+    return found

@@ -1,0 +1,44 @@
+"""Mixing of the images and targets of a training batch: mixup, cutmix."""
+
+import common.torchvision_shim  # noqa: F401  (before torchvision)
+
+from torchvision.transforms import v2
+
+
+def _mixup(config):
+    if config.AUG.MIXUP > 0:
+        mixup = v2.MixUp(alpha=config.AUG.MIXUP, num_classes=config.MODEL.NUM_CLASSES)
+        return mixup, 1 - config.AUG.MIXUP_SWITCH_PROB
+
+
+def _cutmix(config):
+    if config.AUG.CUTMIX > 0:
+        cutmix = v2.CutMix(alpha=config.AUG.CUTMIX, num_classes=config.MODEL.NUM_CLASSES)
+        return cutmix, config.AUG.MIXUP_SWITCH_PROB
+
+
+# config -> (function (images [B, 3, S, S], targets) -> (images, soft targets), its weight among those that are on), or
+# None where it is off. Targets are [B, L] with NaN = unknown, or class indices [B]. To add one, write its row.
+MIXINGS = [_mixup, _cutmix]
+
+
+class Mixing:
+    """One of `mixings`, chosen by weight, with `probability` for each batch; none from epoch `off_epoch` on (0: never).
+
+    epoch: from 0; set it before each epoch.
+    """
+
+    def __init__(self, mixings, weights, probability, off_epoch):
+        self.mix = v2.RandomApply([v2.RandomChoice(mixings, p=weights)], p=probability) if mixings else None
+        self.off_epoch, self.epoch = off_epoch, 0
+
+    def __call__(self, images, targets):
+        off = self.mix is None or (self.off_epoch and self.epoch >= self.off_epoch)
+        return (images, targets) if off else self.mix(images, targets)
+
+
+def build_mixing(config):
+    """The :class:`Mixing` of a configuration."""
+    found = [row for mixing in MIXINGS if (row := mixing(config))] if config.AUG.MIXUP_PROB else []
+    mixings, weights = ([row[k] for row in found] for k in (0, 1))
+    return Mixing(mixings, weights if len(found) > 1 else None, config.AUG.MIXUP_PROB, config.AUG.MIXUP_OFF_EPOCH)
