@@ -262,8 +262,8 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         # The mean over the known labels of the whole update: all its batches on all ranks.
         whole = 1 / distributed.mean_tensor(known / accumulation, self.world).clamp(min=1e-12)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_([p.grad for p in parameters], whole)
+        parameters = [*self.model.parameters(), *self.criterion.parameters()]
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], whole)
         sums["loss"] = sums["loss"] + total * whole
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.TRAIN.CLIP_GRAD or math.inf)
         self.scaler.step(self.optimizer)
