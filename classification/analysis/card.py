@@ -1,5 +1,7 @@
 """model_card.md: data, split, policy, configuration, numbers with intervals, limits; nothing that they do not carry."""
 
+from pathlib import Path
+
 from analysis import tables
 
 
@@ -28,9 +30,9 @@ def model_card(report):
     parts = [f"# Model card: {about['model'] or about['name']}", tables.headline(report)]
     parts += ["## Model", _lines([
         ("name", about["model"]), ("architecture", about["architecture"]), ("parameters", about.get("parameters")),
-        ("image size", about["image_size"]), ("checkpoint", about["checkpoint"]),
+        ("image size", about["image_size"]), ("checkpoint", about["checkpoint"] and Path(about["checkpoint"]).name),
         ("SHA-256", about["checkpoint_sha256"]),
-        ("ensemble of", ", ".join(about["ensemble"] or [])), ("seed", about["seed"]),
+        ("ensemble of", ", ".join(Path(given).name for given in about["ensemble"] or [])), ("seed", about["seed"]),
     ]) or "Not recorded: the report was made from a table of predictions alone."]  # fmt: skip
     splits = "; ".join(
         f"{tables.SPLIT_NAMES[s]} {found['images']:,} images"
@@ -48,7 +50,8 @@ def model_card(report):
         if key in ("labels", "mapping", "study", "cohort")
         for t in found
     ]
-    parts += ["## Results", *(tables.markdown(t) for t in shown)]
+    parts += ["## Results", tables.plain_markdown(tables.note(report))]
+    parts += [tables.markdown(t, tables.note(report)) for t in shown]
     if "left_out" not in report["thresholds"]:
         parts.append("Operating points, calibration and subgroups: see summary.md.")
     others = ", ".join(about["trained_on"])

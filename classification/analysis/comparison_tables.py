@@ -152,7 +152,7 @@ def _models(name, part, k):
     names, sections = list(part["models"]), list(part["models"].values())
     labels = [n for n, found in sections[0]["labels"].items() if found["auroc"]["value"] is not None]
     text = (
-        f"{_note(sections)} {part['images']:,} test images. Mean AUROC over {len(labels)} labels: "
+        f"{part['images']:,} test images. Mean AUROC over {len(labels)} labels: "
         f"{_marked(labels, sections) or 'none has both classes'}. Difference: to {part['first']}, on the same "
         f"images; p: paired bootstrap over the same {sections[0]['bootstrap']['unit']}s"
         f"{', then adjusted by Holm over the models' if several else ''}."
@@ -168,7 +168,7 @@ def _models(name, part, k):
     remarks += [f"left out, since not every model has them: {lacking}"] if lacking else []
     heads = ["model", "backbone", "parameters (M)", "GMACs", "images/s", "mean AUROC (95% CI)", "difference (95% CI)"]
     heads += ["p"] + ["p (Holm)"] * several
-    return Table(f"models-{k}", f"Models on {name}", text, heads, rows, remarks)
+    return Table(f"models-{k}", f"Models on {name}", _note(sections), text, heads, rows, remarks)
 
 
 def _by_label(report, model, chosen, k):
@@ -193,7 +193,7 @@ def _by_label(report, model, chosen, k):
     total.append([Cell("patients"), *(count(n) for n in patients)])
     of_all = "" if len(chosen) == len(columns(report)) else " of this report"
     text = (
-        f"{_note(sections)} The common labels, those with an AUROC in every evaluation{of_all}: "
+        f"The common labels, those with an AUROC in every evaluation{of_all}: "
         f"{_marked(common, [c[2] for c in columns(report)]) or 'none'}."
     )
     remarks = _remarks(names, sections, labels)
@@ -204,7 +204,7 @@ def _by_label(report, model, chosen, k):
     if len({c[0] for c in chosen}) > 1 and names == [c[1] for c in chosen]:
         remarks.append(f"test sets: {_listed(zip(names, (c[0] for c in chosen)))}")
     title = f"AUROC of {model} by label" if model else "AUROC by label"
-    return Table(f"labels-{k}", title, text, ["label", *names], rows + total, remarks, len(total))
+    return Table(f"labels-{k}", title, _note(sections), text, ["label", *names], rows + total, remarks, len(total))
 
 
 def _overview(report):
@@ -217,11 +217,12 @@ def _overview(report):
     ]
     sections, common = [c[2] for c in everything], report["common_labels"]
     text = (
-        f"{_note(sections)} Mean AUROC over the {len(common)} labels that have one in every evaluation: "
+        f"Mean AUROC over the {len(common)} labels that have one in every evaluation: "
         f"{_marked(common, sections) or 'none'}."
     )
     remark = _approximate_remark([c[0] for c in everything], sections, common)
-    return Table("overview", "Models by test set", text, ["model", *sets], rows, [remark] if remark else [])
+    remarks = [remark] if remark else []
+    return Table("overview", "Models by test set", _note(sections), text, ["model", *sets], rows, remarks)
 
 
 def _differences(part, k):
@@ -277,10 +278,13 @@ def printed(report):
 
 def summary(report):
     """summary.md."""
-    parts = [f"# {title(report)}", "\n".join(f"- {line}" for line in headline(report))]
-    for _, name, found, _ in sections(report):
-        parts += [f"## {name}", *(tables.markdown(t) for t in found)]
-    return "\n\n".join(parts) + "\n"
+    found, said = sections(report), headline(report)
+    shared = tables.shared_note(found)
+    parts = [f"# {tables.plain_markdown(title(report))}"]
+    parts += ["\n".join(f"- {tables.plain_markdown(line)}" for line in said), tables.plain_markdown(shared)]
+    for _, name, shown, _ in found:
+        parts += [f"## {name}", *(tables.markdown(t, shared) for t in shown)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def title(report):

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.comparison_tables import approximate
 from analysis.metrics import METRICS
+from analysis.tables import STAGES
 from analysis.training_log import chosen_by, read_metrics
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
@@ -45,7 +46,7 @@ def _training(epochs, rows):
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[:-1]:
-        axis.legend()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # beside the data, not upon them
     return figure
 
 
@@ -83,8 +84,8 @@ def _curves(report, key, x_label, y_label):
         c, value = curves[key], report["labels"][name][area]["value"]
         axis.fill_between(grid, c["low"], c["high"], color=BLUE, alpha=0.2, lw=0)
         axis.plot(grid, c["value"], color=BLUE, lw=1.2)
-        if key == "roc":
-            axis.plot([0, 1], [0, 1], color="grey", lw=0.7, ls="--")
+        chance = [0, 1] if key == "roc" else [report["labels"][name]["prevalence"]] * 2
+        axis.plot([0, 1], chance, color="grey", lw=0.7, ls="--")
         axis.set(
             title=f"{name}\n{value:.3f}",
             xlim=(0, 1),
@@ -123,7 +124,7 @@ def _calibration(report):
     stages = report["calibration"]
     curves = {
         n: [
-            (color, style, stages[s]["labels"][n]["curve"], s)
+            (color, style, stages[s]["labels"][n]["curve"], STAGES[s])
             for s, color, style in (("before", BLUE, "o-"), ("platt", ORANGE, "s--"))
             if "curve" in stages.get(s, {}).get("labels", {}).get(n, {})
         ]
@@ -137,8 +138,10 @@ def _calibration(report):
         axis.plot([0, 1], [0, 1], color="grey", lw=0.7, ls="--")
         for color, style, curve, stage in lines:
             axis.plot(curve["probability"], curve["rate"], style, color=color, ms=2.5, lw=1, label=stage)
+            if "low" in curve:
+                axis.vlines(curve["probability"], curve["low"], curve["high"], color=color, lw=0.6, alpha=0.6)
         axis.set(title=name, xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-    axes.flat[0].legend(fontsize=6)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.supxlabel("mean probability", fontsize=8)
     figure.supylabel("share of positives", fontsize=8)
     return figure

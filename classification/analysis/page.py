@@ -16,17 +16,15 @@ from dataset.files.images import SUFFIXES, ImageError, decode
 from dataset.mimic_cxr import find_folders, image_stems
 
 THUMBNAIL = 176  # pixels of the longer side
-# Okabe and Ito's colours, which the colour-blind tell apart; lines differ in their dashes too.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-DASHES = ("", "5 3", "2 2", "7 2 2 2")
 
 
 # ----------------------------------------------------------------------------------------- charts
-def chart(lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, diagonal=False, labels=("", ""), left=34, title=""):
+def chart(lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, chance=None, labels=("", ""), left=34, title=""):
     """A small SVG chart.
 
-    lines: [(xs, ys)] or [(xs, ys, name)]; band: (xs, low, high); x, y: the axes' ends; left: room for the
-    label and the ticks of y; title: for screen readers.
+    lines: [(xs, ys)] or [(xs, ys, low, high)], which draws the interval of each point; band: (xs, low, high);
+    chance: (y at the left end, y at the right end) of a dashed line; x, y: the axes' ends; left: room for the label and
+    the ticks of y; title: for screen readers.
     """
     width, height = size
     right, top, bottom = width - 8, 8, height - 26
@@ -35,13 +33,13 @@ def chart(lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, diagonal=Fal
         return left + (right - left) * (v - x[0]) / ((x[1] - x[0]) or 1)
 
     def py(v):
-        return bottom - (bottom - top) * (v - y[0]) / ((y[1] - y[0]) or 1)
+        return bottom - (bottom - top) * (min(max(v, y[0]), y[1]) - y[0]) / ((y[1] - y[0]) or 1)
 
     def points(xs, ys):
         return " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in zip(xs, ys) if b is not None)
 
     title, labels = escape(title), [escape(text) for text in labels]
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}"><title>{title}</title>']
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">']
     for k in range(3):
         at = [v[0] + (v[1] - v[0]) * k / 2 for v in (x, y)]
         parts.append(f'<path class="grid" d="M{left} {py(at[1]):.1f}H{right}M{px(at[0]):.1f} {top}V{bottom}"/>')
@@ -53,89 +51,86 @@ def chart(lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, diagonal=Fal
     parts.append(
         f'<text transform="translate(8 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle">{labels[1]}</text>'
     )
-    if diagonal:
-        parts.append(f'<path class="chance" d="M{px(x[0])} {py(y[0])}L{px(x[1])} {py(y[1])}"/>')
+    if chance:
+        parts.append(f'<path class="chance" d="M{left} {py(chance[0]):.1f}L{right} {py(chance[1]):.1f}"/>')
     if band:
         xs, low, high = band
         parts.append(f'<polygon class="band" points="{points(xs, high)} {points(xs[::-1], low[::-1])}"/>')
-    for k, (xs, ys, *name) in enumerate(lines):
-        style = f'stroke="{COLORS[k]}" stroke-dasharray="{DASHES[k]}"'
-        parts.append(f'<polyline class="line" {style} points="{points(xs, ys)}"/>')
+    for k, (xs, ys, *ends) in enumerate(lines):
+        parts.append(f'<polyline class="line c{k}" points="{points(xs, ys)}"/>')
+        for a, low, high in zip(xs, *ends) if ends else ():
+            parts.append(f'<path class="error c{k}" d="M{px(a):.1f} {py(low):.1f}V{py(high):.1f}"/>')
         if len(xs) <= 12:
-            parts += [
-                f'<circle cx="{px(a):.1f}" cy="{py(b):.1f}" r="2" fill="{COLORS[k]}"/>'
-                for a, b in zip(xs, ys)
-                if b is not None
-            ]
-        if name:
-            parts.append(f'<path class="line" {style} d="M{left + 6} {top + 6 + 11 * k}h16"/>')
-            parts.append(f'<text x="{left + 26}" y="{top + 9 + 11 * k}">{name[0]}</text>')
+            dots = ((a, b) for a, b in zip(xs, ys) if b is not None)
+            parts += [f'<circle class="dot c{k}" cx="{px(a):.1f}" cy="{py(b):.1f}" r="1.8"/>' for a, b in dots]
     return Markup("".join(parts) + "</svg>")
 
 
 def interval_bar(line, low=0.5, high=1.0):
-    """An interval and its middle on a scale from `low` to `high`, cut at its ends."""
+    """An interval and its middle on a scale from `low` to `high`; an arrow at an end beyond which it continues."""
 
     def at(v):
-        return 2 + 96 * (min(max(v, low), high) - low) / (high - low)
+        return 8 + 84 * (min(max(v, low), high) - low) / (high - low)
 
-    value, a, b = (at(v) for v in line)
+    value, a, b = line
+    cut = '<path class="cut" d="M0 6L8 1V11Z"/>' * (a < low) + '<path class="cut" d="M100 6L92 1V11Z"/>' * (b > high)
+    middle = f'<path class="value" d="M{at(value):.1f} 1V11"/>' * (low <= value <= high)
     return Markup(
-        '<svg class="bar" viewBox="0 0 100 12" aria-hidden="true"><path class="axis" d="M2 6H98M2 3V9M98 3V9"/>'
-        f'<path class="range" d="M{a:.1f} 6H{b:.1f}"/><path class="value" d="M{value:.1f} 1V11"/></svg>'
+        '<svg class="bar" viewBox="0 0 100 12" aria-hidden="true"><path class="axis" d="M8 6H92M8 3V9M92 3V9"/>'
+        f'<path class="range" d="M{at(a):.1f} 6H{at(b):.1f}"/>{cut}{middle}</svg>'
     )
 
 
 def _curve_charts(report):
-    """[(label, AUROC text, ROC chart, precision-recall chart)] of the labels that have curves."""
+    """[(label, AUROC text, AUPRC text, ROC chart, precision-recall chart)] of the labels that have curves."""
     grid, found = report["curves"]["grid"], []
     for name, c in report["curves"]["labels"].items():
-        label = report["labels"][name]
-        kinds = []
-        for key, axes, diagonal, title in (
-            ("roc", ("1 - specificity", "sensitivity"), True, f"ROC curve of {name}"),
-            ("precision_recall", ("sensitivity", "precision"), False, f"precision-recall curve of {name}"),
+        label, drawn = report["labels"][name], []
+        for key, axes, chance, title in (
+            ("roc", ("1 - specificity", "sensitivity"), (0, 1), f"ROC curve of {name}"),
+            ("precision_recall", ("sensitivity", "precision"), (label["prevalence"],) * 2, f"PR curve of {name}"),
         ):
             line = c[key]
-            kinds.append(chart([(grid, line["value"])], band=(grid, line["low"], line["high"]), diagonal=diagonal,
-                               labels=axes, title=title))  # fmt: skip
-        found.append((name, tables.figure(label["auroc"]).text, tables.figure(label["auprc"]).text, *kinds))
+            band = (grid, line["low"], line["high"])
+            drawn.append(chart([(grid, line["value"])], band=band, chance=chance, labels=axes, title=title))
+        found.append((name, tables.figure(label["auroc"]).text, tables.figure(label["auprc"]).text, *drawn))
     return found
 
 
 def _reliability_charts(report):
-    """[(label, chart)]: share of positives by mean probability, before and after Platt scaling."""
+    """[(label, chart)]: share of positives by mean probability, as predicted and after Platt scaling."""
     stages, found = report["calibration"], []
     for name in report["label_names"]:
         lines = []
-        for stage, title in (("before", "before"), ("platt", "Platt")):
+        for stage in ("before", "platt"):
             curve = stages.get(stage, {}).get("labels", {}).get(name, {}).get("curve")
             if curve:
-                lines.append((curve["probability"], curve["rate"], title))
+                lines.append([curve[k] for k in ("probability", "rate", "low", "high") if k in curve])
         if lines:
-            ends = (0, max(max(xs + ys) for xs, ys, _ in lines) or 1)
-            found.append((name, chart(lines, x=ends, y=ends, diagonal=True, labels=("probability", "positives"),
-                                      title=f"reliability of {name}")))  # fmt: skip
+            end = max(max(xs + ys) for xs, ys, *_ in lines) or 1
+            axes = {"x": (0, end), "y": (0, end), "chance": (0, end), "labels": ("probability", "positives")}
+            found.append((name, chart(lines, **axes, title=f"reliability of {name}")))
     return found
 
 
 def _training_charts(report):
+    """[(names of the lines, chart)] of the epochs."""
     epochs = report["training"].get("epochs", [])
     if not epochs:
         return []
     x = [e["epoch"] for e in epochs]
-    found = []
+    span, found = (x[0], x[-1] if len(x) > 1 else x[0] + 1), []
     for names, title, left in (
-        ({"train_loss": "train", "val_loss": "validation"}, "loss", 34),
-        *(({metric.key: "validation"}, f"mean {metric.column}", 34) for metric in METRICS),
-        ({"lr": "rate"}, "learning rate", 46),
+        ({"train_loss": "train loss", "val_loss": "validation loss"}, "loss", 34),
+        *(({metric.key: f"validation mean {metric.column}"}, f"mean {metric.column}", 34) for metric in METRICS),
+        ({"lr": "learning rate"}, "learning rate", 46),
     ):
         values = [e[k] for e in epochs for k in names if e.get(k) is not None]
         if values:
-            lines = [(x, [e.get(k) for e in epochs], name) for k, name in names.items()]
-            span = (x[0], x[-1] if len(x) > 1 else x[0] + 1)
+            lines = [(x, [e.get(k) for e in epochs]) for k in names]
             ends = (min(values), max(values) if max(values) > min(values) else min(values) + 1e-6)
-            found.append(chart(lines, size=(260, 170), x=span, y=ends, labels=("epoch", title), left=left, title=title))
+            drawn = chart(lines, size=(260, 170), x=span, y=ends, labels=("epoch", title), left=left, title=title)
+            found.append((list(names.values()), drawn))
     return found
 
 
@@ -183,18 +178,30 @@ def _facts(report):
     """What was evaluated, as [(name, text)]."""
     about, b = report["about"], report["bootstrap"]
     rows = [
-        ("Model", " ".join(filter(None, [about["model"], about["architecture"] and f"({about['architecture']})"]))),
+        ("Evaluation", about["name"]),
+        ("Architecture", about["architecture"]),
         ("Ensemble of", ", ".join(about["ensemble"] or [])),
-        ("Data", about["dataset"]),
-        ("Image domain", about["domain"]),
+        ("Image source", about["domain"]),
         ("Image size", about["image_size"] and f"{about['image_size']} px"),
         ("Checkpoint", about["checkpoint"]),
         ("SHA-256", about["checkpoint_sha256"]),
         ("Training seed", about["seed"]),
         ("Bootstrap", f"{b['resamples']:,} resamples of {b['units']:,} {b['unit']}s, seed {b['seed']}"),
-        ("Label policy", tables.policy_text(report).removeprefix("Labels: ")),
     ]
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
+
+
+def holds(report, pictures):
+    """What a page holds that a data use agreement may keep from being passed on; an empty text where nothing."""
+    listed = {e["row"] for label in report["errors"].values() for kind in label.values() for e in kind if "row" in e}
+    if not listed:
+        return ""
+    images = f"{len(pictures):,} images of the data set and " * bool(pictures)
+    return (
+        f"This page holds {images}the ids of {len(listed):,} images with their probabilities, and report.json their "
+        "study and patient ids. Pass it on only where the data use agreement allows that. "
+        "report.py EVALUATION --share writes a report without images, ids and paths."
+    )
 
 
 def _fill(template, **values):
@@ -202,7 +209,8 @@ def _fill(template, **values):
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    return environment.get_template(template).render(interval_bar=interval_bar, **values)
+    shown = {"interval_bar": interval_bar, "first_sorted": tables.first_sorted}
+    return environment.get_template(template).render(**shown, **values)
 
 
 def render(report, pictures, no_pictures):
@@ -211,18 +219,24 @@ def render(report, pictures, no_pictures):
     pictures: row -> data URI, see :func:`thumbnails`; no_pictures: the reason where there are none.
     """
     largest = max((n for row in report["cooccurrence"]["counts"] for n in row), default=0)
+    charts = {
+        "curves": _curve_charts(report),
+        "reliability": _reliability_charts(report),
+        "training": _training_charts(report),
+    }
+    shown = {"calibration": charts["reliability"], "together": True, "errors": report["errors"]} | charts
     return _fill(
         "page.html.j2",
+        **charts,
         report=report,
-        title=report["about"]["name"],
+        title=tables.title(report),
         headline=tables.headline(report),
+        holds=holds(report, pictures),
         mean=report["mean"]["auroc"],
         facts=_facts(report),
         note=tables.note(report),
         sections=tables.sections(report),
-        curves=_curve_charts(report),
-        reliability=_reliability_charts(report),
-        training=_training_charts(report),
+        charts=[key for key, found in shown.items() if found],
         largest=largest or 1,
         pictures=pictures,
         no_pictures=no_pictures,
@@ -230,14 +244,23 @@ def render(report, pictures, no_pictures):
     )
 
 
+def embedded(path):
+    """An SVG file as a data URI."""
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
 def render_comparison(report, forest):
     """The page of several evaluations as text; forest: the SVG file of the figure."""
-    drawn = "data:image/svg+xml;base64," + base64.b64encode(forest.read_bytes()).decode()
+    sections = comparison_tables.sections(report)
     return _fill(
         "comparison.html.j2",
         title=comparison_tables.title(report),
         headlines=comparison_tables.headline(report),
         facts=comparison_tables.facts(report),
-        sections=comparison_tables.sections(report),
-        forest=drawn,
+        sections=sections,
+        shared=tables.shared_note(sections),
+        drawn=embedded(forest),
+        drawn_alt="AUROC with its 95% interval per label and evaluation, the numbers of the tables",
+        drawn_note="AUROC and 95% interval. Last the mean over the common labels.",
+        source="Every number is in report.json.",
     )

@@ -1,5 +1,6 @@
 """The report's dictionary as tables of text: the page, tables.tex, summary.md and the model card print the same."""
 
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,24 +15,47 @@ DASH = "–"
 
 
 class Cell(NamedTuple):
-    """text; what it sorts by; (value, low, high) where the page draws the interval as a line."""
+    """text; what it sorts by; (value, low, high) where the page draws the interval as a line; wide: a sentence."""
 
     text: str
     sort: float | str | None = None
     line: tuple | None = None
+    wide: bool = False
 
 
 @dataclass
 class Table:
-    """key: its anchor; note: what holds for all of it; remarks: of single rows; total: the last rows stay the last."""
+    """key: its anchor; note: what holds for all of it; remarks: of single rows; total: the last rows stay the last.
+
+    common: the part of the note that tables share: printed once on a page, and below every table of a paper.
+    folded: closed on the page until somebody opens it.
+    """
 
     key: str
     title: str
+    common: str
     note: str
     columns: list
     rows: list
     remarks: list = field(default_factory=list)
     total: int = 0
+    folded: bool = False
+
+
+def slug(text):
+    """An anchor of the page and a label of LaTeX."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def first_sorted(column):
+    """How the first click sorts a column, the best first: "up" where small is good and for names, else "down"."""
+    return "up" if re.match(r"(label|model|run|p|SE|SD|slope|intercept|Brier|ECE|FP|FN)\b", column) else "down"
+
+
+def shared_note(sections):
+    """The common note of all tables of a page where it is the same for all, else an empty text."""
+    notes = {t.common for _, _, found, _ in sections for t in found}
+    return notes.pop() if len(notes) == 1 else ""
 
 
 # ------------------------------------------------------------------------------------------ cells
@@ -126,8 +150,9 @@ def _mapping(report):
         m, images = mapping[label], report["labels"][label]["images"]
         rows.append([Cell(label), Cell(", ".join(m["from"]) or DASH), Cell(KINDS[m["kind"]]), count(images)])
     exact = sum(m["kind"] == "exact" for m in mapping.values())
-    text = f"{exact} of {len(rows)} labels are the same in {report['about']['dataset']}. {policy_text(report)}"
-    return Table("mapping", "Labels of the model in these data", text, ["label", "from", "meaning", "known"], rows)
+    text = f"{exact} of {len(rows)} labels are the same in {report['about']['dataset']}."
+    columns = ["label", "from", "meaning", "known"]
+    return Table("mapping", "Labels of the model in these data", policy_text(report), text, columns, rows)
 
 
 def label_remarks(labels):
@@ -140,20 +165,26 @@ def label_remarks(labels):
     return [f"{', '.join(names)}: {reason}" for reason, names in said.items()]
 
 
+def _undefined(labels, resamples):
+    """A remark of the labels for which some resamples had one class only."""
+    few = {n: f["auroc"].get("undefined_resamples") for n, f in labels.items() if f["auroc"]["value"] is not None}
+    said = [f"{n} in {k:,}" for n, k in few.items() if k]
+    return [f"resamples (of {resamples:,}) with one class only, which do not count: {', '.join(said)}"] if said else []
+
+
 # ----------------------------------------------------------------------------------------- tables
+BARS = "Bars run from 0.5 to 1; an arrow at an end means that the interval continues beyond it."
+
+
 def _by_label(report, key, title, section):
     """AUROC and average precision by label, of the report itself and of its level of studies."""
     unit = report["bootstrap"]["unit"]
     columns = ["label", "AUROC (95% CI)", "SE", "AUPRC (95% CI)", "positive", "of known", "prevalence"]
     columns += ["positive patients"] * (unit == "patient")
-    columns += ["resamples without"]
 
     def row(name, found, counts):
-        undefined = found["auroc"]["undefined_resamples"] if found["auroc"]["value"] is not None else None
-        return [
-            Cell(name, name), figure(found["auroc"], line=True), plain(found["auroc"].get("se"), 4),
-            figure(found["auprc"]), *counts, count(undefined),
-        ]  # fmt: skip
+        auroc, auprc = figure(found["auroc"], line=True), figure(found["auprc"])
+        return [Cell(name, name), auroc, plain(found["auroc"].get("se"), 4), auprc, *counts]
 
     rows = []
     for name, found in section["labels"].items():
@@ -161,8 +192,9 @@ def _by_label(report, key, title, section):
         counts += [count(found["positive_patients"])] * (unit == "patient")
         rows.append(row(name, found, counts))
     if section["mean"]["auroc"]["value"] is not None:
-        rows.append(row(f"mean of {section['mean']['labels']}", section["mean"], [Cell("")] * (len(columns) - 5)))
-    return Table(key, title, note(report), columns, rows, label_remarks(section["labels"]), total=1)
+        rows.append(row(f"mean of {section['mean']['labels']}", section["mean"], [Cell("")] * (len(columns) - 4)))
+    remarks = [*label_remarks(section["labels"]), *_undefined(section["labels"], report["bootstrap"]["resamples"])]
+    return Table(key, title, note(report), BARS, columns, rows, remarks, total=1)
 
 
 def against(report, k, other):
@@ -180,13 +212,14 @@ def against(report, k, other):
         p_value(mean["p"]), Cell(""),
     ])  # fmt: skip
     text = (
-        f"{note(report)} Difference: this evaluation minus {other['name']}, on the same images. By label: p of "
+        f"Difference: this evaluation minus {other['name']}, on the same images. By label: p of "
         "Obuchowski's paired test clustered by patient, and Holm's adjustment over the labels; of the mean: p of the "
         "paired bootstrap."
     )
     return Table(
-        f"against-{k}", f"Compared with {other['name']}", text, columns, rows, label_remarks(other["labels"]), total=1
-    )
+        f"against-{k}", f"Compared with {other['name']}", note(report), text, columns, rows,
+        label_remarks(other["labels"]), total=1,
+    )  # fmt: skip
 
 
 def _seeds(report):
@@ -202,19 +235,20 @@ def _seeds(report):
     ]
     labels.append([Cell("mean AUROC"), *spread(seeds["mean"]), figure(report["mean"]["auroc"], line=True)])
     text = (
-        f"{note(report)} The deviation between the {len(runs)} runs is that of training alone; the interval within one "
-        "is that of the test patients."
+        f"The deviation between the {len(runs)} runs is that of training alone; the interval within one is that of the "
+        "test patients."
     )
+    columns = ["run", "seed", "mean AUROC (95% CI)"]
     return [
-        Table("seeds", "Runs of the same configuration", text, ["run", "seed", "mean AUROC (95% CI)"], runs),
+        Table("seeds", "Runs of the same configuration", note(report), BARS, columns, runs),
         Table(
-            "seeds-labels", "Between the runs and within one", text,
+            "seeds-labels", "Between the runs and within one", note(report), text,
             ["label", "mean of the runs", "SD between runs", "this run (95% CI)"], labels, total=1,
         ),
     ]  # fmt: skip
 
 
-def _group(report, name, section):
+def _group(report, k, name, section):
     groups, gap = section["groups"], section["gap"]
     columns = ["label"]
     for g, found in groups.items():
@@ -247,7 +281,7 @@ def _group(report, name, section):
         ])  # fmt: skip
     unit = report["bootstrap"]["unit"]
     text = (
-        f"{note(report)} AUROC; in brackets the positive images{' and patients' if unit == 'patient' else ''}. The gap "
+        f"AUROC; in brackets the positive images{' and patients' if unit == 'patient' else ''}. The gap "
         "is that of the two groups found furthest apart, so its interval says how sure their difference is, not that "
         f"the choice was made beforehand. * fewer than {statistics.FEW} {unit}s of a class: too few to judge, and not "
         "counted in the gap."
@@ -257,9 +291,8 @@ def _group(report, name, section):
         remarks.append(f"{section['unknown']:,} images of unknown {name} are in no group")
     if section["mean_of"]:
         remarks.append(f"the mean is over the labels that every group can judge: {', '.join(section['mean_of'])}")
-    return Table(
-        f"group-{name.replace(' ', '-')}", f"By {name}", text, columns, rows, remarks, int(bool(section["mean_of"]))
-    )
+    total = int(bool(section["mean_of"]))
+    return Table(slug(f"group-{k}-{name}"), f"By {name}", note(report), text, columns, rows, remarks, total)
 
 
 def _thresholds(report, rule, section):
@@ -273,36 +306,35 @@ def _thresholds(report, rule, section):
         rows.append(
             [Cell(name, name), plain(t["threshold"], 4), *(count(t[k]) for k in ("tp", "fp", "fn", "tn")), *rates]
         )
-    text = (
-        f"{note(report)} Thresholds chosen on the validation split ({section['rule']}) and applied to the test split."
-    )
-    remarks = label_remarks(section["labels"])
-    return Table(f"threshold-{rule}", f"Operating points: {section['rule']}", text, columns, rows, remarks)
+    text = f"Thresholds chosen on the validation split ({section['rule']}) and applied to the test split."
+    remarks, title = label_remarks(section["labels"]), f"Operating points: {section['rule']}"
+    return Table(f"threshold-{rule}", title, note(report), text, columns, rows, remarks, folded=rule == "f1")
 
 
 def _calibration(report, stage, section):
     columns = ["label", "slope (95% CI)", "intercept (95% CI)", "Brier (95% CI)", "ECE"]
 
-    def maybe(found):
-        return Cell(DASH) if found is None else figure(found)
+    def maybe(found, right):
+        return Cell(DASH) if found is None else figure(found)._replace(sort=abs(found["value"] - right))
 
     rows = []
     for name, c in section["labels"].items():
         if "ece" in c:
-            cells = [maybe(c["slope"]), maybe(c["intercept"]), figure(c["brier"], 4), plain(c["ece"], 4)]
+            cells = [maybe(c["slope"], 1), maybe(c["intercept"], 0), figure(c["brier"], 4), plain(c["ece"], 4)]
         else:
             cells = [Cell(DASH)] * 4
         rows.append([Cell(name, name), *cells])
     mean = section["mean"]
     rows.append([Cell(f"mean of {mean['labels']}"), Cell(""), Cell(""), plain(mean["brier"], 4), plain(mean["ece"], 4)])
     text = (
-        f"{note(report)} Slope 1 and intercept 0 are right: a slope below 1 means probabilities too extreme, an "
+        "Slope 1 and intercept 0 are right: a slope below 1 means probabilities too extreme, an "
         "intercept below 0 too high (slope held at 1). Their intervals are clustered by the same unit. ECE: 15 bins of "
         "equal width."
     )
     return Table(
-        f"calibration-{stage}", f"Calibration {STAGES[stage]}", text, columns, rows, label_remarks(section["labels"]), 1
-    )
+        f"calibration-{stage}", f"Calibration {STAGES[stage]}", note(report), text, columns, rows,
+        label_remarks(section["labels"]), total=1, folded=stage == "temperature",
+    )  # fmt: skip
 
 
 def _policy_name(p):
@@ -323,21 +355,18 @@ def _sensitivity(report):
         for p in policies
     ]
     rows = [[Cell(n, n), *(figure(p["labels"][n]["auroc"]) for p in policies)] for n in report["label_names"]]
-    text = (
-        f"The same test under other readings of uncertain and blank labels; the rest of this report: "
-        f"{policy_text(report)} {unit_text(report)}"
-    )
+    text = "The same test under other readings of uncertain and blank labels."
     return [
-        Table("policies", "Other label policies", text,
-              ["policy", "mean AUROC (95% CI)", "mean AUPRC (95% CI)", "labels in the mean"], whole),
-        Table("policies-labels", "Other label policies by label: AUROC", text,
-              ["label", *(_policy_name(p) + used[p["as_used"]] for p in policies)], rows),
+        Table("policies", "Other label policies", note(report), text,
+              ["policy", "mean AUROC (95% CI)", "mean AUPRC (95% CI)", "labels in the mean"], whole, folded=True),
+        Table("policies-labels", "Other label policies per label: AUROC", note(report), text,
+              ["label", *(_policy_name(p) + used[p["as_used"]] for p in policies)], rows, folded=True),
     ]  # fmt: skip
 
 
 def _flow(report):
     splits = report["cohort"]["splits"]
-    columns = ["", *(SPLIT_NAMES[s] for s in splits)]
+    columns = ["count", *(SPLIT_NAMES[s] for s in splits)]
     rows = [
         [Cell(what), *(count(found.get(what)) for found in splits.values())]
         for what in ("patients", "studies", "images")
@@ -359,8 +388,9 @@ def _flow(report):
         left_out.append(f"{report['cohort']['skipped']:,} test images could not be read and do not count")
     if "note" in report["cohort"]:
         left_out.append(report["cohort"]["note"])
-    text = f"{policy_text(report)} View, sex and age count images."
-    return Table("flow", "Patients, studies, images", text, columns, rows, left_out or ["nothing was left out"])
+    text = "View, sex and age count images."
+    remarks = left_out or ["nothing was left out"]
+    return Table("flow", "Patients, studies, images", policy_text(report), text, columns, rows, remarks)
 
 
 def _prevalence(report):
@@ -373,36 +403,37 @@ def _prevalence(report):
             rate = c["prevalence"] if c else None
             cells.append(Cell(DASH if rate is None else f"{c['positives']:,} of {c['known']:,} ({rate:.1%})", rate))
         rows.append([Cell(name, name), *cells])
-    return Table(
-        "prevalence",
-        "Positive images by split",
-        policy_text(report),
-        ["label", *(SPLIT_NAMES[s] for s in splits)],
-        rows,
-    )
+    columns = ["label", *(SPLIT_NAMES[s] for s in splits)]
+    return Table("prevalence", "Positive images per split", policy_text(report), "", columns, rows)
+
+
+def _study(report):
+    """The table by study; None where that would repeat the one by image."""
+    study = report["study"]
+    if study["views"] == "all" and study["studies"] == report["bootstrap"]["images"]:
+        return None
+    frontal = ", frontal images only" if study["views"] == "frontal" else ""
+    how = {"mean": "mean", "max": "largest"}[study["by"]]
+    title = f"Test split, by study ({study['studies']:,}; {how} of its images{frontal})"
+    return _by_label(report, "study-labels", title, study)
 
 
 def sections(report):
-    """[(anchor, title, [Table], reason where a part is left out or None)] in the order of the report."""
-    found = [("labels", "Results by label", [_by_label(report, "labels", "Test split, by image", report)], None)]
-    if mapping := _mapping(report):
-        found.append(("mapping", "Labels compared", [mapping], None))
+    """[(anchor, title, [Table], reason where a part is left out or None)] in the order of the page.
+
+    Those without tables and reason are charts of the page alone.
+    """
+    labels = [_by_label(report, "labels", "Test split, by image", report), _mapping(report)]
+    found = [
+        ("cohort", "Patients and images", [_flow(report), _prevalence(report)], None),
+        ("labels", "Results per label", [t for t in labels if t], None),
+        ("curves", "Curves", [], None if report["curves"]["labels"] else "no label has both classes"),
+    ]
     if "against" in report:
         others = [against(report, k + 1, other) for k, other in enumerate(report["against"].values())]
         found.append(("against", "Comparison", others, None))
     if "seeds" in report:
         found.append(("seeds", "Seeds", _seeds(report), None))
-    study = report["study"]
-    if "left_out" in study:
-        found.append(("study", "By study", [], study["left_out"]))
-    else:
-        frontal = ", frontal images only" if study["views"] == "frontal" else ""
-        how = {"mean": "mean", "max": "largest"}[study["by"]]
-        title = f"Test split, by study ({study['studies']:,}; {how} of its images{frontal})"
-        found.append(("study", "By study", [_by_label(report, "study-labels", title, study)], None))
-    tables = [_group(report, n, s) for n, s in report["groups"].items() if "left_out" not in s]
-    reasons = [f"{n}: {s['left_out']}" for n, s in report["groups"].items() if "left_out" in s]
-    found.append(("groups", "Subgroups", tables, "; ".join(reasons) or None))
     points = report["thresholds"]
     tables = [] if "left_out" in points else [_thresholds(report, r, s) for r, s in points.items()]
     found.append(("thresholds", "Operating points", tables, points.get("left_out")))
@@ -412,27 +443,33 @@ def sections(report):
     if "left_out" in stages.get("temperature", {}):
         reason = f"temperature scaling: {stages['temperature']['left_out']}"
     found.append(("calibration", "Calibration", tables, reason))
+    tables = [_group(report, k + 1, n, s) for k, (n, s) in enumerate(report["groups"].items()) if "left_out" not in s]
+    reasons = [f"{n}: {s['left_out']}" for n, s in report["groups"].items() if "left_out" in s]
+    found.append(("groups", "Subgroups", tables, "; ".join(reasons) or None))
+    if "left_out" in report["study"]:
+        found.append(("study", "By study", [], report["study"]["left_out"]))
+    elif table := _study(report):
+        found.append(("study", "By study", [table], None))
     other = report["sensitivity"]
-    found.append(
-        (
-            "sensitivity",
-            "Other label policies",
-            [] if "left_out" in other else _sensitivity(report),
-            other.get("left_out"),
-        )
-    )
-    found.append(("cohort", "Flow and cohort", [_flow(report), _prevalence(report)], None))
+    policies = [] if "left_out" in other else _sensitivity(report)
+    training = None if report["training"].get("epochs") else report["training"].get("left_out", "no epochs recorded")
+    found += [
+        ("sensitivity", "Other label policies", policies, other.get("left_out")),
+        ("training", "Training", [], training),
+        ("together", "Labels together", [], None),
+        ("errors", "Worst errors", [], None),
+    ]
     return found
 
 
 # ------------------------------------------------------------------------------------ LaTeX, Markdown
 _TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-        DASH: "--", "†": r"$^\dagger$"}  # fmt: skip
+        DASH: "--", "†": r"$^\dagger$", "≥": r"$\geq$", "≤": r"$\leq$", "±": r"$\pm$"}  # fmt: skip
 
 
 def tex(text):
-    return "".join(_TEX.get(c, c) for c in text)
+    return "".join(_TEX.get(c, c) for c in " ".join(text.split()))
 
 
 def latex(tables):
@@ -442,9 +479,9 @@ def latex(tables):
         body = [" & ".join(tex(c.text) for c in row) + r" \\" for row in t.rows]
         if t.total:
             body.insert(len(body) - t.total, r"\midrule")
-        remarks = "".join(" " + tex(r) + "." for r in t.remarks)
+        said = " ".join([f"{t.title}.", t.common, t.note, *(f"{r}." for r in t.remarks)])
         parts.append("\n".join([
-            r"\begin{table}", r"\centering\small", rf"\caption{{{tex(t.title)}. {tex(t.note)}{remarks}}}",
+            r"\begin{table}", r"\centering\small", rf"\caption{{{tex(said)}}}",
             rf"\label{{tab:{t.key}}}", r"\begin{adjustbox}{max width=\linewidth}",
             rf"\begin{{tabular}}{{l{'r' * (len(t.columns) - 1)}}}", r"\toprule",
             " & ".join(tex(c) for c in t.columns) + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
@@ -453,26 +490,23 @@ def latex(tables):
     return "\n\n".join(parts) + "\n"
 
 
-def markdown(table):
+def plain_markdown(text):
+    """Text that Markdown prints as it is: names of labels and groups may hold its signs."""
+    return re.sub(r"[\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
+
+
+def markdown(table, shared=""):
+    """The table; `shared` is the common note that was printed already."""
+
     def line(cells):
-        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+        return "| " + " | ".join(plain_markdown(c) for c in cells) + " |"
 
     rule = "|---" + "|---:" * (len(table.columns) - 1) + "|"
+    notes = [table.common * (table.common not in shared), table.note]
     rows = [line(c.text for c in row) for row in table.rows]
-    remarks = [f"- {r}" for r in table.remarks]
-    return "\n".join(
-        [
-            f"### {table.title}",
-            "",
-            line(table.columns),
-            rule,
-            *rows,
-            "",
-            table.note,
-            *([""] if remarks else []),
-            *remarks,
-        ]
-    )
+    below = [plain_markdown(text) for text in notes if text]
+    below += ["", *(f"- {plain_markdown(r)}" for r in table.remarks)] if table.remarks else []
+    return "\n".join([f"### {plain_markdown(table.title)}", "", line(table.columns), rule, *rows, "", *below])
 
 
 def plain_text(table):
@@ -480,7 +514,8 @@ def plain_text(table):
     lines = [table.columns, *([c.text for c in row] for row in table.rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     shown = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-    return "\n".join([table.title, *shown, table.note, *(f"- {r}" for r in table.remarks)])
+    note = " ".join(filter(None, [table.common, table.note]))
+    return "\n".join([table.title, *shown, note, *(f"- {r}" for r in table.remarks)])
 
 
 def headline(report):
@@ -495,13 +530,20 @@ def headline(report):
     )
 
 
+def title(report):
+    """The model and the data."""
+    about = report["about"]
+    model = about["model"] or ("ensemble" if about["ensemble"] else about["name"])
+    return f"{model} on {about['dataset']}" if about["dataset"] else model
+
+
 def summary(report):
     """summary.md."""
-    parts = [f"# {report['about']['name']}", headline(report)]
-    for _, title, tables, reason in sections(report):
-        parts.append(f"## {title}")
-        parts += [f"Left out: {reason}."] if reason else []
-        parts += [markdown(t) for t in tables]
+    parts = [f"# {plain_markdown(title(report))}", plain_markdown(headline(report)), plain_markdown(note(report))]
+    for _, name, tables, reason in sections(report):
+        if tables or reason:
+            parts += [f"## {name}", *([plain_markdown(f"Left out: {reason}.")] if reason else [])]
+            parts += [markdown(t, note(report)) for t in tables]
     return "\n\n".join(parts) + "\n"
 
 

@@ -192,8 +192,10 @@ def test_without_patients_and_with_one(predictions, tmp_path):
     rows.drop(columns="subject_id").to_csv(tmp_path / "anonymous.csv", index=False)
     r = run(tmp_path / "anonymous.csv")
     assert r["bootstrap"]["unit"] == "image" and r["labels"]["Edema"]["positive_patients"] is None
-    summary = (tmp_path / "summary.md").read_text()
-    assert summary.count("no subject_id") >= summary.count("\n### ") - 3  # all but flow, prevalence
+    said = {name: (tmp_path / name).read_text().count("no subject") for name in ("summary.md", "report.html")}
+    assert said == {"summary.md": 1, "report.html": 1}  # once a page, but in every table of a paper
+    latex = (tmp_path / "tables.tex").read_text()
+    assert latex.count("no subject") == latex.count("\\caption") - 2  # all but flow, prevalence
     rows.assign(subject_id=7).to_csv(tmp_path / "one.csv", index=False)
     r = run(tmp_path / "one.csv")
     auroc = r["labels"]["Edema"]["auroc"]

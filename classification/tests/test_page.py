@@ -1,0 +1,139 @@
+"""report.html: its order, what it says once, names for screen readers; and axe, where a browser has it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import report
+from analysis.page import interval_bar
+from analysis.tables import plain_markdown, tex
+from test_report import table
+
+NAMES = ("Edema", "Lung Lesion", "50% <b>_x_</b>")
+
+
+class Page(HTMLParser):
+    """Every element of a page as (tag, attributes, text inside)."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append([tag, dict(attributes), ""])
+        if tag not in ("meta", "br", "img"):
+            self.open.append(self.elements[-1])
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append([tag, dict(attributes), ""])
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        for element in self.open:
+            element[2] += data
+
+    def all(self, tag, **wanted):
+        return [e for e in self.elements if e[0] == tag and all(e[1].get(k) == v for k, v in wanted.items())]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A report with everything: validation, groups with awkward names, a comparison, pictures of the errors."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("page") / "evaluation"
+    folder.mkdir()
+    rows = pd.read_csv(table(folder / "predictions.csv", names=NAMES))
+    rows["path"] = "files/" + rows["dicom_id"] + ".jpg"
+    rows.to_csv(folder / "predictions.csv", index=False)
+    table(folder / "predictions_validate.csv", names=NAMES, seed=1, first=500_000, images=150)
+    (folder / "files").mkdir()
+    for path in rows["path"]:
+        Image.new("L", (8, 8), 90).save(folder / path)
+    config = {"MODEL": {"NAME": "net"}, "DATA": {"DATASET": "mimic_cxr", "DATA_PATH": str(folder)}, "SEED": 3}
+    epochs = [{"epoch": k, "train_loss": 1 / k, "val_loss": 1 / k, "mean_auc": 0.6 + k / 10, "lr": 0.1} for k in (1, 2)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, epochs)))
+    written = {"images": len(rows), "dataset": "mimic_cxr", "root": str(folder), "config": config}
+    written["checkpoint"] = str(folder / "run" / "best_ckpt.pth")
+    (folder / "metrics.json").write_text(json.dumps(written))
+    sites = [["100% & more_", "a b\nc"][k % 2] for k in range(30)]
+    pd.DataFrame({"subject_id": range(10_000_000, 10_000_030), "site %": sites}).to_csv(
+        folder / "site.csv", index=False
+    )
+    table(folder / "other.csv", names=NAMES, noise=3.0)
+    argv = [folder, "--groups", folder / "site.csv", "--against", folder / "other.csv", "--resamples", 200]
+    report.main([*map(str, argv)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Page((folder / "report.html").read_text())
+
+
+def test_cohort_first_and_what_is_folded(page):
+    sections = [e[1]["id"] for e in page.all("section")]
+    assert sections[:3] == ["s-cohort", "s-labels", "s-curves"] and sections[-1] == "s-errors"
+    assert page.all("h1")[0][2] == "net on mimic_cxr" and page.all("title")[0][2] == "net on mimic_cxr"
+    folded = {e[1]["id"] for e in page.all("details")}
+    assert {"threshold-f1", "calibration-temperature", "policies"} <= folded and "threshold-youden" not in folded
+    text = " ".join(e[2] for e in page.all("body"))
+    assert text.count("bootstrap over 30 patients") == 1 and "called negative" not in text
+
+
+def test_everything_has_a_name_and_every_link_a_target(page):
+    ids = [e[1]["id"] for e in page.elements if "id" in e[1]]
+    assert len(ids) == len(set(ids))
+    assert {e[1]["href"][1:] for e in page.all("a")} <= set(ids)
+    pictures = page.all("img")
+    assert len(pictures) == len({e[1]["alt"] for e in pictures}) > 6 and all(e[1]["alt"] for e in pictures)
+    copies = [e[1]["aria-label"] for e in page.all("button") if e[1].get("class") == "copy"]
+    assert len(copies) == len(set(copies)) == len(page.all("table")) - 1
+    assert all(e[2].strip() for e in page.all("button")) and all(e[2].strip() for e in page.all("th"))
+    regions = [e[1]["aria-label"] for e in page.all("div", role="region")]
+    assert len(regions) == len(set(regions)) == len(page.all("table"))
+    assert all(e[1]["aria-label"] for e in page.all("svg", role="img"))
+
+
+def test_an_interval_beyond_the_bar_has_an_arrow():
+    assert "cut" not in interval_bar((0.7, 0.5, 1.0))
+    assert interval_bar((0.55, 0.4, 0.7)).count("cut") == 1 and interval_bar((0.45, 0.4, 0.48)).count("value") == 0
+
+
+def test_names_with_signs_of_latex_and_markdown(folder):
+    latex = (folder / "tables.tex").read_text()
+    assert r"100\% \& more\_ (" in latex and r"50\% \textless{}b\textgreater{}\_x\_" in latex
+    assert all(re.fullmatch(r"[a-z0-9-]+", key) for key in re.findall(r"\\label\{tab:([^}]*)\}", latex))
+    assert not re.search(r"(?<!\\)%(?! Made by)", latex) and "a b c (" in latex  # a line break is a blank
+    assert r"| 50% \<b\>\_x\_\</b\> |" in (folder / "summary.md").read_text()
+    assert plain_markdown("mean_auc a*b") == r"mean_auc a\*b" and tex("≥ 0.9") == r"$\geq$ 0.9"
+
+
+@pytest.mark.parametrize("size, dark", [("1280,1000", False), ("390,844", True)])
+def test_axe_finds_nothing(folder, tmp_path, size, dark):
+    """AXE_CORE names axe.min.js of the package axe-core."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    axe = Path(os.environ.get("AXE_CORE", "axe.min.js"))
+    if browser is None or not axe.is_file():
+        pytest.skip("no Chromium, or AXE_CORE names no axe.min.js (npm install axe-core)")
+    run = "axe.run().then(r => { document.body.textContent = 'found ' + JSON.stringify(r.violations.map(v => v.id)) })"
+    text = (folder / "report.html").read_text().replace(
+        "</body>", f"<script>{axe.read_text()}</script><script>{run}</script></body>"
+    )  # fmt: skip
+    (tmp_path / "page.html").write_text(text)
+    argv = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}", "--dump-dom"]
+    argv += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000"]
+    argv += ["--blink-settings=preferredColorScheme=0"] * dark
+    done = subprocess.run([*argv, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120)
+    assert "found []" in done.stdout, done.stdout[-500:] + done.stderr[-500:]
