@@ -19,26 +19,32 @@ from common.errors import UserError, did_you_mean
 
 
 # --------------------------------------------------------------------------------- allowed values
-# Each makes a function: value -> what is wrong with it, or None.
+# Each makes a function: value -> what is wrong with it, or None; its `text` is for the page of options.
+def _allowed(test, text):
+    def fault(value):
+        return None if test(value) else text  # NaN passes no test
+
+    fault.text = text.removeprefix("it must be ").removeprefix("choose one of ")
+    return fault
+
+
 def one_of(*choices):
-    return lambda value: None if value in choices else f"choose one of {', '.join(map(str, choices))}"
+    return _allowed(lambda value: value in choices, f"choose one of {', '.join(map(str, choices))}")
 
 
 def at_least(least):
-    return lambda value: None if value >= least else f"it must be at least {least}"  # NaN fails too
+    return _allowed(lambda value: value >= least, f"it must be at least {least}")
 
 
 def between(low, high):
-    return lambda value: None if low <= value <= high else f"it must lie between {low} and {high}"
+    return _allowed(lambda value: low <= value <= high, f"it must be between {low} and {high}")
 
 
 def off_or_at_least(least):
-    return lambda value: None if value == 0 or value >= least else f"it must be 0 (off), or at least {least}"
+    return _allowed(lambda value: value == 0 or value >= least, f"it must be 0 (off), or at least {least}")
 
 
-def area_range(value):
-    low, high = value
-    return None if 0 < low <= high <= 1 else "it must be [smallest, largest] area within 0 to 1"
+area_range = _allowed(lambda value: 0 < value[0] <= value[1] <= 1, "it must be [smallest, largest] area within 0 to 1")
 
 
 def sources(value):
@@ -133,6 +139,8 @@ KNOBS = {
                               one_of("error", "skip")),
     "DATA.ALLOW_MISSING": Knob(False, "(new) leave out images that are not there; all are then looked for at start",
                                takes_effect=XRAYS),
+    "DATA.LIMIT": Knob(0, "(new) at most this many images of each split, of randomly chosen patients; 0: all",
+                       at_least(0), takes_effect=XRAYS),
     "DATA.ZIP_MODE": Knob(False, "read the images from <DATA_PATH>/*.zip (uncompressed)", takes_effect=XRAYS,
                           flag="--zip"),
     "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node",
@@ -559,3 +567,37 @@ def without_effect(config, task, uses, device):
                 lines.append(f"{key} {value!r} has no effect: {missing}")
                 break
     return lines
+
+
+# ----------------------------------------------------------------------------------------- the page
+PAGE = """# What does an option do?
+
+```
+$PY main.py --cfg FILE --opts KEY VALUE KEY VALUE
+```
+
+An option is set by `--opts`, by its flag if the table shows one, or in a YAML file. A later source wins: the defaults
+below, the backbone's defaults, the files of `BASE`, the file of `--cfg`, `--opts`, flags. An option that is set and has
+no effect gives a warning. `$PY` is the Python of the set-up. `$PY config.py > ../docs/options.md` writes this page.
+"""
+TYPES = {str: "text", int: "whole number", float: "number", bool: "True, False", list: "list", dict: "mapping"}
+CONDITIONS = {"model": "the backbone uses it", "data": "the dataset uses it", "device": "the device is a GPU"}
+
+
+def options_page():
+    """The text of docs/options.md: a row for each of KNOBS."""
+    sections = {}
+    for key, knob in KNOBS.items():
+        default = "null" if knob.default is None else str(knob.default) or '""'
+        allowed = getattr(knob.allowed, "text", TYPES[knob.kind or type(knob.default)])
+        conditions = [CONDITIONS.get(k) or f"{k} is {v or 'empty'}" for k, v in knob.takes_effect.items()]
+        flag = f" `{knob.flag}`" if knob.flag else ""
+        meaning = knob.meaning.removeprefix("(new) ").replace("<", "&lt;")
+        row = f"| `{key}`{flag} | `{default}` | {allowed} | {meaning} | {', '.join(conditions)} |"
+        sections.setdefault(key.partition(".")[0] if "." in key else "Others", []).append(row)
+    head = "| key and flag | default | allowed | meaning | takes effect if |\n|---|---|---|---|---|"
+    return PAGE + "".join("\n".join((f"\n## {name}\n", head, *rows, "")) for name, rows in sections.items())
+
+
+if __name__ == "__main__":
+    print(options_page(), end="")

@@ -70,6 +70,17 @@ class Table:
         kept = {name: None if (column := getattr(self, name)) is None else column[keep] for name in ARRAYS}
         return dataclasses.replace(self, **kept, left_out=dict(self.left_out))
 
+    def limited(self, count):
+        """At most `count` rows of each split, of patients (or images, without ids) in a random order that is fixed."""
+        units, unit = np.unique(np.where(self.subject == b"", self.path, self.subject), return_inverse=True)
+        order = np.random.default_rng(0).permutation(len(units))[unit].argsort(kind="stable")
+        kept = np.zeros(len(self), bool)
+        for k in range(len(SPLITS)):
+            kept[order[self.split[order] == k][:count]] = True
+        table = self.select(kept)
+        table.left_out[f"image beyond {count:,} of its split (DATA.LIMIT)"] = int((~kept).sum())
+        return table
+
     def with_targets(self, uncertain="zeros", missing="zeros"):
         """The table with its targets: [N, L] float32 of 0, 1, NaN = unknown and, in train, values between.
 

@@ -91,6 +91,7 @@ def build_radiographs(config, table, splits, uses=frozenset()):
     from dataset.transforms import radiograph_transform
 
     d = config.DATA
+    table = table.limited(d.LIMIT) if d.LIMIT else table
     table = table.with_targets(d.UNCERTAIN, d.MISSING)
     datasets = [
         RadiographDataset(

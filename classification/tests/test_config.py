@@ -74,7 +74,7 @@ def test_numbers_in_the_ways_people_write_them(tmp_path):
         (["TRAIN.EMA.ENABLE", "1"], "TRAIN.EMA.ENABLE must be of type bool, got 1"),
         (["DATA.BATCH_SIZE", "0"], "DATA.BATCH_SIZE is 0; it must be at least 1"),
         (["TRAIN.BASE_LR", "nan"], "TRAIN.BASE_LR is nan; it must be at least 0"),
-        (["AUG.REPROB", "1.5"], "AUG.REPROB is 1.5; it must lie between 0 and 1"),
+        (["AUG.REPROB", "1.5"], "AUG.REPROB is 1.5; it must be between 0 and 1"),
         (["AMP_DTYPE", "half"], "AMP_DTYPE is 'half'; choose one of auto, bfloat16, float16"),
         (["MODEL.INTERN_IMAGE.DEPTHS", "[4,4,18.5,4]"], "DEPTHS must be 4 numbers such as"),
         (["train.epochs", "3"], r"unknown key train.epochs \(did you mean TRAIN.EPOCHS\?\)"),

@@ -443,9 +443,9 @@ def test_brax_as_both_kinds(brax_at):
         assert brax.load_table(root, image_format=kind).path[0].endswith(kind.encode())
 
 
-def test_the_readme_tells_the_mapping():
-    """The table of README_MIMIC.md is what the code does; approximate labels are in italics there."""
-    lines = (ROOT / "README_MIMIC.md").read_text().splitlines()
+def test_the_page_has_the_mapping():
+    """The table of docs/data.md is what the code does; approximate labels are in italics there."""
+    lines = (ROOT.parent / "docs" / "data.md").read_text().splitlines()
     rows = {cells[1]: cells[2:5] for line in lines if len(cells := [c.strip() for c in line.split("|")]) == 6}
     for label in LABELS:
         for module, cell in zip((nih, padchest, vindr), rows[label]):

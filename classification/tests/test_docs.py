@@ -1,0 +1,206 @@
+"""The pages: their commands parse, their links and anchors exist, their options are KNOBS, their examples train."""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+import config as config_module
+from conftest import ROOT, epochs
+from dataset.labels import LABELS
+
+TOP = ROOT.parent
+PAGES = [
+    *TOP.glob("*.md"),
+    *TOP.glob("docs/*.md"),
+    ROOT / "README_MIMIC.md",
+    ROOT / "benchmarks/README.md",
+    ROOT / "ops_dcnv3/README.md",
+]
+BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(TOP)))
+EXTENDING = (TOP / "docs/extending.md").read_text()
+
+
+def without_code(text):
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(page):
+    """The anchors that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@BY_NAME
+def test_links_and_anchors_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if not target.startswith(("http://", "https://")):
+            name, _, anchor = target.partition("#")
+            file = page.parent / name if name else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def test_every_page_of_docs_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/\w+\.md)\)", (TOP / "README.md").read_text()))
+    assert linked == {f"docs/{path.name}" for path in TOP.glob("docs/*.md")}
+
+
+@BY_NAME
+def test_options_that_are_named_exist(page):
+    examples = set(re.findall(r'KNOBS\["([\w.]+)"\]', EXTENDING))
+    named = re.findall(r"\b(?:DATA|MODEL|TRAIN|AUG|TEST|LOG)(?:\.[A-Z0-9_]+)+\b", page.read_text())
+    assert not {*named} - {*config_module.KNOBS, *config_module.SECTIONS} - examples
+
+
+def test_the_page_of_options_is_generated():
+    assert (TOP / "docs/options.md").read_text() == config_module.options_page(), "$PY config.py > ../docs/options.md"
+
+
+# --------------------------------------------------------------------------------------- commands
+def commands(path):
+    """The shell commands of a page's blocks and inline code, or of a configuration's head, without comments."""
+    text = path.read_text()
+    if path.suffix == ".yaml":
+        blocks = re.findall(r"^#   (.*)$", text, re.MULTILINE)
+        blocks = ["\n".join(blocks)]
+    else:
+        fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        blocks = [block for language, block in fenced if not language]
+        blocks += re.findall(r"`(\$PY [^`]+)`", without_code(text).replace("\n", " "))
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        line = re.sub(r"(^| )# .*| {3,}\(or: .*", "", line)
+        words = shlex.split(re.sub(r"^\. \./mimic_settings.sh; ", "", line))
+        if words[:1] == ["sbatch"] and "--wrap" in words:
+            words = shlex.split(words[words.index("--wrap") + 1])
+        yield words
+
+
+def parse(words):
+    """Parse the arguments of one command as the program does; False for what is none of the project's programs."""
+    programs = {"main.py", "predict.py", "export.py", "report.py", "prepare_mimic.py", "download_weights.py"}
+    program = next((word for word in words if word in programs), None)
+    after = words[words.index(program) + 1 :] if program else []
+    script = next((k for k, word in enumerate(words) if word.endswith(".sbatch")), None)
+    if program == "main.py" or script is not None and words[0] != "sed":
+        if program is None:
+            assert (ROOT / words[script]).is_file()
+            after = words[script + 1 :]
+            after = after[1:] if after and not after[0].startswith("-") else after
+            after = ["--cfg", "configs/internimage_b_mimic_cxr_224.yaml", *after]
+        args = config_module.parse_args(after)
+        if (ROOT / args.cfg).is_file():
+            args.cfg = str(ROOT / args.cfg)
+            read = config_module.get_config(args)
+            if program and "internimage_b_mimic" in args.cfg and not args.eval:
+                assert read.MODEL.PRETRAINED, "a command that trains InternImage-B names the weights"
+        else:
+            assert args.cfg in ("FILE", "configs/internimage_b_mimic_cxr_224.yaml") or "output/" in args.cfg
+    elif program == "download_weights.py":
+        assert all(word == "pretrained" or word.endswith(".pth") for word in after)
+    elif program and after != ["--help"]:
+        importlib.import_module(program[:-3]).parse_args(after)
+    elif words[:1] == ["make"]:
+        assert re.search(rf"^{words[1]}:", (TOP / "Makefile").read_text(), re.MULTILINE)
+    elif words[:2] == ["bash", "setup_mimic_env.sh"]:
+        usage = (ROOT / words[1]).read_text().split("TEXT")[1]
+        assert all(f" {word} " in usage for word in words if word.startswith("--"))
+    else:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("configs/*.yaml"))], ids=lambda page: page.name)
+def test_commands_parse(page):
+    if page.parent.name not in ("benchmarks", "ops_dcnv3"):
+        parsed = [words for words in commands(page) if words and parse(words)]
+        assert parsed or page.name == "extending.md"  # pytest alone
+
+
+# --------------------------------------------------------------------------------------- examples
+def example(title):
+    """The blocks of Python of a section of docs/extending.md."""
+    section = EXTENDING.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_examples_of_extending_train(run_main, tree, tmp_path, monkeypatch):
+    """All at once: the loss, metric, dataset, backbone, augmentation, option and policy of the page in one run."""
+    import dataset
+    import models
+    import utils_multilabel
+    from dataset import labels, transforms
+
+    tables = ((utils_multilabel, "LOSSES"), (utils_multilabel, "METRICS"), (labels, "POLICIES"))
+    for module, table in (*tables, (config_module, "KNOBS"), (transforms, "RADIOGRAPH_AUGMENTATIONS")):
+        value = getattr(module, table)
+        monkeypatch.setattr(module, table, value.copy())
+    (loss,), (metric,), (policy,) = example("A loss"), example("A metric"), example("A label policy")
+    knob, blur = example("An augmentation")
+    for module, code in zip(
+        (utils_multilabel, utils_multilabel, labels, config_module, transforms), (loss, metric, policy, knob, blur)
+    ):
+        exec(code, {**vars(module)})
+    for package, name, title in ((dataset, "jsonl", "A dataset"), (models, "small", "A backbone")):
+        (tmp_path / package.__name__).mkdir()
+        (tmp_path / package.__name__ / f"{name}.py").write_text(example(title)[0])
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / package.__name__)])
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
+
+    from dataset import mimic_cxr
+
+    table = mimic_cxr.load_table(tree)
+    rows = [
+        {"path": str(tree / path.decode()), "patient": subject.decode(), "split": ("train", "validate", "test")[split]}
+        | {name: value for name, value in zip(LABELS, values.tolist()) if value == value}
+        for path, subject, split, values in zip(table.path, table.subject, table.split, table.labels)
+    ]
+    (tmp_path / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opts = {"DATA__DATASET": "jsonl", "MODEL__TYPE": "small", "TRAIN__LOSS": "squared", "AUG__BLUR": 0.5}
+    opts |= {
+        "MODEL__NAME": "tiny",
+        "TRAIN__LOSS_OPTIONS": "{scale: 2.0}",
+        "DATA__UNCERTAIN": "half",
+        "TRAIN__EPOCHS": 1,
+    }
+    run_main(data=tmp_path, **opts)
+    run = run_main("--eval", data=tmp_path, **opts)
+    assert 0 < epochs(run)[0]["train_loss"] < 2
+    (metrics,) = (tmp_path / "out" / "results").glob("*/metrics.json")
+    found = json.loads(metrics.read_text())
+    assert 0 < found["mean_partial_auc"] < 1 and found["images"] == int((table.split == 2).sum())
+    assert found["dataset"] == "jsonl"
+
+
+# ------------------------------------------------------------------------------------ demo on part of the data
+def test_a_limit_keeps_whole_patients_of_every_split(tree):
+    from dataset import mimic_cxr
+
+    table = mimic_cxr.load_table(tree)
+    counts = pd.Series(table.split).value_counts()
+    limited = table.limited(9)
+    kept = pd.Series(limited.split).value_counts()
+    assert all(kept[split] == min(9, counts[split]) for split in counts.index)
+    assert sum(limited.left_out.values()) == len(table) - len(limited)
+    # Images of one patient are together: only the last patient of a split may be cut.
+    for split in counts.index:
+        subjects = limited.subject[limited.split == split]
+        cut = [s for s in set(subjects) if (subjects == s).sum() < (table.subject == s).sum()]
+        assert len(cut) <= 1
+    again = table.limited(9)
+    assert (again.path == limited.path).all() and set(limited.path) < set(table.limited(12).path)
+
+
+def test_throughput_names_the_time_of_the_training(run_main, capsys):
+    run_main("--throughput", DATA__BATCH_SIZE=2, DATA__LIMIT=60)
+    assert re.search(r"TRAIN.EPOCHS 2 of \d+ images: about 0 minutes", capsys.readouterr().out)
+
+
+def test_help_of_make_names_the_limit():
+    shown = subprocess.run(["make", "-C", TOP, "help"], capture_output=True, text=True, check=True).stdout
+    assert "LIMIT=2000" in shown
