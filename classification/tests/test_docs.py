@@ -129,23 +129,31 @@ def example(title):
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
-def test_the_examples_of_extending_train(run_main, tree, tmp_path, monkeypatch):
-    """All at once: the loss, metric, dataset, backbone, augmentation, option and policy of the page in one run."""
+def test_the_examples_of_extending_train(run_main, tree, tmp_path, monkeypatch, request):
+    """All at once: metric, dataset, backbone, augmentation, mixing, option and policy of the page, with either loss."""
     import dataset
     import models
     import utils_multilabel
+    from analysis import metrics
     from dataset import labels, transforms
+    from dataset import mixing as mixing_module
 
-    tables = ((utils_multilabel, "LOSSES"), (utils_multilabel, "METRICS"), (labels, "POLICIES"))
-    for module, table in (*tables, (config_module, "KNOBS"), (transforms, "RADIOGRAPH_AUGMENTATIONS")):
-        value = getattr(module, table)
-        monkeypatch.setattr(module, table, value.copy())
-    (loss,), (metric,), (policy,) = example("A loss"), example("A metric"), example("A label policy")
-    knob, blur = example("An augmentation")
-    for module, code in zip(
-        (utils_multilabel, utils_multilabel, labels, config_module, transforms), (loss, metric, policy, knob, blur)
+    (mixing_option, mixing), (augmentation_option, augmentation) = example("A mixing"), example("An augmentation")
+    for module, table, codes in (
+        (utils_multilabel, "LOSSES", example("A loss")),
+        (metrics, "METRICS", example("A metric")),
+        (labels, "POLICIES", example("A label policy")),
+        (config_module, "KNOBS", [mixing_option, augmentation_option]),
+        (mixing_module, "MIXINGS", [mixing]),
+        (transforms, "RADIOGRAPH_AUGMENTATIONS", [augmentation]),
     ):
-        exec(code, {**vars(module)})
+        value = getattr(module, table)
+        before = value.copy()  # restored in place: other modules hold the same table
+        request.addfinalizer(
+            lambda value=value, before=before: (value.clear(), (getattr(value, "update", None) or value.extend)(before))
+        )
+        for code in codes:
+            exec(code, {**vars(module)})
     for package, name, title in ((dataset, "jsonl", "A dataset"), (models, "small", "A backbone")):
         (tmp_path / package.__name__).mkdir()
         (tmp_path / package.__name__ / f"{name}.py").write_text(example(title)[0])
@@ -161,20 +169,19 @@ def test_the_examples_of_extending_train(run_main, tree, tmp_path, monkeypatch):
         for path, subject, split, values in zip(table.path, table.subject, table.split, table.labels)
     ]
     (tmp_path / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    opts = {"DATA__DATASET": "jsonl", "MODEL__TYPE": "small", "TRAIN__LOSS": "squared", "AUG__BLUR": 0.5}
-    opts |= {
-        "MODEL__NAME": "tiny",
-        "TRAIN__LOSS_OPTIONS": "{scale: 2.0}",
-        "DATA__UNCERTAIN": "half",
-        "TRAIN__EPOCHS": 1,
-    }
-    run_main(data=tmp_path, **opts)
-    run = run_main("--eval", data=tmp_path, **opts)
-    assert 0 < epochs(run)[0]["train_loss"] < 2
-    (metrics,) = (tmp_path / "out" / "results").glob("*/metrics.json")
-    found = json.loads(metrics.read_text())
-    assert 0 < found["mean_partial_auc"] < 1 and found["images"] == int((table.split == 2).sum())
+    opts = {"DATA__DATASET": "jsonl", "MODEL__TYPE": "small", "MODEL__NAME": "tiny", "DATA__UNCERTAIN": "half"}
+    opts |= {"AUG__BLUR": 0.5, "AUG__BLEND": 0.2, "TRAIN__BEST_BY": "mean_brier"}
+    loss = {"TRAIN__LOSS": "squared", "TRAIN__LOSS_OPTIONS": "{scale: 2.0}"}
+    run = run_main(data=tmp_path, **opts, **loss)
+    run_main("--eval", data=tmp_path, **opts)
+    assert all(0 < epoch["train_loss"] < 2 for epoch in epochs(run))
+    assert epochs(run)[-1]["best_mean_brier"] == min(epoch["mean_brier"] for epoch in epochs(run))
+    (written,) = (tmp_path / "out" / "results").glob("*/metrics.json")
+    found = json.loads(written.read_text())
+    assert 0 < found["mean_brier"] < 1 and found["images"] == int((table.split == 2).sum())
     assert found["dataset"] == "jsonl"
+    scaled = run_main(data=tmp_path, out="scaled", TRAIN__LOSS="scaled", TRAIN__EPOCHS=1, **opts)
+    assert epochs(scaled)[0]["train_loss"] > 0
 
 
 # ------------------------------------------------------------------------------------ demo on part of the data
