@@ -19,32 +19,26 @@ from common.errors import UserError, did_you_mean
 
 
 # --------------------------------------------------------------------------------- allowed values
-# Each makes a function: value -> what is wrong with it, or None; its `text` is for the page of options.
-def _allowed(test, text):
-    def fault(value):
-        return None if test(value) else text  # NaN passes no test
-
-    fault.text = text.removeprefix("it must be ").removeprefix("choose one of ")
-    return fault
-
-
+# Each makes a function: value -> what is wrong with it, or None.
 def one_of(*choices):
-    return _allowed(lambda value: value in choices, f"choose one of {', '.join(map(str, choices))}")
+    return lambda value: None if value in choices else f"choose one of {', '.join(map(str, choices))}"
 
 
 def at_least(least):
-    return _allowed(lambda value: value >= least, f"it must be at least {least}")
+    return lambda value: None if value >= least else f"it must be at least {least}"  # NaN fails too
 
 
 def between(low, high):
-    return _allowed(lambda value: low <= value <= high, f"it must be between {low} and {high}")
+    return lambda value: None if low <= value <= high else f"it must be between {low} and {high}"
 
 
 def off_or_at_least(least):
-    return _allowed(lambda value: value == 0 or value >= least, f"it must be 0 (off), or at least {least}")
+    return lambda value: None if value == 0 or value >= least else f"it must be 0 (off), or at least {least}"
 
 
-area_range = _allowed(lambda value: 0 < value[0] <= value[1] <= 1, "it must be [smallest, largest] area within 0 to 1")
+def area_range(value):
+    low, high = value
+    return None if 0 < low <= high <= 1 else "it must be [smallest, largest] area within 0 to 1"
 
 
 def sources(value):
@@ -584,13 +578,33 @@ TYPES = {str: "text", int: "whole number", float: "number", bool: "True, False",
 CONDITIONS = {"model": "the backbone uses it", "data": "the dataset uses it", "device": "the device is a GPU"}
 
 
+def _wanted(allowed, default):
+    """What a function of allowed values asks for in words: its fault of a value that fails, or an empty text."""
+    for value in (math.nan, "\0", [math.nan, math.nan], default):
+        try:
+            fault = allowed(value)
+        except (TypeError, AttributeError, ValueError):  # for values of another type
+            continue
+        if fault:
+            return fault.removeprefix("it must be ").removeprefix("choose one of ")
+    return ""
+
+
+def _condition(keys, wanted):
+    if keys in CONDITIONS:
+        return CONDITIONS[keys]
+    keys = (keys,) if isinstance(keys, str) else keys
+    wanted = _wanted(wanted, KNOBS[keys[0]].default) if callable(wanted) else wanted
+    return f"{' or '.join(keys)} is {wanted or 'empty'}"
+
+
 def options_page():
     """The text of docs/options.md: a row for each of KNOBS."""
     sections = {}
     for key, knob in KNOBS.items():
         default = "null" if knob.default is None else str(knob.default) or '""'
-        allowed = getattr(knob.allowed, "text", TYPES[knob.kind or type(knob.default)])
-        conditions = [CONDITIONS.get(k) or f"{k} is {v or 'empty'}" for k, v in knob.takes_effect.items()]
+        allowed = knob.allowed and _wanted(knob.allowed, knob.default) or TYPES[knob.kind or type(knob.default)]
+        conditions = [_condition(keys, wanted) for keys, wanted in knob.takes_effect.items()]
         flag = f" `{knob.flag}`" if knob.flag else ""
         meaning = knob.meaning.removeprefix("(new) ").replace("<", "&lt;")
         row = f"| `{key}`{flag} | `{default}` | {allowed} | {meaning} | {', '.join(conditions)} |"

@@ -274,9 +274,10 @@ mv "$settings.part" "$settings"
 
 # ----------------------------------------------------------------------------------- self-test
 (cd "$here" && "$py" -m jobs.self_test) || fail "the self-test failed (above): this environment must not be trained with"
+[ -n "$weights" ] || say "no weights: training starts from random ones. To fetch them, run this again without --no-weights"
 say "ready. Next: make demo, or, in $here:"
 if have sbatch && [ -n "$data_path" ]; then
   say "  sbatch${account:+ -A $account} train_mimic.sbatch"
 else
-  say "  $py main.py --cfg configs/internimage_b_mimic_cxr_224.yaml --data-path ${data_path:-FOLDER}"
+  say "  $py main.py --cfg configs/internimage_b_mimic_cxr_224.yaml --data-path ${data_path:-FOLDER} --pretrained ${weights:-FILE}"
 fi
