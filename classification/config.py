@@ -98,6 +98,8 @@ KNOBS = {
                          "path: FOLDER}, ...]; a source may have its own name, csv, split_seed, ...", sources),
     "DATA.SOURCES_MIX": Knob("size", "(new) an epoch of several sources: every image once (size), or as many of each "
                              "source (even)", one_of("size", "even"), takes_effect=DATA),
+    "DATA.SAMPLER": Knob("uniform", "(new) how often an image is in an epoch: once (uniform), or by the rarest of its "
+                         "labels, in inverse proportion (balanced) or to the root of it (sqrt)"),
     "DATA.CSV": Knob("", "(new) a table of your own instead of the official ones: path, split, labels[, subject_id]",
                      takes_effect={"DATA.DATASET": "mimic_cxr"}),
     "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"),

@@ -115,12 +115,11 @@ class Run:
         self.val_loader = build_loader(config, val_set, train=False, world=self.world, log=log)
         self.updates = self.train_loader.batch_sampler.updates
         self.images_per_update = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * self.world.size
-        groups = self.train_loader.batch_sampler.groups
-        self.data = {"train": fingerprint(train_set, groups), "validate": fingerprint(val_set)}
+        sampler = self.train_loader.batch_sampler
+        self.data = {"train": fingerprint(train_set, sampler), "validate": fingerprint(val_set)}
         self.mix = build_mixing(config)
         self.label_names, self.task = train_set.label_names, TASKS[train_set.task]
-        draws = self.train_loader.batch_sampler.draws()
-        self.criterion = self.task.build_criterion(config, train_set.targets, draws, self.world.device)
+        self.criterion = self.task.build_criterion(config, train_set.targets, sampler.expected, self.world.device)
         self.metric = self.task.best_metric(config.TRAIN.BEST_BY)
         self.train_set, self.domain = train_set, getattr(train_set, "domain", "")
         self.val_sources = getattr(val_set, "sources", None)
@@ -244,9 +243,9 @@ class Run:
         total, known = 0.0, 0.0  # of the update: its loss, and the share of its labels that are known
         for k in range(accumulation):
             asked = time.time()
-            images, targets, _ = next(batches)
+            images, targets, rows = next(batches)
             sums["waited"] += time.time() - asked
-            sums["skipped"] += self.config.DATA.BATCH_SIZE - len(images)
+            sums["skipped"] += self.config.DATA.BATCH_SIZE - int((rows >= 0).sum())
             small = len(images) < self.config.DATA.BATCH_SIZE  # to compile for each such size would take minutes
             images, targets = self.mix(images, targets)
             self.last_images = images

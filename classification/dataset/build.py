@@ -1,8 +1,12 @@
 """Config -> datasets and loaders. What a dataset must be is said in :class:`Dataset`, and checked here."""
 
+import contextlib
 import hashlib
 import os
 import random
+import signal
+import tempfile
+import threading
 from collections import deque
 from typing import Protocol
 
@@ -15,6 +19,7 @@ from common.errors import UserError
 from config import source_configs
 from dataset.files.images import ImageError, take_warnings, warning_kind
 from dataset.preparing import normalize
+from dataset.samplers import EvalSampler, TrainSampler, sampling_weights
 from dataset.sources import Sources, check_alike, check_folders
 from dataset.tables import EmptySplit
 
@@ -141,20 +146,26 @@ def _build_one(config, *splits):
             raise UserError(f"DATA.DATASET {name}: the splits {splits[0]} and {split} have different labels")
     labels = len(datasets[0].label_names)
     if labels != config.MODEL.NUM_CLASSES:
-        raise UserError(f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but the data has {labels} labels")
+        names = ", ".join(datasets[0].label_names[:20]) + (", ..." if labels > 20 else "")
+        raise UserError(
+            f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}, but the data has {labels} labels ({names}); set "
+            f"MODEL.NUM_CLASSES {labels}, or name the labels to learn with DATA.LABELS"
+        )
     return datasets
 
 
-def fingerprint(dataset, groups=()):
+def fingerprint(dataset, sampler=None):
     """A digest of the images and targets of a dataset, by which a resumed run knows them again.
 
-    groups: of its :class:`TrainSampler`.
+    sampler: its :class:`TrainSampler`, whose order of the images then counts as well.
     """
     digest = hashlib.sha256(np.ascontiguousarray(dataset.targets))
     for column in dataset.ids().values():
         digest.update("\n".join(map(str, column)).encode())
-    for rows in groups:
-        digest.update(rows)
+    if sampler is not None:
+        order = np.array([sampler.seed, *map(len, sampler.groups)])
+        for part in (order, *sampler.groups, sampler.expected):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -198,74 +209,6 @@ def _collate(items):
     return default_collate(good) if good else None, errors, take_warnings()
 
 
-class TrainSampler(torch.utils.data.Sampler):
-    """Batches of (epoch, index) for one rank: an order of the images per epoch, cut to whole updates.
-
-    groups: arrays of indices that take turns, so that an epoch of `length` images, and every batch up to one image,
-    holds as many of each: of a large group another part in every epoch, of a small one each image several times (the
-    r-th repeat as index + r length). Empty: every image once.
-
-    start_batch: batches of this epoch already seen; set it, and epoch, before iterating.
-    """
-
-    def __init__(self, length, *, batch_size, accumulation, rank, world_size, seed, groups=()):
-        self.length, self.batch_size, self.groups = length, batch_size, groups
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.updates = length // (batch_size * world_size * accumulation)
-        self.batches = self.updates * accumulation
-        self.epoch = self.start_batch = 0
-
-    def __len__(self):
-        return self.batches - self.start_batch
-
-    def draws(self):
-        """How often an epoch takes each image [N], averaged over epochs."""
-        if not self.groups:
-            return np.ones(self.length)
-        found = np.zeros(self.length)
-        for rows in self.groups:
-            found[rows] = self.length / len(self.groups) / len(rows)
-        return found
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = self._order(generator)
-        batches = order[: self.batches * self.world_size * self.batch_size].view(-1, self.world_size, self.batch_size)
-        for batch in batches[self.start_batch :, self.rank]:
-            yield [(self.epoch, i) for i in batch.tolist()]
-
-    def _order(self, generator):
-        """Indices [length], all drawn with the generator of the epoch."""
-        if not self.groups:
-            return torch.randperm(self.length, generator=generator)
-        turns = -(-self.length // len(self.groups))
-        columns = []
-        for rows in self.groups:
-            rows = torch.from_numpy(rows)
-            rounds = [
-                rows[torch.randperm(len(rows), generator=generator)] + repeat * self.length
-                for repeat in range(-(-turns // len(rows)))
-            ]
-            columns.append(torch.cat(rounds)[:turns])
-        columns = torch.stack(columns, 1)  # [turns, groups]
-        within = torch.rand(columns.shape, generator=generator).argsort(1)  # who comes first in a turn
-        return columns.gather(1, within).flatten()[: self.length]
-
-
-class EvalSampler(torch.utils.data.Sampler):
-    """Batches of (0, index): rank r sees the images r, r + world, r + 2 world, ..., each once."""
-
-    def __init__(self, length, *, batch_size, rank, world_size):
-        self.indices, self.batch_size = range(rank, length, world_size), batch_size
-
-    def __len__(self):
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self):
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, i) for i in self.indices[start : start + self.batch_size]]
-
-
 def taken_ahead(items, count):
     """The same items; each is handed out when `count` more have been taken, or the last."""
     waiting = deque()
@@ -276,17 +219,63 @@ def taken_ahead(items, count):
     yield from waiting
 
 
+# Signals that the main process handles. A loading process that died of one would end the run.
+STOPS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP}
+LONGEST_TMPDIR = 75  # bytes: the address of a socket has 107, and its name in there takes 32
+POLL, WARN_AFTER, LONGEST_WAIT = 5, 60, 1800  # seconds
+
+
+class Stopped(Exception):
+    """A stop was asked for while a batch was waited for."""
+
+
+def _begin_worker(_number):
+    """Only the parent ends a loading process, by SIGTERM: whatever else is sent to the whole group is not for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+    def obey_parent():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_parent, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _stops_blocked():
+    """Processes that begin meanwhile have STOPS blocked; this one gets what came at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Loader(DataLoader):
     """Batches on the device: images float32 [B, 3, S, S], normalised; targets; indices into the dataset [B].
 
     DATA.PREFETCH batches are on their way to a GPU, on a stream of their own, while it computes with the one before.
 
-    An unreadable image is an error. With DATA.ON_BAD_IMAGE skip it is named in the log and left out: no other image
-    takes its place, and the batch is smaller. What is odd about images that are read is said once a kind.
+    An unreadable image is an error. With DATA.ON_BAD_IMAGE skip it is logged and left out: no other image takes its
+    place, and the batch is smaller. Where no image of a batch can be read, evaluation has one batch less; training,
+    whose ranks must take as many steps, gets black images with unknown labels and the indices -1. What is odd about
+    images that are read is logged once a kind.
+
+    stop_asked: function without arguments; if it returns true while a batch is waited for, `Stopped` is raised.
+
+    Raises:
+        UserError: TMPDIR is too long, or no batch comes for LONGEST_WAIT seconds.
     """
 
     def __init__(self, config, dataset, sampler, device, log):
         workers = worker_count(config)
+        folder = tempfile.gettempdir()
+        if workers and len(os.fsencode(folder)) > LONGEST_TMPDIR:
+            raise UserError(
+                f"TMPDIR {folder} is too long for the loading processes: it has {len(os.fsencode(folder))} bytes, at "
+                f"most {LONGEST_TMPDIR} leave room for the name of a socket; set TMPDIR to a shorter folder (export "
+                "TMPDIR=/tmp), or DATA.NUM_WORKERS 0"
+            )
         super().__init__(
             SeededDataset(dataset, config.SEED),
             batch_sampler=sampler,
@@ -294,12 +283,16 @@ class Loader(DataLoader):
             collate_fn=_collate,
             pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            worker_init_fn=_begin_worker,
+            timeout=LONGEST_WAIT if workers else 0,
             # Each pass over a loader draws a seed; from the global generator it would shift the model's
             # random numbers, and differently so after a resume.
             generator=torch.Generator(),
         )
         self.device, self.log = device, log
-        self.said = set()
+        self.warned_kinds = set()
+        self.stop_asked = lambda: False
+        self.task, self.size = dataset.task, config.DATA.IMG_SIZE
         self.skip_bad = config.DATA.ON_BAD_IMAGE == "skip"
         self.prefetch = config.DATA.PREFETCH if device.type == "cuda" else 0
         # On the device once: as lists they would cross, and be waited for, with every batch.
@@ -324,17 +317,56 @@ class Loader(DataLoader):
         return images, targets, indices, stream.record_event() if stream else None
 
     def _readable(self):
-        """Batches as they are loaded, bytes on the CPU; what could not be read is said, or raised."""
-        for batch, errors, odd in super().__iter__():
+        """Batches as they are loaded, bytes on the CPU; what could not be read is logged, or raised."""
+        for batch, errors, odd in self._loaded():
             for _, text, name in odd:
-                if (kind := warning_kind(text)) not in self.said:
-                    self.said.add(kind)
-                    self.log.warning(f"{name}: {text}; said once, `prepare_mimic.py audit` counts such images")
-            if errors and not (self.skip_bad and batch):
+                if (kind := warning_kind(text)) not in self.warned_kinds:
+                    self.warned_kinds.add(kind)
+                    self.log.warning(f"{name}: {text}; logged once, `prepare_mimic.py audit` counts such images")
+            if errors and not self.skip_bad:
                 raise errors[0]
             for error in errors:
                 self.log.warning(f"skipped (DATA.ON_BAD_IMAGE): {error}")
-            yield batch
+            if batch or isinstance(self.batch_sampler, TrainSampler):
+                yield batch or self._stand_ins(errors)
+
+    def _stand_ins(self, errors):
+        """A batch of black images whose labels are all unknown."""
+        _, labels = np.shape(self.dataset.dataset.targets) if self.task == "multilabel" else (0, 0)
+        if not labels:  # a class is never unknown
+            raise errors[0]
+        images = torch.zeros(len(errors), 1, self.size, self.size, dtype=torch.uint8)
+        return images, torch.full((len(errors), labels), torch.nan), torch.full((len(errors),), -1)
+
+    def _loaded(self):
+        """What `_collate` made of each batch, in order."""
+        with _stops_blocked():
+            if self._iterator is not None:  # the processes are kept; that each is ready cannot be asked for twice
+                self._iterator._timeout = LONGEST_WAIT
+            batches = super().__iter__()
+            batches._timeout = POLL
+        waited = 0
+        while True:
+            try:
+                yield next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # of torch: a loading process ended, or nothing came for POLL seconds
+                if "DataLoader" in str(error) and self.stop_asked():
+                    raise Stopped from error
+                if "DataLoader timed out" not in str(error):
+                    raise
+                waited += POLL
+            else:
+                waited = 0
+                continue
+            if waited == WARN_AFTER:
+                self.log.warning(f"no batch of images has come for {waited} s: the data's file system is slow or hangs")
+            if waited >= LONGEST_WAIT:
+                raise UserError(
+                    f"no batch of images came for {waited} s: the loading processes hang, most likely in reading "
+                    f"{getattr(self.dataset.dataset, 'root', 'the data')}; DATA.NUM_WORKERS 0 shows where"
+                )
 
 
 def worker_count(config):
@@ -357,6 +389,7 @@ def build_loader(config, dataset, *, train, world, log):
             rank=world.rank,
             world_size=world.size,
             seed=config.SEED,
+            weights=sampling_weights(config.DATA.SAMPLER, np.asarray(dataset.targets)),
             groups=dataset.rows_of_sources if config.DATA.SOURCES and config.DATA.SOURCES_MIX == "even" else (),
         )
         if sampler.updates == 0:

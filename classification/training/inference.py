@@ -94,6 +94,8 @@ def predict(model, loader, world, amp):
         parts.append((logits.float().cpu().numpy(), targets.cpu().numpy(), rows.numpy()))
     model.train(was_training)
     parts = [part for of_rank in distributed.gather(parts, world) for part in of_rank]
+    if not parts:
+        raise UserError("none of the images to evaluate can be read; see the lines above, `DATA.ON_BAD_IMAGE`")
     logits, targets, rows = (np.concatenate(column) for column in zip(*parts))
     if not np.isfinite(logits).all():
         raise UserError("the model's outputs are not finite; its weights are broken, use an earlier checkpoint")
