@@ -11,6 +11,7 @@ from PIL import Image
 from analysis import comparison_tables, tables
 from analysis.evaluation import Evaluation
 from analysis.metrics import METRICS
+from analysis.training_log import chosen_by
 from common.errors import UserError
 from dataset.files.images import SUFFIXES, ImageError, decode
 from dataset.mimic_cxr import find_folders, image_stems
@@ -118,11 +119,14 @@ def _training_charts(report):
     epochs = report["training"].get("epochs", [])
     if not epochs:
         return []
-    x = [e["epoch"] for e in epochs]
+    x, best_by = [e["epoch"] for e in epochs], chosen_by(epochs)
     span, found = (x[0], x[-1] if len(x) > 1 else x[0] + 1), []
     for names, title, left in (
         ({"train_loss": "train loss", "val_loss": "validation loss"}, "loss", 34),
-        *(({metric.key: f"validation mean {metric.column}"}, f"mean {metric.column}", 34) for metric in METRICS),
+        *(
+            ({m.key: f"validation mean {m.column}" + ", chooses the best" * (m.key == best_by)}, f"mean {m.column}", 34)
+            for m in METRICS
+        ),
         ({"lr": "learning rate"}, "learning rate", 46),
     ):
         values = [e[k] for e in epochs for k in names if e.get(k) is not None]

@@ -10,7 +10,7 @@ import numpy as np
 
 from analysis import calibration, groups, statistics, thresholds
 from analysis.evaluation import aligned, check_one_configuration
-from analysis.metrics import METRICS
+from analysis.metrics import METRICS, label_metrics
 from analysis.training_log import read_metrics
 from common.errors import UserError
 from dataset.labels import apply_policy
@@ -24,6 +24,7 @@ NO_VALIDATION = (
     "thresholds and scalings are never fitted on the test split"
 )
 ONE_CLASS = "one class only"
+MEASURED = ("auc", "average_precision")  # metrics that Measured has, with intervals
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,19 @@ def too_few(counts):
 
 
 # --------------------------------------------------------------------------------------- sections
+def further_metrics(predictions):
+    """The rows of METRICS beside those of :class:`Measured`, without intervals."""
+    found = label_metrics(predictions.probabilities, predictions.targets, predictions.label_names)
+    return {
+        metric.name: {
+            "column": metric.column, "direction": metric.direction, "mean": found[metric.key],
+            "labels": found[metric.name],
+        }
+        for metric in METRICS
+        if metric.name not in MEASURED
+    }  # fmt: skip
+
+
 def compare(measured, other, predictions, cluster, weights):
     """The paired difference, this minus `other` (an :class:`Evaluation`), by label and of the mean."""
     return difference(measured, Measured(aligned(predictions, other.test), cluster, weights), other.name)
@@ -503,6 +517,7 @@ def collect(evaluation, options, against=(), seeds=()):
         "fitted_for": evaluation.fitted_for,
         "mean": measured.mean(),
         "labels": measured.labels(),
+        "metrics": further_metrics(test),
         "study": studies(test, options),
         "groups": by_group(test, cluster, weights, options),
         "thresholds": operating_points(evaluation, cluster, weights, options),

@@ -197,6 +197,17 @@ def _by_label(report, key, title, section):
     return Table(key, title, note(report), BARS, columns, rows, remarks, total=1)
 
 
+def _further_metrics(report):
+    found = report["metrics"].values()
+    if not found:
+        return None
+    columns = ["label", *(f"{metric['column']} ({metric['direction']})" for metric in found)]
+    rows = [[Cell(n, n), *(plain(metric["labels"][n]) for metric in found)] for n in report["label_names"]]
+    rows.append([Cell("mean"), *(plain(metric["mean"]) for metric in found)])
+    text = f"{policy_text(report)} No intervals."
+    return Table("metrics", "Further metrics", text, "", columns, rows, total=1)
+
+
 def against(report, k, other):
     columns = ["label", "this", "other", "difference (95% CI)", "p", "p (Holm)"]
     rows = []
@@ -423,7 +434,7 @@ def sections(report):
 
     Those without tables and reason are charts of the page alone.
     """
-    labels = [_by_label(report, "labels", "Test split, by image", report), _mapping(report)]
+    labels = [_by_label(report, "labels", "Test split, by image", report), _further_metrics(report), _mapping(report)]
     found = [
         ("cohort", "Patients and images", [_flow(report), _prevalence(report)], None),
         ("labels", "Results per label", [t for t in labels if t], None),

@@ -2,21 +2,28 @@
 
 import json
 import sys
+import types
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
+from torch import nn
+from yacs.config import CfgNode as CN
 
 import config as config_module
 import models
+import report
 import utils_multilabel
+from analysis import figures
 from analysis.metrics import METRICS, Metric
 from common.errors import UserError
 from config import Knob
 from conftest import epochs
-from dataset import labels
+from dataset import labels, mixing
+from dataset.build import build_datasets
 from training import checkpoint, optimizer
 
 BACKBONE = """
@@ -70,6 +77,157 @@ def test_a_loss(run_main, monkeypatch):
     assert set(given) == {0.5} and 0 < epochs(folder)[0]["train_loss"] < 0.5
     with pytest.raises(UserError, match=r"squared has no 'skale' \(did you mean scale\?\)"):
         run_main(TRAIN__LOSS="squared", TRAIN__LOSS_OPTIONS="{skale: 0.5}", out="other")
+
+
+def test_a_loss_that_asks_for_counts_and_epochs(run_main, monkeypatch, tree):
+    seen = []
+
+    def counting(logits, targets, positives, known, epoch, epochs, pos_weight, scale=1.0):
+        seen.append((positives, known, epoch, epochs, pos_weight))
+        return scale * F.binary_cross_entropy_with_logits(
+            logits, targets.nan_to_num(0.0), weight=(~targets.isnan()).float()
+        )
+
+    monkeypatch.setitem(utils_multilabel.LOSSES, "counting", counting)
+    policy = dict(DATA__UNCERTAIN="ignore", DATA__MISSING="ignore")
+    folder = run_main(TRAIN__LOSS="counting", TRAIN__POS_WEIGHT_CAP=3, **policy)
+    content = config_module.yaml.safe_load((folder / "config.json").read_text())
+    (train,) = build_datasets(config_module.from_dict(content, "test"), "train")
+    assert len(seen) > 4 and [s[2] for s in seen] == sorted(s[2] for s in seen) and {s[2] for s in seen} == {0, 1}
+    positives, known, _, count, weight = seen[-1]
+    assert count == 2 and positives.tolist() == (train.targets == 1).sum(0).tolist()
+    assert known.tolist() == (~np.isnan(train.targets)).sum(0).tolist()
+    expected = np.clip((train.targets == 0).sum(0) / np.maximum((train.targets == 1).sum(0), 1), 1 / 3, 3)
+    assert weight.tolist() == pytest.approx(expected.tolist())
+
+
+class Learned(nn.Module):
+    """The cross-entropy at a temperature per label that is learned."""
+
+    def __init__(self, known, start=1.0):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.full_like(known, start))
+
+    def forward(self, logits, targets, epoch):
+        return F.binary_cross_entropy_with_logits(logits / self.temperature, targets)
+
+
+def test_a_loss_with_parameters_is_trained_saved_and_resumed(run_main, monkeypatch):
+    monkeypatch.setitem(utils_multilabel.LOSSES, "learned", Learned)
+    opts = dict(TRAIN__LOSS="learned", TRAIN__LOSS_OPTIONS="{start: 1.5}")
+    folder = run_main(**opts)
+    first, last = (checkpoint.read(folder / f"ckpt_epoch_{k}.pth") for k in (1, 2))
+    temperatures = [state["loss"]["learned"]["loss.temperature"] for state in (first, last)]
+    assert (temperatures[0] != 1.5).all() and (temperatures[1] != temperatures[0]).all()
+    other = checkpoint.read(run_main("--resume", folder / "ckpt_epoch_1.pth", out="b", **opts) / checkpoint.LAST)
+    assert torch.equal(other["loss"]["learned"]["loss.temperature"], temperatures[1])
+    moments = [state["optimizer"]["state"] for state in (last, other)]
+    assert moments[0].keys() == moments[1].keys()
+    assert all(torch.equal(moments[0][k]["exp_avg"], moments[1][k]["exp_avg"]) for k in moments[0])
+    # Under another loss its parameters and their moments are left behind.
+    run_main("--resume", folder / "ckpt_epoch_1.pth", out="c")
+
+
+@pytest.mark.parametrize(
+    "loss, options, message",
+    [
+        (lambda logits, targets: logits - targets, {}, r"own returns a tensor of shape \(16, 14\); it must return one"),
+        (lambda logits, targets, weight: logits.mean(), {}, r"LOSS_OPTIONS: own needs weight, such as \{weight: 1.0\}"),
+        (lambda logits, targets: logits.mean(), {"TRAIN__POS_WEIGHT_CAP": 2}, "LOSS own has no parameter pos_weight"),
+        (Learned, {"TRAIN__LOSS_OPTIONS": "{stop: 1}"}, "own has no 'stop'; its parameters are start"),
+    ],
+)
+def test_a_loss_that_keeps_no_contract(run_main, monkeypatch, loss, options, message):
+    monkeypatch.setitem(utils_multilabel.LOSSES, "own", loss)
+    with pytest.raises(UserError, match=message):
+        run_main(TRAIN__LOSS="own", TRAIN__EPOCHS=1, **options)
+
+
+BRIER = Metric("brier", "Brier", lambda t, p: np.mean((t - p) ** 2), higher_is_better=False)
+
+
+def test_a_metric_of_which_less_is_better_chooses_the_best(run_main, rows, monkeypatch, capsys):
+    """And reaches every table and figure."""
+    rows.insert(0, BRIER)
+    falls = iter([0.3, 0.1, 0.2, 0.3, 0.2, 0.1])  # of the weights and of the EMA, by turns
+    validate = utils_multilabel.label_metrics
+
+    def scripted(*arguments):
+        return validate(*arguments) | {"mean_brier": next(falls)}
+
+    monkeypatch.setattr(utils_multilabel, "label_metrics", scripted)
+    folder = run_main(TRAIN__BEST_BY="mean_brier", TRAIN__EPOCHS=3)
+    monkeypatch.undo()
+    lines, state = epochs(folder), checkpoint.read(folder / checkpoint.BEST)
+    assert [line["best_mean_brier"] for line in lines] == [0.3, 0.2, 0.2]
+    assert [line["ema"]["best"] for line in lines] == [0.1, 0.1, 0.1]
+    assert (state["epoch"], state["max_accuracy"], state["best_by"]) == (2, 0.2, "mean_brier")
+    assert json.loads((folder / "config.json").read_text())["TRAIN"]["BEST_BY"] == "mean_brier"
+    log = (folder / "log_rank0.txt").read_text()
+    assert "chosen by mean_brier, lower is better" in log and "finished: best mean_brier" in log
+
+    # Under another metric the best restarts.
+    run_main(TRAIN__EPOCHS=4)
+    assert (
+        "by mean_brier (0.2), now TRAIN.BEST_BY is mean_auc: the best checkpoint restarts"
+        in (folder / "log_rank0.txt").read_text()
+    )
+    line = epochs(folder)[-1]
+    assert line["best_mean_auc"] == line["mean_auc"] and checkpoint.read(folder / checkpoint.BEST)["epoch"] == 4
+
+    run_main("--eval")
+    capsys.readouterr()
+    found = next(folder.parents[1].glob("results/evaluation_*"))
+    report.main(
+        [str(found), "--ensemble", str(found), "--output", str(found / "both"), "--resamples", "20", "--no-images"]
+    )
+    predictions = pd.read_csv(found / "predictions.csv")
+    edema = np.mean((predictions["Edema_target"] - predictions["Edema_probability"]) ** 2)
+    for path in (found, found / "both"):
+        assert json.loads((path / "metrics.json").read_text())["brier"]["Edema"] == pytest.approx(edema, abs=1e-6)
+    written = json.loads((found / "both" / "report.json").read_text())
+    assert written["metrics"]["brier"]["labels"]["Edema"] == pytest.approx(edema, abs=1e-6)
+    assert "Brier (lower is better)" in (found / "both" / "report.html").read_text()
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    figures.plot_training(folder, rows)
+    titles = [axis.get_title() for axis in drawn[0].axes]
+    assert "validation mean_brier\nlower is better" in titles
+    assert "validation mean_auc\nhigher is better, chooses the best" in titles
+
+
+def test_a_metric_less(run_main, rows, capsys):
+    """Without the row of the default the first row that is left chooses, and everything is written."""
+    del rows[0]
+    folder = run_main(TRAIN__EPOCHS=1)
+    (line,) = epochs(folder)
+    assert line["best_mean_average_precision"] == line["mean_average_precision"] and "mean_auc" not in line
+    run_main("--eval")
+    found = next(folder.parents[1].glob("results/evaluation_*"))
+    report.main([str(found), "--resamples", "20", "--no-images"])
+    assert "mean_auc" not in json.loads((found / "metrics.json").read_text()) and (found / "report.html").is_file()
+    with pytest.raises(UserError, match="TRAIN.BEST_BY is 'mean_auk'; choose one of mean_average_precision"):
+        run_main(TRAIN__BEST_BY="mean_auk", out="b")
+
+
+def test_a_mixing(run_main, monkeypatch):
+    """Its row mixes images and targets, until AUG.MIXUP_OFF_EPOCH."""
+    seen = []
+
+    def build(config):
+        return (lambda images, targets: (seen.append(mix.epoch) or images.flip(0), targets.flip(0))), 1.0
+
+    monkeypatch.setattr(mixing, "MIXINGS", [*mixing.MIXINGS, build])
+    mix = mixing.build_mixing(CN({"AUG": {"MIXUP": 0.0, "CUTMIX": 0.0, "MIXUP_PROB": 1.0, "MIXUP_OFF_EPOCH": 2}}))
+    images, targets = torch.arange(3.0), torch.arange(3.0)
+    for mix.epoch in range(4):
+        assert mix(images, targets)[0].tolist() == ([2, 1, 0] if mix.epoch < 2 else [0, 1, 2])
+    assert seen == [0, 1]
+    mix = types.SimpleNamespace(epoch="run")
+    run_main(AUG__MIXUP_OFF_EPOCH=1)
+    updates = seen.count("run")
+    run_main(out="b")
+    assert seen.count("run") - updates == 2 * updates > 4
 
 
 def test_a_metric(run_main, rows, capsys):

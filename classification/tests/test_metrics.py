@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.ops import sigmoid_focal_loss
 
 import utils_multilabel as multilabel
+from analysis.metrics import Best, Metric, choose_metric, per_label
 from analysis.text import label_table
 from common.errors import UserError
 from training.distributed import World
@@ -117,6 +118,10 @@ def test_options_of_a_loss_come_from_the_config():
         ("focal", {"gamma": "2"}, "gamma is '2'; expected a number"),
         ("focal", {"gamma": True}, "gamma is True; expected a number"),
         ("focal", {"gamma": float("nan")}, "gamma is nan; expected a number"),
+        ("focal", {"gamma": -2}, "gamma is -2; it must be at least 0"),
+        ("asymmetric", {"gamma_positive": -0.1}, "gamma_positive is -0.1; it must be at least 0"),
+        ("asymmetric", {"margin": 1.5}, "margin is 1.5; it must lie between 0 and 1"),
+        ("smooth_bce", {"smoothing": 5}, "smoothing is 5; it must lie between 0 and 1"),
     ):
         with pytest.raises(UserError, match=message):
             multilabel.build_loss(name, options)
@@ -134,6 +139,82 @@ def test_every_loss_masks_unknown_targets(name):
     torch.testing.assert_close(value, loss(logits[:, kept], targets[:, kept], torch.full((3,), 2.0)))
     value.backward()
     assert (logits.grad[:, 1] == 0).all() and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("bce", {}),
+        ("smooth_bce", {"smoothing": 1}),
+        ("focal", {"gamma": 0}),
+        ("focal", {"gamma": 0.01}),
+        ("focal", {"gamma": 0.5}),
+        ("focal", {"gamma": 8}),
+        ("asymmetric", {"margin": 0}),
+        ("asymmetric", {"margin": 1}),
+        ("asymmetric", {"margin": 0, "gamma_negative": 0.05, "gamma_positive": 0.05}),
+        ("asymmetric", {"margin": 0.3, "gamma_negative": 0.5, "gamma_positive": 2}),
+        ("asymmetric", {"margin": 0, "gamma_negative": 0}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_losses_are_finite_whatever_the_logits(name, options, dtype):
+    """Their gradients too; those of unknown labels are 0, even where the logit is infinite."""
+    sizes = [0, 1e-4, 0.3, 7, 17, 20, 90, 104, 1000, 60000]
+    logits = torch.tensor([*sizes, *(-x for x in sizes), torch.inf, -torch.inf, torch.nan], dtype=dtype)[:, None]
+    logits = logits.repeat(1, 3).requires_grad_()
+    targets = torch.tensor([[0.0, 1.0, torch.nan]]).repeat(len(logits), 1)
+    targets[-3:] = torch.nan
+    loss = multilabel.build_loss(name, options)
+    value = loss(logits, targets)
+    value.backward()
+    assert value.isfinite() and value.dtype == torch.float32
+    known = ~targets.isnan()
+    assert logits.grad.isfinite().all() and (logits.grad[~known] == 0).all()
+    torch.testing.assert_close(value, loss(logits[:-3, :2].detach(), targets[:-3, :2]))
+
+
+def test_an_asymmetric_loss_without_a_margin_by_its_formula():
+    """In double precision, where 1 - p is never 0 for these logits."""
+    x = np.array([-30.0, -5, 0, 5, 20, 30])
+    p, q = 1 / (1 + np.exp(-x)), 1 / (1 + np.exp(x))
+    loss = multilabel.build_loss("asymmetric", {"margin": 0, "gamma_negative": 2})
+    found = [loss(torch.tensor([[v]]), torch.zeros(1, 1)).item() for v in x]
+    assert found == pytest.approx(-(p**2) * np.log(q), rel=1e-5)
+
+
+def test_a_loss_is_computed_in_float32_within_autocast():
+    seen = []
+
+    def loss(logits, targets):
+        seen.append((logits.dtype, (logits @ logits.T).dtype))
+        return logits.mean()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        multilabel.Criterion("own", loss, {}, {})(torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2))
+    assert seen == [(torch.float32, torch.float32)]
+
+
+def test_the_best_score_has_a_direction():
+    up, down = (Best(Metric("x", "X", None, higher_is_better=higher), 0.5) for higher in (True, False))
+    assert up.is_beaten_by(0.6) and not up.is_beaten_by(0.4) and not up.is_beaten_by(0.5) and not up.is_beaten_by(None)
+    assert down.is_beaten_by(0.4) and not down.is_beaten_by(0.6) and not down.is_beaten_by(0.5)
+    assert Best(up.metric).is_beaten_by(0.0) and not Best(down.metric).is_beaten_by(None)
+
+
+def test_the_metric_that_chooses_is_named():
+    a, b = Metric("a", "A", None), Metric("brier", "B", None)
+    assert choose_metric([a, b], "mean_brier", "mean_a") is b
+    assert choose_metric([b, a], "mean_a", "mean_a") is a  # in any order
+    assert choose_metric([b], "mean_a", "mean_a") is b  # the default, where its row is gone
+    with pytest.raises(
+        UserError, match=r"TRAIN.BEST_BY is 'mean_brie'; .* mean_a, mean_brier \(did you mean mean_brier"
+    ):
+        choose_metric([a, b], "mean_brie", "mean_a")
+
+
+def test_a_value_that_is_not_finite_is_none():
+    assert per_label(lambda t, p: float("nan"), np.ones((2, 1)), np.array([[0.0], [1.0]])) == [None]
 
 
 def test_positive_weights_are_negatives_by_positives_and_capped():

@@ -283,6 +283,12 @@ def test_even_mixing_holds_as_many_of_each_source():
             times = np.bincount([index % 60 for index in drawn], minlength=60)[group]
             assert times.max() - times.min() <= 1
     assert len({i for epoch in epochs for batch in epoch for i in batch if i < 48}) > 40  # another part in every epoch
+    # What is counted for the weights of positives: an epoch's images, on average.
+    sampler = TrainSampler(60, batch_size=6, accumulation=1, rank=0, world_size=1, seed=3, groups=groups)
+    times = np.bincount([index % 60 for epoch in epochs for batch in epoch for index in batch], minlength=60)
+    for group in groups:
+        assert sampler.draws()[group].sum() == pytest.approx(times[group].sum() / len(epochs))
+    assert len(set(sampler.draws()[groups[1]])) == 1
     assert epochs[0] != epochs[1] and batches(groups=groups) == epochs[0]
     assert batches(groups=groups, start=4) == epochs[0][4:]  # as a resume goes on
     ranks = [batches(groups=groups, rank=rank, world=2) for rank in range(2)]
@@ -325,7 +331,7 @@ def test_a_run_on_two_sources_tells_them_apart(whole):
     for line in epochs(whole):
         assert list(line["by_source"]) == ["mimic_cxr", "nih"]
         assert line["by_source"]["nih"]["auc"]["Fracture"] is None
-        assert line["by_source"]["nih"].keys() == {"loss", "mean_auc", "auc"}
+        assert line["by_source"]["nih"].keys() == {"loss", "mean_auc", "mean_average_precision", "auc"}
     assert set(checkpoint.read(whole / "last_ckpt.pth")["patients"]) == {"mimic_cxr", "nih"}
     log = (whole / "log_rank0.txt").read_text()
     assert "DATA.DATA_PATH 'x' has no effect: DATA.SOURCES names the folders" in log

@@ -222,10 +222,11 @@ def test_the_peak_rate_is_the_one_named_and_scales_linearly(run_main, capsys):
 
 
 def test_accumulation_equals_the_large_batch(run_main, monkeypatch):
-    """Two passes of 8 give the update of one pass of 16. BatchNorm in eval mode: it sees batches."""
+    """Two passes of 8 give the update of one pass of 16, unknown labels included. BatchNorm in eval mode: it sees
+    batches."""
     plain = torch.nn.BatchNorm2d.train
     monkeypatch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode=True: plain(self, False))
-    opts = dict(TRAIN__EPOCHS=1, MODEL__DROP_PATH_RATE=0.0)
+    opts = dict(TRAIN__EPOCHS=1, MODEL__DROP_PATH_RATE=0.0, DATA__UNCERTAIN="ignore", DATA__MISSING="ignore")
     one = epochs(run_main(**opts))
     two = epochs(run_main("--batch-size", 8, "--accumulation-steps", 2, out="two", **opts))
     for key in ("train_loss", "grad_norm", "val_loss"):
@@ -338,7 +339,8 @@ def test_two_ranks_train_as_one_and_resume_within_an_epoch(finished, tree, tmp_p
 
     def arguments(out):
         given = ["--cfg", str(finished / "tiny.yaml"), "--data-path", str(tree), "--output", str(tmp_path / out)]
-        return [*given, "--opts", "TRAIN.EPOCHS", "1", "MODEL.DROP_PATH_RATE", "0.0", "DATA.BATCH_SIZE"]
+        masked = ["DATA.UNCERTAIN", "ignore", "DATA.MISSING", "ignore"]  # as many known labels on no two ranks
+        return [*given, "--opts", *masked, "TRAIN.EPOCHS", "1", "MODEL.DROP_PATH_RATE", "0.0", "DATA.BATCH_SIZE"]
 
     def ranks(out, **more):
         command = [*launch, str(tmp_path / "ranks.py"), *arguments(out), "4", "TRAIN.ACCUMULATION_STEPS", "2"]
