@@ -287,8 +287,8 @@ def test_even_mixing_holds_as_many_of_each_source():
     sampler = TrainSampler(60, batch_size=6, accumulation=1, rank=0, world_size=1, seed=3, groups=groups)
     times = np.bincount([index % 60 for epoch in epochs for batch in epoch for index in batch], minlength=60)
     for group in groups:
-        assert sampler.draws()[group].sum() == pytest.approx(times[group].sum() / len(epochs))
-    assert len(set(sampler.draws()[groups[1]])) == 1
+        assert sampler.expected[group].sum() == pytest.approx(times[group].sum() / len(epochs))
+    assert len(set(sampler.expected[groups[1]])) == 1
     assert epochs[0] != epochs[1] and batches(groups=groups) == epochs[0]
     assert batches(groups=groups, start=4) == epochs[0][4:]  # as a resume goes on
     ranks = [batches(groups=groups, rank=rank, world=2) for rank in range(2)]
