@@ -12,7 +12,6 @@ metrics.jsonl               the training run's epochs
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field, replace
@@ -80,15 +79,6 @@ def write_predictions(path, ids, label_names, targets, probabilities, labels=Non
         if labels is not None:
             columns[f"{name}_label"] = labels[:, k]
     pd.DataFrame(columns).to_csv(path, index=False, float_format="%.8g")
-
-
-def digest(path):
-    """SHA-256 of a file, as hexadecimal text."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------- read

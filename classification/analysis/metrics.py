@@ -58,20 +58,6 @@ def choose_metric(metrics, best_by, default):
     return metrics[0]
 
 
-@dataclass
-class Best:
-    """The best score so far of one set of weights by `metric`; None before there is one."""
-
-    metric: Metric
-    value: float | None = None
-
-    def is_beaten_by(self, score):
-        """Whether `score` is better; None (no label has a value) never is."""
-        if score is None or self.value is None:
-            return score is not None
-        return score > self.value if self.metric.higher_is_better else score < self.value
-
-
 def per_label(function, probabilities, targets):
     """`function(target, probability)` of each label that has both classes among its known targets, else None.
 

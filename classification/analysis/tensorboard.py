@@ -1,5 +1,7 @@
 """Epochs for TensorBoard (LOG.TENSORBOARD): imported, like TensorBoard itself, only when asked for."""
 
+import functools
+
 import torch
 
 from common.errors import UserError
@@ -7,6 +9,7 @@ from common.errors import UserError
 IMAGES = 8  # of a batch
 
 
+@functools.cache
 def open_board(folder):
     """The writer of `folder`/tensorboard.
 
@@ -29,8 +32,9 @@ def _scalars(record, prefix=""):
             yield prefix + key, value
 
 
-def write_epoch(board, record, images, mean, std):
+def write_epoch(folder, record, images, mean, std):
     """An epoch's record and its last batch as it reached the model: images [B, 3, S, S], normalised by mean, std."""
+    board = open_board(folder)
     for name, value in _scalars(record):
         board.add_scalar(name, value, record["epoch"])
     shown = images[:IMAGES].float().cpu()

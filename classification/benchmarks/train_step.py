@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py [--size T] [--batch 8] [--compiled] [--grid-sample] [--threads 2] [--quick]
 
-Each row is a configuration's own step (`throughput.Step`): mixed precision where the device has it, channels last,
+Each row is a configuration's own step (`training/step.py`): mixed precision where the device has it, channels last,
 fused AdamW, the average of the weights by one call. Naive: float32, NCHW, an average and an optimizer that go parameter
 by parameter. All rows take turns in one run, so that a ratio is of the same minutes. Random images of 224 pixels.
 """
@@ -41,8 +41,8 @@ def build(device, size, batch, *opts):
     opts = ["DATA.BATCH_SIZE", str(batch), "DATA.IMG_SIZE", "224", *opts]
     config = config_module.get_config(Namespace(cfg=str(cfg), opts=opts), own_values)
     set_up_device(config, device)
-    step = throughput.Step(config, device)
-    for name, parameter in step.model.named_parameters():  # a fresh InternImage samples whole pixels only
+    step = throughput.RandomStep(config, device)
+    for name, parameter in step.step.model.named_parameters():  # a fresh InternImage samples whole pixels only
         if name.endswith("dcn.offset.weight"):
             torch.nn.init.normal_(parameter, std=0.05)
     return step
@@ -65,16 +65,18 @@ class Average:
 
 def naive(step):
     """The same step without what the configuration and the optimizer do for speed (it was built without AMP)."""
-    step.model.to(memory_format=torch.contiguous_format)
-    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in step.optimizer.param_groups]
-    step.optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=False, foreach=False)
-    step.ema = Average(step.model)
+    parts = step.step
+    parts.model.to(memory_format=torch.contiguous_format)
+    keys = ("params", "weight_decay", "lr_scale")
+    groups = [{key: group[key] for key in keys} for group in parts.optimizer.param_groups]
+    parts.optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=False, foreach=False)
+    parts.ema = Average(parts.model)
     return step
 
 
 def by_grid_sample(step):
     """The same step with the operator as most write it in PyTorch."""
-    trained = step.trained
+    trained = step.step.trained
 
     def slow(input, offset, mask, *, group, mask_is_logits=False, **_):
         if mask_is_logits:
@@ -88,7 +90,7 @@ def by_grid_sample(step):
         finally:
             dcnv3.module.dcnv3 = ours
 
-    step.trained = run
+    step.step.trained = run
     return step
 
 
@@ -126,7 +128,7 @@ def weighed(make, device):
 
 
 def rows_of(size, device, arguments):
-    """{name: (Step, its GB)}."""
+    """{name: (RandomStep, its GB)}."""
     ours, convnext = f"InternImage-{size}", PEERS[size][0]
     wanted = {ours: [], **{peer: ["MODEL.TYPE", "timm", "MODEL.TIMM.NAME", peer] for peer in PEERS[size]}}
     if arguments.compiled:
@@ -141,7 +143,8 @@ def rows_of(size, device, arguments):
 def table(size, device, arguments):
     rows = rows_of(size, device, arguments)
     steps = {row: step for row, (step, _) in rows.items()}
-    products = {step.dtype: throughput.Product(device, step.dtype) for step in steps.values()}
+    dtypes = {step.step.dtype for step in steps.values()}
+    products = {dtype: throughput.Product(device, dtype) for dtype in dtypes}
     seconds = throughput.step_seconds(steps | products, arguments.rounds)
     rates = {dtype: product.rate(*seconds[dtype]) for dtype, product in products.items()}
     said = ", ".join(f"{str(d).removeprefix('torch.')} {rate / 1e12:.3f} TFLOP/s" for d, rate in rates.items())
@@ -154,7 +157,7 @@ def table(size, device, arguments):
         cells.append([row, f"{speed:.2f}", f"{convnext / whole:.2f}", *(f"{1e3 * s:.0f}" for s in seconds[row])])
         cells[-1].append("" if operator is None else f"{operator:.0%}")
         cells[-1].append("" if memory is None else f"{memory:.1f}")
-        cells[-1] += [f"{step.gmacs:.2f}", f"{throughput.share_of(rates[step.dtype], step.gmacs, speed):.0%}"]
+        cells[-1] += [f"{step.gmacs:.2f}", f"{throughput.share_of(rates[step.step.dtype], step.gmacs, speed):.0%}"]
     operator_benchmark.table(head, cells)
 
 

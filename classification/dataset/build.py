@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import random
 import signal
@@ -225,10 +226,6 @@ LONGEST_TMPDIR = 75  # bytes: the address of a socket has 107, and its name in t
 POLL, WARN_AFTER, LONGEST_WAIT = 5, 60, 1800  # seconds
 
 
-class Stopped(Exception):
-    """A stop was asked for while a batch was waited for."""
-
-
 def _begin_worker(_number):
     """Only the parent ends a loading process, by SIGTERM: whatever else is sent to the whole group is not for it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
@@ -261,11 +258,15 @@ class Loader(DataLoader):
     whose ranks must take as many steps, gets black images with unknown labels and the indices -1. What is odd about
     images that are read is logged once a kind.
 
-    stop_asked: function without arguments; if it returns true while a batch is waited for, `Stopped` is raised.
+    check(): called before each batch of an EvalSampler, as often on every rank. while_waiting(seconds): called every
+    few seconds while no batch comes, and where a loading process has ended. Either may raise to end the work.
 
     Raises:
         UserError: TMPDIR is too long, or no batch comes for LONGEST_WAIT seconds.
     """
+
+    check = staticmethod(lambda: None)
+    while_waiting = staticmethod(lambda seconds: None)
 
     def __init__(self, config, dataset, sampler, device, log):
         workers = worker_count(config)
@@ -291,7 +292,6 @@ class Loader(DataLoader):
         )
         self.device, self.log = device, log
         self.warned_kinds = set()
-        self.stop_asked = lambda: False
         self.task, self.size = dataset.task, config.DATA.IMG_SIZE
         self.skip_bad = config.DATA.ON_BAD_IMAGE == "skip"
         self.prefetch = config.DATA.PREFETCH if device.type == "cuda" else 0
@@ -300,6 +300,7 @@ class Loader(DataLoader):
 
     def __iter__(self):
         stream = torch.cuda.Stream(self.device) if self.prefetch else None
+        checks = getattr(self.batch_sampler, "most", 0)
         crossing = (self._send(batch, stream) for batch in self._readable())
         for images, targets, indices, sent in taken_ahead(crossing, self.prefetch):
             if sent is not None:
@@ -307,7 +308,11 @@ class Loader(DataLoader):
                 here.wait_event(sent)
                 for tensor in (images, targets):
                     tensor.record_stream(here)  # or its memory might be given to a later batch while it is read
+            checks -= 1
+            self.check()
             yield normalize(images, self.mean, self.std), targets, indices
+        for _ in range(checks):  # another rank has one more
+            self.check()
 
     def _send(self, batch, stream):
         """(images, targets, indices, the event of their arrival): a batch under way to the device on `stream`."""
@@ -352,11 +357,11 @@ class Loader(DataLoader):
             except StopIteration:
                 return
             except RuntimeError as error:  # of torch: a loading process ended, or nothing came for POLL seconds
-                if "DataLoader" in str(error) and self.stop_asked():
-                    raise Stopped from error
                 if "DataLoader timed out" not in str(error):
+                    self.while_waiting(math.inf)
                     raise
                 waited += POLL
+                self.while_waiting(waited)
             else:
                 waited = 0
                 continue

@@ -107,6 +107,7 @@ class EvalSampler(torch.utils.data.Sampler):
 
     def __init__(self, length, *, batch_size, rank, world_size):
         self.indices, self.batch_size = range(rank, length, world_size), batch_size
+        self.most = -(-length // (batch_size * world_size))  # batches of the rank that has most
 
     def __len__(self):
         return -(-len(self.indices) // self.batch_size)

@@ -9,7 +9,6 @@ from torch import nn
 from yacs.config import CfgNode
 
 import config as config_module
-from analysis.evaluation import digest
 from common.errors import UserError
 from dataset.files.images import decode
 from dataset.preparing import evaluation_transform, normalize, resized_side
@@ -63,7 +62,7 @@ def load(path, *, ema=False, device="cpu", dicom_recipe=None):
         UserError: no such file, damaged, not of this project, without labels, or without an average.
     """
     path = Path(path)
-    state = checkpoint.read(path)
+    state, sha256 = checkpoint.read_with_digest(path)
     missing = [k for k in ("model", "label_names", "config") if not isinstance(state, dict) or not state.get(k)]
     if missing:
         raise UserError(
@@ -91,4 +90,4 @@ def load(path, *, ema=False, device="cpu", dicom_recipe=None):
         checkpoint.check_weights(build_model(config), weights, path)
     model = build_model(config)
     model.load_state_dict(weights)
-    return Trained(path, digest(path), model.to(device).eval(), tuple(names), config, state.get("domain") or "")
+    return Trained(path, sha256, model.to(device).eval(), tuple(names), config, state.get("domain") or "")

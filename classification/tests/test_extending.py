@@ -297,7 +297,7 @@ def test_a_knob(run_main, monkeypatch):
     monkeypatch.setitem(config_module.KNOBS, "TRAIN.GRAD_FACTOR", row)
     used = []
     build = optimizer.build_optimizer
-    monkeypatch.setattr("main.build_optimizer", lambda c, *m: used.append(c.TRAIN.GRAD_FACTOR) or build(c, *m))
+    monkeypatch.setattr("training.step.build_optimizer", lambda c, *m: used.append(c.TRAIN.GRAD_FACTOR) or build(c, *m))
     folder = run_main(TRAIN__GRAD_FACTOR=0.5, TRAIN__EPOCHS=1)
     assert used == [0.5] and json.loads((folder / "config.json").read_text())["TRAIN"]["GRAD_FACTOR"] == 0.5
     with pytest.raises(UserError, match="TRAIN.GRAD_FACTOR is -1.0; it must be at least 0"):

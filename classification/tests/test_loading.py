@@ -16,6 +16,7 @@ from conftest import epochs
 from dataset import build
 from dataset.build import build_datasets, build_loader, fingerprint
 from dataset.samplers import SAMPLERS, TrainSampler, sampling_weights
+from training.distributed import Stopped, StopRequest, World
 
 WORLD = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
 
@@ -238,16 +239,21 @@ def test_a_batch_that_never_comes_ends_with_its_reason(loading, hang, tree):
 
 def test_a_stop_is_seen_while_a_batch_is_waited_for(loading, hang):
     loader, _, _ = loading(False, DATA__NUM_WORKERS=1, DATA__BATCH_SIZE=4)
-    asked = time.time()
-    loader.stop_asked = lambda: time.time() > asked + 0.3
-    with pytest.raises(build.Stopped):
+
+    def waiting(seconds):
+        if seconds > 0.3:
+            raise Stopped(signal.SIGTERM)
+
+    loader.while_waiting = waiting
+    with pytest.raises(Stopped):
         list(loader)
 
 
 def test_a_dead_loading_process_is_a_stop_where_one_is_asked_for(loading):
-    for asked, error in ((True, build.Stopped), (False, RuntimeError)):
+    for asked, error in ((True, Stopped), (False, RuntimeError)):
         loader, _, _ = loading(True, DATA__NUM_WORKERS=1, DATA__BATCH_SIZE=4)
-        loader.stop_asked = lambda asked=asked: asked
+        stop = StopRequest(World(0, 1, torch.device("cpu")))
+        stop.received, loader.while_waiting = signal.SIGTERM * asked, stop.while_waiting
         batches = iter(loader)
         next(batches)
         os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)

@@ -14,9 +14,10 @@ import config as config_module
 import main
 from common.errors import UserError
 from conftest import TINY, epochs
-from dataset.build import build_datasets, build_loader, taken_ahead
+from dataset.build import Loader, build_datasets, build_loader, taken_ahead
 from models.intern_image import InternImage
-from training import checkpoint, compiling, distributed, faults
+from training import checkpoint, compiling, distributed, faults, run
+from training.step import Step
 from utils_multilabel import LOSSES, build_loss
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -52,7 +53,8 @@ def test_a_compiled_run_is_the_run_and_its_checkpoints_are_the_same(run_main, tr
     for key in ("train_loss", "grad_norm", "val_loss"):
         assert epochs(folder)[0][key] == pytest.approx(epochs(plain)[0][key], rel=1e-4), key
     log = (folder / "log_rank0.txt").read_text()
-    assert log.count(f"it compiled the model; what it made is kept in {tmp_path / 'compiled' / 'compile_cache'}\n") == 1
+    assert log.count(f"What is made is kept in {tmp_path / 'compiled' / 'compile_cache'}\n") == 1
+    assert log.count("compiled: the first update took") == 1
     run_main(**STILL | {"TRAIN__EPOCHS": 2}, out="compiled")  # goes on without it
     assert [line["epoch"] for line in epochs(folder)] == [1, 2] and len(traced) == 1
 
@@ -165,15 +167,16 @@ class Waits(TorchDispatchMode):
 
 def test_an_update_does_not_wait_for_the_device(run_main, monkeypatch):
     """Loading, done before, is the CPU's own business; so are the numbers that mixing draws."""
-    update, batches, found = main.Run.update, main.Run.batches, []
+    update, batches, found = Step.__call__, run.Run.batches, []
 
     def watched(*arguments):
         with Waits() as waits:
-            update(*arguments)
+            result = update(*arguments)
         found.append(waits.found)
+        return result
 
-    monkeypatch.setattr(main.Run, "update", watched)
-    monkeypatch.setattr(main.Run, "batches", lambda *arguments: iter(list(batches(*arguments))))
+    monkeypatch.setattr(Step, "__call__", watched)
+    monkeypatch.setattr(run.Run, "batches", lambda own: iter(list(batches(own))))
     run_main(TRAIN__EPOCHS=1)
     assert len(found) > 3 and not any(found), found
 
@@ -192,15 +195,16 @@ def test_a_loss_does_not_wait_for_the_device(name):
 @GPU
 def test_an_update_does_not_wait_for_the_gpu(run_main, monkeypatch):
     """By torch's own mode, which makes an error of it; the first update may."""
-    update, updates = main.Run.update, []
+    update, updates = Step.__call__, []
 
     def watched(*arguments):
         torch.cuda.set_sync_debug_mode("error" if updates else "default")
-        update(*arguments)
+        result = update(*arguments)
         torch.cuda.set_sync_debug_mode("default")
         updates.append(0)
+        return result
 
-    monkeypatch.setattr(main.Run, "update", watched)
+    monkeypatch.setattr(Step, "__call__", watched)
     run_main("--amp-opt-level", "O1", TRAIN__EPOCHS=1, AUG__MIXUP=0.5)
     assert len(updates) > 3
 
@@ -231,10 +235,10 @@ def test_batches_that_crossed_ahead_are_the_same(tree):
 
 def test_the_share_of_time_that_waits_for_data_is_said(run_main, monkeypatch):
     """By a clock that loading moves by 3 and a step by 1."""
-    clock, batches, step = [0.0], main.Run.batches, torch.optim.AdamW.step
+    clock, read, step = [0.0], Loader.__iter__, torch.optim.AdamW.step
 
-    def loads(*arguments):
-        for batch in batches(*arguments):
+    def loads(loader):
+        for batch in read(loader):
             clock[0] += 3
             yield batch
 
@@ -242,9 +246,10 @@ def test_the_share_of_time_that_waits_for_data_is_said(run_main, monkeypatch):
         clock[0] += 1
         return step(*arguments, **options)
 
-    monkeypatch.setattr(main.Run, "batches", loads)
+    monkeypatch.setattr(Loader, "__iter__", loads)
     monkeypatch.setattr(torch.optim.AdamW, "step", steps)
-    monkeypatch.setattr(main, "time", types.SimpleNamespace(time=lambda: clock[0]))
+    for module in (main, run):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(time=lambda: clock[0]))
     folder = run_main(TRAIN__EPOCHS=1, PRINT_FREQ=2)
     (line,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     updates = checkpoint.read(folder / checkpoint.LAST)["lr_scheduler"]["update"]

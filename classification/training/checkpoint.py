@@ -13,10 +13,11 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 import config as config_module
 from common.errors import UserError
+from common.files import rename, sha256
 
 LAST = "last_ckpt.pth"  # after every epoch, or where a signal stopped the run
 PREVIOUS = "last_ckpt.previous.pth"
@@ -25,16 +26,6 @@ EMA_BEST = "ema_best_ckpt.pth"
 
 
 # ----------------------------------------------------------------------------------------- files
-def _replace(temporary, path):
-    """Give a written file its name at once, and for good: rename, then flush the folder's entry."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def save(state, folder, names):
     """Write `state` under every name. A reader sees the old file or the whole new one, never a part.
 
@@ -54,8 +45,8 @@ def save(state, folder, names):
                 os.fsync(file.fileno())
             source = folder / name
             if name == LAST and source.exists():
-                _replace(source, folder / PREVIOUS)
-            _replace(temporary, source)
+                rename(source, folder / PREVIOUS)
+            rename(temporary, source)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -82,33 +73,53 @@ def read(path):
     Raises:
         UserError: missing, truncated, damaged, or not a checkpoint.
     """
+    return _read(path, lambda file: None)[0]
+
+
+def read_with_digest(path):
+    """(content, sha256 in hex) of one and the same bytes, even if a training replaces the file meanwhile."""
+    return _read(path, sha256)
+
+
+def _read(path, digest):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if part := _damaged_part(path):
-            raise ValueError(f"{part} in it does not match its checksum: a bad copy or disk")
-        try:
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except ValueError:  # the format before torch 1.6: nothing is allowed there
-            unknown = []
-        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle protocol of foreign files
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            found = digest(file)
+            file.seek(0)
+            if path.suffix == ".safetensors":
+                return load(file.read()), found
+            if part := _damaged_part(file):
+                raise ValueError(f"{part} in it does not match its checksum: a bad copy or disk")
+            try:
+                unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            except ValueError:  # the format before torch 1.6: nothing is allowed there
+                unknown = []
+            file.seek(0)
+            with torch.serialization.safe_globals([(_Inert, name) for name in unknown]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the pickle protocol of foreign files
+                return torch.load(file, map_location="cpu", weights_only=True), found
+    except PermissionError as error:
+        raise UserError(
+            f"checkpoint {path} cannot be opened ({error.strerror}); ask its owner to let you read it"
+        ) from error
     # A damaged file can raise almost anything (RuntimeError, EOFError, UnpicklingError, KeyError, ...).
     except Exception as error:
         raise UserError(_what_is_wrong(path, error)) from error
 
 
-def _damaged_part(path):
+def _damaged_part(file):
     """Name of a part that its checksum contradicts, or None. torch.load checks none, and would load changed weights."""
-    if not zipfile.is_zipfile(path):  # the format before torch 1.6, without checksums
-        return None
-    with zipfile.ZipFile(path) as archive:
-        written = any(part.CRC for part in archive.infolist())  # torch can leave them out: all are 0 then
-        return archive.testzip() if written else None
+    if not zipfile.is_zipfile(file):  # the format before torch 1.6, without checksums
+        found = None
+    else:
+        with zipfile.ZipFile(file) as archive:
+            written = any(part.CRC for part in archive.infolist())  # torch can leave them out: all are 0 then
+            found = archive.testzip() if written else None
+    file.seek(0)
+    return found
 
 
 def _what_is_wrong(path, error):
@@ -176,69 +187,32 @@ def check_weights(module, weights, path):
         )
 
 
-def _load_strictly(module, weights, path):
+def load_strictly(module, weights, path):
     check_weights(module, weights, path)
     module.load_state_dict(weights)
 
 
-def load_weights(model, state, path, label_names, averaged=False):
-    """Weights of one of our checkpoints for evaluation; averaged: the EMA's.
-
-    Raises:
-        UserError: not one of ours, another model, other labels, or no average in it.
-    """
+def check_labels(state, path, label_names):
+    """Raise a UserError unless `state` is one of our checkpoints, of these labels."""
     if not isinstance(state, dict) or "model" not in state or "label_names" not in state:
         raise UserError(f"{path} is not a checkpoint of this project; load foreign weights with --pretrained")
     if list(state["label_names"]) != list(label_names):
         raise UserError(
             f"{path} was trained on the labels {', '.join(state['label_names'])}; the data has {', '.join(label_names)}"
         )
-    weights = state["model_ema" if averaged else "model"]
-    if weights is None:
-        raise UserError(f"{path} has no averaged weights (TRAIN.EMA.ENABLE was off); evaluate it without --ema")
-    _load_strictly(model, weights, path)
 
 
-def resume(state, path, *, model, criterion, ema, optimizer, scaler, config, label_names, world, log):
-    """Put a run back to where `state` was saved; raises UserError where it does not fit.
+def load_weights(model, state, path, label_names, ema=False):
+    """Weights of one of our checkpoints for evaluation; ema: those of its EMA.
 
-    Rates, decay and betas stay those of the present config: what the user changed since counts.
+    Raises:
+        UserError: not one of ours, another model, other labels, or no EMA in it.
     """
-    load_weights(model, state, path, label_names)
-    if state["weights"] != "model":
-        raise UserError(f"{path} holds averaged weights: evaluate them or start from them (--pretrained)")
-    _load_criterion(criterion, state.get("loss", {}), path, log)
-    if ema is not None:
-        if state["model_ema"] is None:
-            log.warning(f"{path} has no EMA weights (TRAIN.EMA.ENABLE was off): the average starts from its weights")
-        _load_strictly(ema.module, state["model_ema"] or state["model"], path)
-    # Moments go by parameter name: the groups may be others now (DCN_LR_MUL changed, say).
-    ours, saved = optimizer.state_dict()["param_groups"], state["optimizer"]
-    index = {n: i for g in saved["param_groups"] for n, i in zip(g["names"], g["params"])}
-    pairs = [(i, index[n]) for g in ours for n, i in zip(g["names"], g["params"])]
-    moments = {i: saved["state"][k] for i, k in pairs if k in saved["state"]}
-    try:
-        optimizer.load_state_dict({"state": moments, "param_groups": ours})
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: the optimizer's state does not fit ({error})") from error
-    if state["amp"]:  # empty where the run was not in float16
-        scaler.load_state_dict(state["amp"])
-    if len(state["rng"]) == world.size:
-        torch.set_rng_state(state["rng"][world.rank]["cpu"])
-        if world.device.type == "cuda" and state["rng"][world.rank]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng"][world.rank]["cuda"], world.device)
-    else:
-        log.warning(f"{path} was saved by {len(state['rng'])} processes, now {world.size}: random numbers start anew")
-    log_differences(state, config, log)
-
-
-def _load_criterion(criterion, saved, path, log):
-    """The parameters of a loss; saved: {name of the loss: its state}."""
-    ours, theirs = criterion.state_dict(), saved.get(criterion.name, {})
-    if {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}:
-        criterion.load_state_dict(theirs)
-    else:
-        log.warning(f"{path} has other parameters of TRAIN.LOSS {criterion.name}: they start from their initial values")
+    check_labels(state, path, label_names)
+    weights = state["model_ema" if ema else "model"]
+    if weights is None:
+        raise UserError(f"{path} has no EMA weights (TRAIN.EMA.ENABLE was off); evaluate it without --ema")
+    load_strictly(model, weights, path)
 
 
 def log_differences(state, config, log, but=()):
@@ -247,12 +221,6 @@ def log_differences(state, config, log, but=()):
     for key, (old, new) in changed.items():
         if key not in but:
             log.info(f"changed since the checkpoint: {key} {old!r} -> {new!r}")
-
-
-def rng_state(world):
-    """Random number state of this rank, for `resume`."""
-    cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 # ------------------------------------------------------------------------------- foreign weights
@@ -291,8 +259,8 @@ def load_pretrained(model, path, log):
     """Start from the weights of a published checkpoint (InternImage's own, the Hugging Face copy, timm's).
 
     A classifier of another size is left as initialised, and so is a part of the model of which the file has nothing.
-    Returns {loaded, replaced, missing, unexpected}, lists of keys as files have them, and logs them; and the `patients`
-    it was trained on, see `dataset.patients`, {} where the file does not say.
+    Returns {loaded, replaced, missing, unexpected}, lists of keys as files have them, and logs them; the `patients` it
+    was trained on, see `dataset.patients`, {} where the file does not say; and the file's `sha256`.
 
     Raises:
         UserError: the file is of another architecture.
@@ -300,7 +268,7 @@ def load_pretrained(model, path, log):
     # What wraps all of our own names is not in the file's either.
     wrapped = _WRAPPED.match(os.path.commonprefix([*model.state_dict()]))[0]
     ours = {k.removeprefix(wrapped): v for k, v in model.state_dict().items()}
-    content = read(path)
+    content, sha256 = read_with_digest(path)
     theirs = _state_dict(content, path, ours.keys())
     if hasattr(model, "fitted"):
         theirs = model.fitted(theirs)
@@ -337,7 +305,7 @@ def load_pretrained(model, path, log):
     for what in ("replaced", "missing", "unexpected"):
         log.info(f"  {what}: {', '.join(report[what]) or 'none'}")
     known = content.get("patients")
-    return report | {"patients": known if isinstance(known, dict) else {}}
+    return report | {"patients": known if isinstance(known, dict) else {}, "sha256": sha256}
 
 
 def _nothing_fits(path, theirs, ours):

@@ -6,6 +6,7 @@ NCCL on GPUs, gloo on CPUs.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import math
 import os
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from common.files import REFUSED, warn_once
 
 # What rank 0 says where another rank has ended.
 LOSS_OF_PEER = (
@@ -283,7 +285,8 @@ def only_run_in(folder, world):
     Raises:
         UserError: on all ranks, where another run holds it.
     """
-    with open(Path(folder) / ".lock", "a+") if world.is_main else contextlib.nullcontext() as file:
+    path = Path(folder) / ".lock"
+    with open(path, "a+") if world.is_main else contextlib.nullcontext() as file:
         holder = None
         if file:
             try:
@@ -294,29 +297,50 @@ def only_run_in(folder, world):
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read()
+            except OSError as error:
+                if error.errno not in REFUSED:
+                    raise
+                warn_once(f"{path}: this file system has no locks; start no second run in this folder")
         holder = gather(holder, world)[0]
         if holder is not None:
-            raise UserError(f"another run is writing to {folder} ({holder}); wait for it, or use another --tag")
+            raise UserError(
+                f"another run is writing to {folder} ({holder}); wait for it, or use another --tag. Where that process "
+                f"has ended and this line stays, the file system keeps its lock: delete {path} then"
+            )
         yield
 
 
-class StopRequest:
-    """Asks training to stop after the current update: on SIGTERM, SIGUSR1, Ctrl-C, or near a job's time limit.
+class Stopped(BaseException):
+    """Training was asked to stop; `number` is the signal's. No `except Exception` on the way holds it up."""
 
-    A handler only sets a flag; `agreed()` makes all ranks see it at the same update. A second
-    Ctrl-C stops at once. The time limit is watched too because a signal during the imports is lost:
-    four minutes before it, or a fifth of the job's time where that is less, counts as SIGUSR1.
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class StopRequest:
+    """Asks training to stop: on SIGTERM, SIGUSR1, SIGHUP, Ctrl-C, or near a job's time limit.
+
+    A handler only sets a flag; `agreed()` makes all ranks see it at the same point, `check()` raises
+    Stopped there. `at_once` is for
+    long work that loses nothing: a signal raises Stopped wherever it arrives. A second Ctrl-C ends the process. The
+    time limit is watched too because a signal during the imports is lost: four minutes before it, or a fifth of the
+    job's time where that is less, counts as SIGUSR1.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, world):
-        self.world, self.received = world, 0
+        self.world, self.received, self._immediate = world, 0, False
         left = _slurm_seconds_left()
         self.deadline = time.monotonic() + left - min(240, left / 5)
 
     def __enter__(self):
-        self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+        # nohup has the process ignore SIGHUP, and that stays.
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        handled = [s for s in self.SIGNALS if s != signal.SIGHUP or not ignored]
+        self._previous = {s: signal.signal(s, self._handle) for s in handled}
+        _follow_the_launcher()
         return self
 
     def __exit__(self, *_):
@@ -327,13 +351,46 @@ class StopRequest:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if self._immediate:
+            raise Stopped(number)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """While this lasts, a signal raises Stopped where it arrives, and one that has arrived does at the start."""
+        self.check()
+        self._immediate = True
+        try:
+            yield
+        finally:
+            self._immediate = False
 
     def agreed(self):
         """The signal's number if any rank has received one, else 0; all ranks must call it."""
         if not self.received and time.monotonic() > self.deadline:
             self.received = signal.SIGUSR1
-        if self.world.size == 1:
-            return self.received
-        flag = torch.tensor(self.received)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.world.group)
-        return int(flag)
+        if self.world.size > 1:
+            flag = torch.tensor(self.received)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.world.group)
+            self.received = int(flag)
+        return self.received
+
+    def while_waiting(self, seconds):
+        """Raise Stopped if a signal came and this process has waited so long for images.
+
+        With several ranks that costs the updates since the last checkpoint: only shortly before a launcher kills, 30 s
+        after its signal.
+        """
+        if self.received and (self.world.size == 1 or seconds > 20):
+            raise Stopped(self.received)
+
+    def check(self):
+        """Raise Stopped if any rank has received a signal; all ranks must call it."""
+        if self.agreed():
+            raise Stopped(self.received)
+
+
+def _follow_the_launcher():
+    """Under torchrun: SIGTERM where the launcher ends. It dies of SIGUSR1, and the ranks would train on without it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

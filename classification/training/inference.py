@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError
+from dataset.build import worker_count
 from training import distributed
 
 
@@ -69,6 +70,12 @@ def peak_memory(device):
 def compute_threads(threads, workers):
     """How many of `threads` to compute with on a CPU beside so many loading processes."""
     return max(1, min(threads, len(os.sched_getaffinity(0)) - workers))
+
+
+def limit_threads(config, world):
+    """On a CPU, computing threads that compete with the loading processes wait for each other: slower than fewer."""
+    if world.device.type == "cpu":
+        torch.set_num_threads(compute_threads(torch.get_num_threads(), worker_count(config)))
 
 
 def progress(iterable, world, **arguments):

@@ -7,13 +7,12 @@ import statistics
 import time
 
 import torch
-from timm.utils import ModelEmaV3
 
 from models import build_model
 from models.cost import count_gmacs
-from training.compiling import compile_model
-from training.inference import autocast
-from training.optimizer import build_optimizer
+from training.distributed import World
+from training.step import build_step, unmarked
+from utils_multilabel import Criterion
 
 PARTS = ("forward", "backward", "optimizer")
 
@@ -43,48 +42,32 @@ class Marks:
         return [after - before for before, after in pairs]
 
 
-class Step:
-    """The training step of a configuration as `main.py` takes it, on random images, with a loss that costs nothing.
+class RandomStep:
+    """The training step of a configuration on random images, with a loss that costs nothing.
 
-    Its parts, all of which may be replaced: model, trained (what is called; it may be compiled), optimizer, ema (None
-    without an average), amp, images.
+    `step` is the one that training takes (:class:`training.step.Step`); its parts may be replaced.
     """
 
     def __init__(self, config, device):
-        self.device, self.clip = device, config.TRAIN.CLIP_GRAD
         size = config.DATA.IMG_SIZE
-        self.model = build_model(config).to(device).train()
-        self.gmacs = count_gmacs(self.model, size)
-        self.trained = compile_model(self.model) if config.TRAIN.COMPILE else self.model
-        self.optimizer = build_optimizer(config, self.model)
-        self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
-        self.amp, self.dtype = autocast(config, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        model = build_model(config).to(device).train()
+        self.device, self.gmacs = device, count_gmacs(model, size)
+        loss = Criterion("square", lambda logits, _: logits.square().mean(), {}, {})
+        world, share = World(0, 1, device), torch.ones((), device=device)
+        self.step = build_step(config, model, loss, lambda targets, batch_size: share, world)
+        self.step.accumulation = 1
         self.images = torch.randn(config.DATA.BATCH_SIZE, 3, size, size, device=device)
 
-    def __call__(self, images=None, mark=lambda: None):
+    def __call__(self, images=None, mark=unmarked):
         """One step; `mark` is called before it and after each of PARTS."""
-        mark()
-        with self.amp():
-            loss = self.trained(self.images if images is None else images).float().square().mean()
-        mark()
-        self.scaler.scale(loss).backward()
-        mark()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or torch.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.model)
-        mark()
+        self.step(iter([(self.images if images is None else images, None)]), lr=1e-6, mark=mark)
 
     def predict(self):
         """The forward pass of an evaluation."""
-        self.model.eval()
-        with torch.no_grad(), self.amp():
-            self.model(self.images)
-        self.model.train()
+        self.step.model.eval()
+        with torch.no_grad(), self.step.amp():
+            self.step.model(self.images)
+        self.step.model.train()
 
 
 class Product:
@@ -105,9 +88,9 @@ class Product:
 
 
 def step_seconds(steps, rounds, warm_up=2):
-    """{name: seconds of each of PARTS}: medians over `rounds`, in which each of `steps` ({name: Step}) has its turn.
+    """{name: seconds of each of PARTS}: medians over `rounds`, in which each of `steps` has its turn.
 
-    A :class:`Product` has one part.
+    steps: {name: RandomStep or Product}; a product has one part.
 
     By turns, since a machine that others share is not equally fast all the time. On a GPU a turn is ten steps without
     a wait, as in training.

@@ -1,0 +1,60 @@
+"""Files that are whole or not there, on any file system."""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+from common.errors import UserError
+
+REFUSED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)  # what a file system does not offer
+
+
+@functools.cache
+def warn_once(text):
+    """One line of the log, once a process."""
+    logging.getLogger("internimage").warning(text)
+
+
+def rename(temporary, path):
+    """Give a written file its name at once, and for good: rename, then flush the folder's entry."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        warn_once(f"{path.parent}: this file system cannot flush a folder; a power cut may cost the newest file in it")
+    finally:
+        os.close(folder)
+
+
+def write_whole(path, text):
+    """Write a text file; a reader sees the old file or the whole new one.
+
+    Raises:
+        UserError: it cannot be written, for want of space, say; nothing of it is left then.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} could not be written ({error.strerror}); make room, or choose another folder"
+        ) from error
+
+
+def sha256(file):
+    """SHA-256 of an open binary file from where it is read next, in hex."""
+    found = hashlib.sha256()
+    while block := file.read(1 << 20):
+        found.update(block)
+    return found.hexdigest()

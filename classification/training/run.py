@@ -1,0 +1,195 @@
+"""A training run: its data, its step, and the state that checkpoints hold."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from yacs.config import CfgNode
+
+from analysis.metrics import Metric
+from dataset.build import Loader, build_datasets, build_loader, fingerprint, worker_count
+from dataset.mixing import build_mixing
+from dataset.patients import patients_of, together
+from models import build_model, pretrained_file
+from training import checkpoint
+from training.distributed import World
+from training.inference import limit_threads
+from training.log import log_datasets, log_without_effect
+from training.lr_scheduler import Schedule, build_schedule
+from training.state import (
+    Best,
+    Loss,
+    Moments,
+    Origin,
+    Part,
+    Position,
+    RandomNumbers,
+    Rate,
+    Scaler,
+    Weights,
+    collect,
+    restore,
+)
+from training.step import Step, build_step
+from training.tasks import TASKS, Task
+
+
+@dataclass
+class Run:
+    """Everything a training run owns; made by :func:`build_run`.
+
+    parts: what a checkpoint holds. val_sources: name of the source of each validation image, or None. to_compile: the
+    next update compiles the model. last_images: the batch of the newest update [B, 3, S, S], for TensorBoard.
+    """
+
+    config: CfgNode
+    world: World
+    folder: Path
+    log: object
+    task: Task
+    label_names: list
+    train_loader: Loader
+    val_loader: Loader
+    step: Step
+    schedule: Schedule
+    position: Position
+    metric: Metric
+    best: Best
+    ema_best: Best
+    parts: list[Part]
+    val_sources: object = None
+    to_compile: bool = False
+    last_images: torch.Tensor = None
+
+    def batches(self):
+        """The batches of the epoch from the next update on. Adds to its sums the seconds waited and images skipped."""
+        sampler, sums = self.train_loader.batch_sampler, self.position.sums
+        sampler.epoch = self.step.mix.epoch = self.position.epoch
+        self.step.criterion.set_epoch(self.position.epoch)
+        sampler.start_batch = self.position.update * self.step.accumulation
+        asked = time.time()
+        for images, targets, rows in self.train_loader:
+            sums.waited += time.time() - asked
+            sums.skipped += self.step.batch_size - int((rows >= 0).sum())
+            self.last_images = images
+            yield images, targets
+            asked = time.time()
+
+    def save(self, names, weights="model"):
+        """Checkpoint under each of `names`.
+
+        weights: what a reader of `model` gets: the model's own, or the EMA's ("model_ema").
+        """
+        state = collect(self.parts)
+        if self.world.is_main:
+            state |= {"model": state[weights], "weights": weights}
+            checkpoint.save(state, self.folder, names)
+        self.position.saved_at = self.position.epoch, self.position.update
+
+
+def build_run(config, world, folder, log, stop):
+    """The run of a configuration: at its start, or where a checkpoint left it. `stop` ends a validation too."""
+    torch.manual_seed(config.SEED)
+    # 1. The data first, since most mistakes show here, before anything slow.
+    train_set, val_set = build_datasets(config, "train", "validate")
+    log_datasets(log, config, train_set, val_set)
+    train_loader = build_loader(config, train_set, train=True, world=world, log=log)
+    val_loader = build_loader(config, val_set, train=False, world=world, log=log)
+    val_loader.check = stop.check
+    train_loader.while_waiting = val_loader.while_waiting = stop.while_waiting
+    sampler, task = train_loader.batch_sampler, TASKS[train_set.task]
+    data = {"train": fingerprint(train_set, sampler), "validate": fingerprint(val_set)}
+    patients = together(patients_of(train_set, config), patients_of(val_set, config))
+    # 2. A checkpoint before the model, which then needs no foreign weights.
+    found = find_checkpoint(config, folder, log)
+    model = build_model(config)
+    log_without_effect(log, config, train_set, model, world.device)
+    if found is None:
+        patients = together(patients, start_weights(config, model, log))
+    # 3. The step, over the parameters as they lie on the device.
+    limit_threads(config, world)
+    criterion = task.build_criterion(config, train_set.targets, sampler.expected, world.device)
+    step = build_step(config, model.to(world.device), criterion, task.known, world, build_mixing(config))
+    schedule = build_schedule(config, sampler.updates, world.size)
+    # 4. What a checkpoint holds, in the order in which it is taken back.
+    metric = task.best_metric(config.TRAIN.BEST_BY)
+    images = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world.size
+    position = Position(world, log, data["train"], sampler.updates, images)
+    best, ema_best = (
+        Best(key, metric, data["validate"], folder / name, log)
+        for key, name in (("max_accuracy", checkpoint.BEST), ("max_ema_accuracy", checkpoint.EMA_BEST))
+    )
+    parts = [
+        Origin(config, train_set.label_names, data, getattr(train_set, "domain", ""), log, patients),
+        Weights(model, step.ema, log),
+        Loss(criterion, log),
+        Moments(step.optimizer, log),
+        Scaler(step.scaler),
+        position,
+        Rate(schedule, position, log),
+        best,
+        ema_best,
+        RandomNumbers(world, log),
+    ]
+    torch.manual_seed(config.SEED + world.rank)  # drop path differs between ranks
+    if found is not None:
+        path, state = found
+        restore(parts, state, path)
+        log.info(f"resumed from {path}: epoch {position.epoch + 1}, update {position.update + 1}")
+    run = Run(
+        config, world, folder, log, task, train_set.label_names, train_loader, val_loader, step, schedule, position,
+        metric, best, ema_best, parts, val_sources=getattr(val_set, "sources", None), to_compile=config.TRAIN.COMPILE,
+    )  # fmt: skip
+    _log_start(run)
+    return run
+
+
+def find_checkpoint(config, folder, log):
+    """(path, content) of the checkpoint to continue from, or None."""
+    if not config.TRAIN.AUTO_RESUME:
+        checkpoint.refuse_to_overwrite(folder)
+    found = checkpoint.find_last(folder, log) if config.TRAIN.AUTO_RESUME else None
+    if found is None:
+        return (config.MODEL.RESUME, checkpoint.read(config.MODEL.RESUME)) if config.MODEL.RESUME else None
+    if config.MODEL.RESUME and Path(config.MODEL.RESUME).absolute() != Path(found[0]).absolute():
+        # So that a job submitted with --resume continues from its own progress when it is requeued.
+        log.warning(f"{found[0]} is used, not --resume: this run has begun. Use another --tag to begin a new one")
+    return found
+
+
+def start_weights(config, model, log):
+    """Load MODEL.PRETRAINED, or what the backbone fetches, and log where the weights come from; returns `patients`."""
+    path = pretrained_file(config)
+    if path:
+        return checkpoint.load_pretrained(model, path, log)["patients"]
+    log.warning(
+        "weights: random, since no --pretrained is given. Training from random weights takes many times as long and "
+        "scores less; python download_weights.py --help names the published files"
+    )
+    return {}
+
+
+def _log_start(run):
+    config, log, step = run.config, run.log, run.step
+    slow = config.AMP_OPT_LEVEL == "O1" and step.dtype == torch.float32
+    slow = " (AMP_DTYPE auto: this CPU has no units for bfloat16)" if slow else ""
+    images = run.position.images_per_update
+    log.info(
+        f"{config.MODEL.TYPE} with {sum(p.numel() for p in step.model.parameters()):,} parameters on "
+        f"{run.world.size} x {run.world.device.type}, {step.dtype}{slow}; {run.position.updates} updates of "
+        f"{images} images per epoch, {worker_count(config)} loading processes"
+    )
+    log.info(
+        f"peak learning rate {run.schedule.peak:.3e} = TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} x batch "
+        f"{images} / TRAIN.LR_REFERENCE_BATCH {config.TRAIN.LR_REFERENCE_BATCH}"
+    )
+    log.info(f"the best checkpoint is chosen by {run.metric.key}, {run.metric.direction} (TRAIN.BEST_BY)")
+    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+        log.warning("TRAIN.WARMUP_EPOCHS is not below TRAIN.EPOCHS: the peak learning rate is never reached")
+    if config.TRAIN.COMPILE:
+        log.info(
+            "compiling the model: the first update takes minutes. What is made is kept in "
+            f"{os.environ['TORCHINDUCTOR_CACHE_DIR']}"
+        )

@@ -1,0 +1,321 @@
+"""What a training run saves, part by part: each gives its keys of a checkpoint, and takes them back.
+
+A new part is a class with `saved` and `restore`, added to the list in `training/run.py`; saving and resuming stay as
+they are.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+import config as config_module
+from analysis.metrics import Metric
+from common.errors import UserError
+from dataset.files.domain import domain_warning
+from dataset.patients import together
+from training import checkpoint, distributed
+
+
+class Part(Protocol):
+    """saved() -> its keys of a checkpoint; called on every rank, so it may gather.
+
+    restore(state, path) takes them back from the content of the file `path`; raises UserError where they do not fit.
+    """
+
+    def saved(self) -> dict: ...
+
+    def restore(self, state, path): ...
+
+
+@dataclass
+class Sums:
+    """What an epoch adds up. loss, norm: float64 scalars on the device, so that adding does not wait for it.
+
+    skipped: images. seconds: of all updates; waited: the part of them that waited for images.
+    """
+
+    loss: torch.Tensor
+    norm: torch.Tensor
+    updates: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, loss, norm):
+        """The loss and the gradient's norm of one more update."""
+        self.loss, self.norm, self.updates = self.loss + loss, self.norm + norm, self.updates + 1
+
+
+def zero_sums(device):
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return Sums(zero, zero)
+
+
+@dataclass
+class Position:
+    """The next update of a run, and what its epoch has added up so far.
+
+    update == updates means: the epoch is trained but not validated. train: fingerprint of the training images and their
+    order. saved_at: (epoch, update) of the newest checkpoint, or of the beginning.
+    """
+
+    world: distributed.World
+    log: object
+    train: str
+    updates: int
+    images_per_update: int
+    epoch: int = 0
+    update: int = 0
+    sums: Sums = None
+    saved_at: tuple = (0, 0)
+
+    def __post_init__(self):
+        self.sums = self.sums or zero_sums(self.world.device)
+
+    def next_epoch(self):
+        self.epoch, self.update, self.sums = self.epoch + 1, 0, zero_sums(self.world.device)
+
+    def saved(self):
+        return {
+            "epoch": self.epoch,
+            "update": self.update,
+            "images_per_update": self.images_per_update,
+            "sums": distributed.gather(vars(self.sums), self.world),
+        }
+
+    def restore(self, state, path):
+        self.epoch, self.update = state["epoch"], state["update"]
+        if self.update:
+            # The position counts updates: it means other images if an update takes others now.
+            now, other = (self.images_per_update, self.world.size), None
+            if state["data"]["train"] != self.train:
+                other = "other training images or another order of them (SEED, DATA.SAMPLER)"
+            elif (state["images_per_update"], len(state["sums"])) != now:
+                other = f"{state['images_per_update']} images per update on {len(state['sums'])} processes"
+            if other:
+                self.log.warning(f"{path} was saved within epoch {self.epoch + 1} with {other}: that epoch restarts")
+                self.update = 0
+            else:
+                own = {k: v for k, v in state["sums"][self.world.rank].items() if k in vars(self.sums)}
+                self.sums = Sums(**{k: v.to(self.world.device) if torch.is_tensor(v) else v for k, v in own.items()})
+        self.saved_at = self.epoch, self.update
+
+
+@dataclass
+class Weights:
+    """The model, and its EMA beside it (None without TRAIN.EMA.ENABLE)."""
+
+    model: nn.Module
+    ema: object
+    log: object
+
+    def saved(self):
+        ema = self.ema.module.state_dict() if self.ema is not None else None
+        return {"model": self.model.state_dict(), "model_ema": ema, "weights": "model"}
+
+    def restore(self, state, path):
+        if state["weights"] != "model":
+            raise UserError(f"{path} holds EMA weights: evaluate them or start from them (--pretrained)")
+        checkpoint.load_strictly(self.model, state["model"], path)
+        if self.ema is not None:
+            if state["model_ema"] is None:
+                self.log.warning(f"{path} has no EMA weights (TRAIN.EMA.ENABLE was off): the EMA starts from the model")
+            checkpoint.load_strictly(self.ema.module, state["model_ema"] or state["model"], path)
+
+
+@dataclass
+class Loss:
+    """The loss's own parameters, where it has some."""
+
+    criterion: nn.Module
+    log: object
+
+    def saved(self):
+        return {"loss": {self.criterion.name: self.criterion.state_dict()}}
+
+    def restore(self, state, path):
+        ours, theirs = self.criterion.state_dict(), state.get("loss", {}).get(self.criterion.name, {})
+        if {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}:
+            self.criterion.load_state_dict(theirs)
+        else:
+            self.log.warning(
+                f"{path} has other parameters of TRAIN.LOSS {self.criterion.name}: they start from their initial values"
+            )
+
+
+@dataclass
+class Moments:
+    """The optimizer's state. Rates, decay and betas stay those of the present config: what the user changed counts."""
+
+    optimizer: torch.optim.Optimizer
+    log: object
+
+    def saved(self):
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state, path):
+        # Moments belong to parameter names: the groups may differ now (DCN_LR_MUL changed, say).
+        ours, saved = self.optimizer.state_dict()["param_groups"], state["optimizer"]
+        index = {n: i for g in saved["param_groups"] for n, i in zip(g["names"], g["params"])}
+        pairs = [(i, index[n]) for g in ours for n, i in zip(g["names"], g["params"]) if n in index]
+        moments = {i: saved["state"][k] for i, k in pairs if k in saved["state"]}
+        kept = {name for moment in moments.values() for name in moment}
+        if not kept <= self._own_names():
+            self.log.warning(f"{path} was trained by another TRAIN.OPTIMIZER.NAME: its moments restart at zero")
+            moments = {}
+        try:
+            self.optimizer.load_state_dict({"state": moments, "param_groups": ours})
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}: the optimizer's state does not fit ({error})") from error
+
+    def _own_names(self):
+        """Names of what this optimizer remembers of a parameter."""
+        if isinstance(self.optimizer, torch.optim.SGD):
+            return {"momentum_buffer"}
+        return {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+
+
+@dataclass
+class Rate:
+    """The learning rate where training continues: a pure function of the update, kept to name a change of it."""
+
+    schedule: object
+    position: Position
+    log: object
+
+    def saved(self):
+        update = self.position.epoch * self.position.updates + self.position.update
+        return {"lr_scheduler": {"update": update, "lr": self.schedule(update)}}
+
+    def restore(self, state, path):
+        before = state["lr_scheduler"].get("lr")
+        now = self.schedule(self.position.epoch * self.position.updates + self.position.update)
+        if before is not None and abs(now - before) > 1e-6 * before:
+            self.log.info(f"the learning rate continues at {now:.3e}; by the options of {path} it was {before:.3e}")
+
+
+@dataclass
+class Scaler:
+    """The scale of float16 gradients; without float16 there is none."""
+
+    scaler: torch.amp.GradScaler
+
+    def saved(self):
+        return {"amp": self.scaler.state_dict()}
+
+    def restore(self, state, path):
+        if state["amp"]:  # empty where the run was not in float16
+            self.scaler.load_state_dict(state["amp"])
+
+
+@dataclass
+class RandomNumbers:
+    """torch's random numbers on each rank: drop path, dropout and mixing take them."""
+
+    world: distributed.World
+    log: object
+
+    def saved(self):
+        cuda = torch.cuda.get_rng_state(self.world.device) if self.world.device.type == "cuda" else None
+        return {"rng": distributed.gather({"cpu": torch.get_rng_state(), "cuda": cuda}, self.world)}
+
+    def restore(self, state, path):
+        if len(state["rng"]) != self.world.size:
+            self.log.warning(
+                f"{path} was saved by {len(state['rng'])} processes, now {self.world.size}: random numbers restart"
+            )
+            return
+        own = state["rng"][self.world.rank]
+        torch.set_rng_state(own["cpu"])
+        if self.world.device.type == "cuda" and own["cuda"] is not None:
+            torch.cuda.set_rng_state(own["cuda"], self.world.device)
+
+
+@dataclass
+class Best:
+    """The best score so far of one set of weights on the validation split; None before there is one.
+
+    key: of the checkpoint. metric: what is compared. validation: fingerprint of its images and labels. file: what holds
+    those weights.
+    """
+
+    key: str
+    metric: Metric
+    validation: str
+    file: Path
+    log: object
+    value: float = None
+
+    def beaten_by(self, value):
+        """Whether a score is better; None (no label has a value) never is."""
+        if value is None or self.value is None:
+            return value is not None
+        return value > self.value if self.metric.higher_is_better else value < self.value
+
+    def saved(self):
+        return {self.key: self.value, "best_by": self.metric.key}
+
+    def restore(self, state, path):
+        before = state[self.key]
+        if before is None:
+            return
+        best_by = state.get("best_by", self.metric.key)
+        if best_by != self.metric.key:
+            why = f"chose its best by {best_by}, now TRAIN.BEST_BY is {self.metric.key}"
+        elif state["data"]["validate"] != self.validation:
+            why = "was validated on other images or labels than now: scores before and after cannot be compared"
+        elif not self.file.exists():
+            why = f"has its best beside it, and {self.file} does not exist"
+        else:
+            self.value = before
+            return
+        self.log.warning(f"{path} {why}, so {self.file.name} restarts (best before: {best_by} {before:.4f})")
+
+
+@dataclass
+class Origin:
+    """What a checkpoint tells of its training: labels, images, patients, config.
+
+    data: fingerprints of the training and the validation images. patients: see `dataset.patients`; a pretrained file
+    may add some.
+    """
+
+    config: object
+    label_names: list
+    data: dict
+    domain: str
+    log: object
+    patients: dict = field(default_factory=dict)
+
+    def saved(self):
+        return {
+            "label_names": list(self.label_names),
+            "data": self.data,
+            "domain": self.domain,
+            "patients": self.patients,
+            "config": config_module.to_dict(self.config),
+        }
+
+    def restore(self, state, path):
+        checkpoint.check_labels(state, path, self.label_names)
+        self.patients = together(self.patients, state.get("patients", {}))
+        if warning := domain_warning(state.get("domain"), self.domain):
+            self.log.warning(warning)
+        checkpoint.log_differences(state, self.config, self.log)
+
+
+def restore(parts, state, path):
+    """Put every part back to where `state`, the content of the file `path`, was saved."""
+    try:
+        for part in parts:
+            part.restore(state, path)
+    except KeyError as error:
+        raise UserError(f"{path} cannot be resumed: it holds no {error}; take its weights with --pretrained") from error
+
+
+def collect(parts):
+    """The keys of all parts, as a checkpoint holds them; every rank must call it."""
+    return {key: value for part in parts for key, value in part.saved().items()}

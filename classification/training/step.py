@@ -1,0 +1,112 @@
+"""One update of the weights: what training takes, and what `throughput.py` and the benchmarks measure."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from training import compiling, distributed
+from training.inference import autocast
+from training.optimizer import build_optimizer, set_lr
+
+
+def unmarked():
+    """Nothing is measured."""
+
+
+@dataclass
+class Step:
+    """Forward and backward passes over `accumulation` batches, then one step of the optimizer and of the EMA.
+
+    model: what validation, the EMA and checkpoints use. trained: what is called, the same parameters, perhaps compiled
+    and wrapped for several ranks. criterion(logits, targets) -> mean over the known terms. known(targets, batch_size)
+    -> their share of those of a full batch. batch_size: of a full batch; a compiled model runs smaller ones uncompiled.
+    mix(images, targets) -> the same, mixed, or None. clip: largest norm of the gradient, 0 for any.
+    """
+
+    model: nn.Module
+    trained: nn.Module
+    criterion: nn.Module
+    known: object
+    optimizer: torch.optim.Optimizer
+    ema: ModelEmaV3
+    amp: object
+    dtype: torch.dtype
+    world: distributed.World
+    batch_size: int
+    accumulation: int = 1
+    clip: float = 0.0
+    compiled: bool = False
+    mix: object = None
+    scaler: torch.amp.GradScaler = None
+
+    def __post_init__(self):
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.dtype == torch.float16)
+
+    def __call__(self, batches, lr, mark=unmarked):
+        """One update at rate `lr` over the next batches (images, targets, ...) of an iterator: (loss, norm), tensors.
+
+        mark is called before it, after each forward and each backward pass, and at the end.
+        """
+        set_lr(self.optimizer, lr)
+        total = known = 0.0  # of the update: its loss, and the share of its terms that are known
+        mark()
+        for k in range(self.accumulation):
+            images, targets = next(batches)[:2]
+            small = len(images) < self.batch_size  # to compile for each such size would take minutes
+            if self.mix is not None:
+                images, targets = self.mix(images, targets)
+            share = self.known(targets, self.batch_size)
+            # Gradients cross the network once per update, with the last forward pass.
+            silent = self.world.size > 1 and k < self.accumulation - 1
+            with self.trained.no_sync() if silent else contextlib.nullcontext():
+                with self.amp(), compiling.uncompiled(self.compiled and small):
+                    loss = self.criterion(self.trained(images), targets)
+                mark()
+                self.scaler.scale(loss * share / self.accumulation).backward()
+            mark()
+            total, known = total + loss.detach().double() * share / self.accumulation, known + share
+        distributed.average_gradients(self.criterion.parameters(), self.world)
+        self.scaler.unscale_(self.optimizer)
+        # The mean over the known terms of the whole update: all its batches on all ranks.
+        whole = 1 / distributed.mean_tensor(known / self.accumulation, self.world).clamp(min=1e-12)
+        parameters = [*self.model.parameters(), *self.criterion.parameters()]
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], whole)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        if self.scaler.is_enabled():  # float16: the scaler skips updates of infinite norm, as it should
+            norm = norm.where(norm.isfinite(), 0)
+        mark()
+        return total * whole, norm.double()
+
+
+def build_step(config, model, criterion, known, world, mix=None):
+    """The step of a configuration over `model`, which is on its device."""
+    trained = compiling.compile_model(model) if config.TRAIN.COMPILE else model
+    if world.size > 1:
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        trained = torch.nn.parallel.DistributedDataParallel(trained, device_ids=ids)
+    amp, dtype = autocast(config, world.device)
+    return Step(
+        model=model,
+        trained=trained,
+        criterion=criterion,
+        known=known,
+        optimizer=build_optimizer(config, model, criterion),
+        ema=ModelEmaV3(model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None,
+        amp=amp,
+        dtype=dtype,
+        world=world,
+        batch_size=config.DATA.BATCH_SIZE,
+        accumulation=config.TRAIN.ACCUMULATION_STEPS,
+        clip=config.TRAIN.CLIP_GRAD,
+        compiled=config.TRAIN.COMPILE,
+        mix=mix,
+    )

@@ -1,0 +1,118 @@
+"""Testing a checkpoint: which weights, on which images, and the record that the evaluation's folder keeps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+import config as config_module
+from common.errors import UserError
+from dataset.build import build_datasets, build_loader
+from dataset.files.domain import domain_warning
+from dataset.patients import refuse_known
+from dataset.tables import EmptySplit
+from models import build_model
+from models.cost import count_gmacs
+from training import checkpoint
+from training.inference import autocast, device_name
+from training.tasks import TASKS
+
+# What the model sees of an image; trained with another value, its scores are lower.
+SEEN = ("DATA.IMG_SIZE", "DATA.RESIZE", "DATA.INTERPOLATION", "AUG.MEAN", "AUG.STD", "TEST.CROP")
+OF_EVALUATION = ("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
+
+
+@dataclass
+class Tested:
+    """A model with the weights under test: their file, its sha256, and its content without the weights."""
+
+    model: nn.Module
+    path: Path
+    sha256: str
+    origin: dict
+
+
+def load_tested(config, folder, dataset, log):
+    """The model with the weights to test on `dataset`: those of --resume, the run's best, or --pretrained."""
+    model = build_model(config)
+    # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
+    path = Path(config.MODEL.RESUME or folder / (checkpoint.EMA_BEST if config.TEST.EMA else checkpoint.BEST))
+    if not config.MODEL.RESUME and config.MODEL.PRETRAINED and not path.exists():
+        return _load_foreign(model, config, dataset, log)
+    state, sha256 = checkpoint.read_with_digest(path)
+    checkpoint.load_weights(model, state, path, dataset.label_names, ema=config.TEST.EMA)
+    refuse_known(state.get("patients", {}), dataset, config, path)
+    checkpoint.log_differences(state, config, log, but=OF_EVALUATION)
+    weights = ("model", "model_ema", "optimizer")
+    return Tested(model, path, sha256, {key: value for key, value in state.items() if key not in weights})
+
+
+def _load_foreign(model, config, dataset, log):
+    """The model with the weights of MODEL.PRETRAINED, head included."""
+    path = Path(config.MODEL.PRETRAINED)
+    keys = checkpoint.load_pretrained(model, path, log)
+    if keys["replaced"] or keys["missing"]:
+        raise UserError(f"--eval: {path} has no head for these {config.MODEL.NUM_CLASSES} classes; train first")
+    refuse_known(keys["patients"], dataset, config, path)
+    return Tested(model, path, keys["sha256"], {})
+
+
+def build_test_sets(config, log):
+    """(test split, validation split or None where there is none): thresholds are chosen on the second alone."""
+    try:
+        test_set, held_out = build_datasets(config, "test", "validate")
+    except EmptySplit as error:
+        (test_set,) = build_datasets(config, "test")  # if this is the empty split, that is an error
+        log.warning(f"no thresholds and no scaling of probabilities, for want of a validation split: {error}")
+        return test_set, None
+    return test_set, held_out if TASKS[test_set.task].report else None
+
+
+def warnings_of(tested, dataset, config):
+    """What makes the model's scores lower here than where it was trained, a line each."""
+    found = [domain_warning(tested.origin.get("domain"), getattr(dataset, "domain", ""))]
+    changed = config_module.differences(tested.origin.get("config", {}), config_module.to_dict(config))
+    found += [
+        f"the model was trained with {key} {changed[key][0]}, here it is {changed[key][1]}: its scores are lower; "
+        f"use --opts {key} {changed[key][0]!r}"
+        for key in SEEN
+        if key in changed
+    ]
+    return [text for text in found if text]
+
+
+def test_split(tested, split, config, world, log):
+    """What the task's `test` gives of a split: metrics, and the arrays of predictions."""
+    amp, _ = autocast(config, world.device)
+    loader = build_loader(config, split, train=False, world=world, log=log)
+    sources = getattr(split, "sources", None)
+    return TASKS[split.task].test(tested.model, loader, world, amp, label_names=split.label_names, sources=sources)
+
+
+def describe(tested, dataset, config, world, *, seconds, found, warnings):
+    """metrics.json: what was tested on what, and the metrics `found`, which took so many seconds."""
+    metrics = {k: v for k, v in found.items() if k not in ("probabilities", "targets", "rows")}
+    processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
+    _, dtype = autocast(config, world.device)
+    about = {
+        "dataset": config_module.data_name(config),
+        "root": str(getattr(dataset, "root", config.DATA.DATA_PATH)),
+        "tested_on": sorted({one.DATA.DATASET for one in config_module.source_configs(config).values()}),
+        "trained_on": sorted(tested.origin.get("patients", {})),
+        "checkpoint": str(tested.path),
+        "checkpoint_sha256": tested.sha256,
+        "backbone": config_module.backbone_name(config),
+        "parameters": sum(p.numel() for p in tested.model.parameters()),
+        "gmacs": round(count_gmacs(tested.model, config.DATA.IMG_SIZE), 3),
+        "images_per_s": round(metrics["images"] / seconds, 1),
+        "device": f"{processors}, {dtype}, batch {config.DATA.BATCH_SIZE}",
+        "domain": {"trained": tested.origin.get("domain", ""), "tested": getattr(dataset, "domain", "")},
+        "warnings": warnings,
+        "config": config_module.to_dict(config),
+        "skipped": len(dataset) - metrics["images"],
+    }
+    if TASKS[dataset.task].report:
+        about["label_policy"] = {"uncertain": config.DATA.UNCERTAIN, "missing": config.DATA.MISSING}
+        about["label_mapping"] = getattr(dataset, "label_mapping", {})
+        about["cohort"] = getattr(dataset, "cohort", {})
+    return about | metrics
