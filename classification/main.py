@@ -13,6 +13,7 @@ import math
 import signal
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import common.torchvision_shim  # noqa: F401
@@ -248,10 +249,10 @@ def measure_throughput(config, world, log):
             log.warning(f"{len(loader)} batches of images are too few to measure loading by")
             return
         fed, waited = throughput.fed_rate(step, loader, batches, warm_up)
-        minutes = config.TRAIN.EPOCHS * len(dataset) / (60 * fed * world.size)
+        total = timedelta(seconds=round(config.TRAIN.EPOCHS * len(dataset) / (fed * world.size)))
         log.info(
             f"fed by the loader: {fed:.1f} images/s, {fed / rate:.0%} of that; {waited:.0%} waiting for data\n"
-            f"TRAIN.EPOCHS {config.TRAIN.EPOCHS} of {len(dataset):,} images: about {minutes:,.0f} minutes"
+            f"TRAIN.EPOCHS {config.TRAIN.EPOCHS} of {len(dataset):,} images: about {total} (hours:minutes:seconds)"
         )
 
 

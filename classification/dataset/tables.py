@@ -78,7 +78,7 @@ class Table:
         for k in range(len(SPLITS)):
             kept[order[self.split[order] == k][:count]] = True
         table = self.select(kept)
-        table.left_out[f"image beyond {count:,} of its split (DATA.LIMIT)"] = int((~kept).sum())
+        table.left_out[f"beyond DATA.LIMIT {count:,} of its split"] = int((~kept).sum())
         return table
 
     def with_targets(self, uncertain="zeros", missing="zeros"):

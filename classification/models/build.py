@@ -1,20 +1,20 @@
 """Config -> model. A backbone is a file in this folder with a `build(config)`, found by MODEL.TYPE.
 
-What it returns, an nn.Module from images [N, 3, S, S] to logits [N, MODEL.NUM_CLASSES], says of itself:
+It returns an nn.Module from images [N, 3, S, S] to logits [N, MODEL.NUM_CLASSES], with these attributes:
 
     classifier    the name of its last nn.Linear, which weights of other classes leave as initialised
     uses          the config keys it uses, of MODEL.DROP_RATE, MODEL.DROP_PATH_RATE, TRAIN.USE_CHECKPOINT,
-                  TRAIN.LR_LAYER_DECAY and TRAIN.OPTIMIZER.DCN_LR_MUL; a warning says that the others do nothing
-    lr_scales(decay)    where it uses TRAIN.LR_LAYER_DECAY: prefix of parameter names -> factor on their rate
-    undecayed     where it has them: names of parameters without weight decay, beside all norms and biases
-    feature_maps(images), classify(maps)    where it has them: the last features with places, [N, C, H, W], and the
-                  logits that follow from them (what predict.py --explain needs)
-    fitted(weights)    where it needs it: weights of a file -> the same in the shapes of this image size
+                  TRAIN.LR_LAYER_DECAY and TRAIN.OPTIMIZER.DCN_LR_MUL; the others give a warning
+    lr_scales(decay)    if it uses TRAIN.LR_LAYER_DECAY: prefix of parameter names -> factor on their rate
+    undecayed     optional: names of parameters without weight decay, beside all norms and biases
+    feature_maps(images), classify(maps)    optional, for predict.py --explain: the last feature maps [N, C, H, W],
+                  and the logits of such maps
+    fitted(weights)    optional: weights of a file -> the same in the shapes of this image size
 
 The file may have beside `build`:
 
-    own_values(config)    {config key: value}, the backbone's defaults where they are not those of `config.py`
-    pretrained_file(config)    the path of the weights to start from where MODEL.PRETRAINED names none; "" for none
+    own_values(config)    {config key: value}, the backbone's defaults that differ from those of `config.py`
+    pretrained_file(config)    the path of the weights to start from if MODEL.PRETRAINED is empty; "" for none
 """
 
 import torch
@@ -47,7 +47,7 @@ def build_model(config):
     """The model of MODEL.TYPE, see above: images [N, 3, S, S] -> float32 logits [N, MODEL.NUM_CLASSES].
 
     Raises:
-        UserError: no such backbone, or one that does not say what it must.
+        UserError: no such backbone, or one that lacks an attribute above.
     """
     model = _module(config).build(config)
     missing = [name for name in ("classifier", "uses") if not hasattr(model, name)]
@@ -60,5 +60,5 @@ def build_model(config):
             f"with {config.MODEL.NUM_CLASSES} outputs (MODEL.NUM_CLASSES)"
         )
     last.__class__ = Classifier  # the same parameters under the same names
-    # The weights of convolutions lie in memory as their inputs do, or every step would copy them into that order.
+    # Weights of convolutions in the memory format of their inputs: else every step would convert them.
     return model.to(memory_format=torch.channels_last)

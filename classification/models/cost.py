@@ -10,7 +10,7 @@ import dcnv3  # noqa: F401  (registers the operator)
 def _dcnv3_flops(input_shape, offset_shape, mask_shape, *_parameters, out_shape=None, **_options):
     """Two a multiplication, as torch counts: four corners and one mask weight a sampling point and channel.
 
-    The published count too: 5 x places x points x channels (get_flops.py of InternImage).
+    The published count too: 5 x positions x points x channels (get_flops.py of InternImage).
     """
     batch, height, width, points_of_groups = mask_shape
     group, channels = _parameters[0], input_shape[3]

@@ -73,14 +73,14 @@ def _deform_conv(
 
 @contextlib.contextmanager
 def _quiet():
-    """Without the exporter's own warnings: they speak to those who write it."""
+    """Without the exporter's own warnings, which are for its developers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def require(*packages):
-    """The optional packages, imported, or a UserError that names the one that is not there."""
+    """The optional packages, imported, or a UserError that names the missing one."""
     try:
         return [importlib.import_module(name) for name in packages]
     except ImportError as error:
@@ -88,7 +88,7 @@ def require(*packages):
 
 
 def _example(size):
-    # Two images: a batch of one would be taken for a constant.
+    # Two images: the exporter treats a batch of one as a constant.
     return (torch.zeros(2, 3, size, size),), ({0: torch.export.Dim("batch", min=1, max=4096)},)
 
 
@@ -112,7 +112,7 @@ def save_onnx(model, size, path, *, metadata, opset=20):
                 custom_translation_table={torch.ops.dcnv3.forward.default: _deform_conv},
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
-        cause = error.__cause__ or error  # the exporter's own text is advice to those who mend it
+        cause = error.__cause__ or error  # the exporter's own text is for its developers
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise UserError(f"ONNX of opset {opset} cannot hold this model: {reason}") from error
     written = program.model.opset_imports[""]
@@ -130,6 +130,6 @@ def save_torch(model, size, path, *, metadata):
     images, batch = _example(size)
     with _quiet():
         program = torch.export.export(model.eval(), images, dynamic_shapes=batch)
-        content = io.BytesIO()  # torch's own writer of files ends the process where the disk is full
+        content = io.BytesIO()  # torch's own file writer kills the process if the disk is full
         torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata)})
     Path(path).write_bytes(content.getbuffer())

@@ -35,7 +35,7 @@ class Stem(nn.Module):
         self.norm2 = _norm_sequential(channels, ToChannelsLast())
 
     def forward(self, x):
-        # From here on all tensors lie channels last in memory: no layer copies one into another layout.
+        # From here on all tensors are channels-last: no layer converts the layout.
         x = x.contiguous(memory_format=torch.channels_last)
         return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
 
@@ -81,7 +81,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """DCNv3 and MLP, each with a residual connection, on [N, H, W, C].
 
-    The norm stands before the branch (pre-norm), after it (`post_norm`: S, B, L, XL, G) or on both
+    The norm is before the branch (pre-norm), after it (`post_norm`: S, B, L, XL, G) or on both
     sides (`res_post_norm`: H).
     """
 
@@ -147,7 +147,7 @@ class InternImage(nn.Module):
         depths, groups: blocks and DCNv3 groups of the levels.
         layer_scale: initial value of the learnt scale of each branch, None for none.
         offset_scale: stretches the sampling grid and offsets.
-        post_norm, res_post_norm: where the norms stand, see :class:`Block`.
+        post_norm, res_post_norm: positions of the norms, see :class:`Block`.
         dw_kernel_size: of the depthwise convolution in DCNv3 (3 if None).
         center_feature_scale, remove_center: see :class:`dcnv3.DCNv3`.
         level2_post_norm_block_ids: blocks of the third level followed by a norm of their own (H, G).
@@ -246,7 +246,7 @@ class InternImage(nn.Module):
                 module.reset_parameters()
 
     def feature_maps(self, x):
-        """The last features with places, before pooling: [N, 3, H, W] -> [N, F, h, w].
+        """The last feature maps, before pooling: [N, 3, H, W] -> [N, F, h, w].
 
         T to XL: h = H/32, behind `conv_head`; H and G: h = H/16, what the CLIP projector attends to.
         """

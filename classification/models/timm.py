@@ -1,4 +1,4 @@
-"""Any backbone of timm (MODEL.TYPE timm, MODEL.TIMM.NAME), to hold InternImage against under the same protocol."""
+"""Any backbone of timm (MODEL.TYPE timm, MODEL.TIMM.NAME), to compare InternImage with under the same protocol."""
 
 import sys
 
@@ -63,16 +63,16 @@ class TimmBackbone(nn.Module):
         return getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
 
     def feature_maps(self, images):
-        """The last features with places: [N, 3, S, S] -> [N, C, h, w].
+        """The last feature maps: [N, 3, S, S] -> [N, C, h, w].
 
         Raises:
-            UserError: the backbone has tokens there, not a map.
+            UserError: its last features are tokens.
         """
         features = self.backbone.forward_features(images)
         if not torch.is_tensor(features) or features.ndim != 4:
             raise UserError(
-                f"MODEL.TIMM.NAME {self.backbone.pretrained_cfg['architecture']}: its last features are tokens, not a "
-                "map with places, so there is no Grad-CAM of it"
+                f"MODEL.TIMM.NAME {self.backbone.pretrained_cfg['architecture']}: its last features are tokens, not "
+                "feature maps: Grad-CAM is not possible. Leave out --explain"
             )
         return features.permute(0, 3, 1, 2) if self._channels_last else features
 
@@ -86,7 +86,7 @@ class TimmBackbone(nn.Module):
         adapt = getattr(sys.modules[type(self.backbone).__module__], "checkpoint_filter_fn", None)
         try:
             adapted = adapt(dict(weights), self.backbone) if adapt else weights
-        except Exception:  # of another architecture, which the caller finds out and says
+        except Exception:  # of another architecture: the caller reports it
             return weights
         # It would resample the patches of another architecture as well.
         return {k: weights[k] if k in weights and "pos" not in k else v for k, v in adapted.items()}
@@ -94,7 +94,7 @@ class TimmBackbone(nn.Module):
 
 # ----------------------------------------------------------------------------------------- builders
 def _pretrained_cfg(config):
-    """What timm says of the weights of MODEL.TIMM.NAME.
+    """timm's configuration of the weights of MODEL.TIMM.NAME.
 
     Raises:
         UserError: no name, or none of timm's; the nearest is named.
@@ -120,7 +120,7 @@ def own_values(config):
 
 
 def pretrained_file(config):
-    """With MODEL.TIMM.DOWNLOAD the path of the weights of MODEL.TIMM.NAME, fetched from the hub or there from before.
+    """With MODEL.TIMM.DOWNLOAD the path of the weights of MODEL.TIMM.NAME, downloaded from the hub or already present.
 
     Raises:
         UserError: the hub has none, or cannot be reached.
@@ -158,7 +158,7 @@ def _create(name, wanted):
 
 
 def build(config):
-    """The model that `config` describes (MODEL.TYPE timm), with drawn weights.
+    """The model that `config` describes (MODEL.TYPE timm), with random weights.
 
     Raises:
         UserError: a name that is none of timm's, an image size that the backbone does not take, a head of another kind.
@@ -173,7 +173,7 @@ def build(config):
         wanted["img_size"] = size
     try:
         network, taken = _create(name, wanted)
-        with torch.no_grad():  # many show only here which sizes they do not take
+        with torch.no_grad():  # many refuse a size only here
             network.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -190,6 +190,6 @@ def build(config):
         try:
             network.set_grad_checkpointing(True)
             uses.add("TRAIN.USE_CHECKPOINT")
-        except (AssertionError, AttributeError):  # timm's way to say that it cannot
+        except (AssertionError, AttributeError):  # the backbone does not support it
             pass
     return TimmBackbone(network.train(), uses)

@@ -205,7 +205,7 @@ def test_a_limit_keeps_whole_patients_of_every_split(tree):
 
 def test_throughput_names_the_time_of_the_training(run_main, capsys):
     run_main("--throughput", DATA__BATCH_SIZE=2, DATA__LIMIT=60)
-    assert re.search(r"TRAIN.EPOCHS 2 of \d+ images: about 0 minutes", capsys.readouterr().out)
+    assert re.search(r"TRAIN.EPOCHS 2 of \d+ images: about 0:00:\d\d ", capsys.readouterr().out)
 
 
 def test_help_of_make_names_the_limit():

@@ -300,7 +300,7 @@ def test_trained_evaluated_predicted_explained_exported(run_timm, tree, tmp_path
     with open(tmp_path / "p.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert 0 < float(row["Edema"]) < 1
-    with pytest.raises(UserError, match="test_vit: its last features are tokens, not a map with places"):
+    with pytest.raises(UserError, match="test_vit: its last features are tokens, not feature maps"):
         explain.check(build_model(config_of("test_vit", DATA__IMG_SIZE=64)), 64, "v.pth")
     export.main([str(best), "--output", str(tmp_path / "m.pt2"), "--format", "torch"])
     assert "largest difference from PyTorch" in capsys.readouterr().out

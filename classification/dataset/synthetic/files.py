@@ -1,7 +1,7 @@
-"""A drawn picture -> an image file, in the formats of the releases. See `dataset.synthetic`.
+"""A synthetic image -> an image file, in the formats of the releases. See `dataset.synthetic`.
 
 `SAVERS` holds them by name: functions of (path, picture float32 [H, W], row of the image). But for `hospital`, whose
-values go beyond what is displayed, every format shows the same grey values: those of the JPG, once decoded.
+values go beyond what is displayed, every format shows the same gray values: those of the decoded JPG.
 """
 
 import io
@@ -17,7 +17,7 @@ def jpg_bytes(picture):
 
 
 def shown(picture):
-    """What the JPG of a picture shows: uint8 [H, W]."""
+    """What the JPG of an image shows: uint8 [H, W]."""
     with Image.open(io.BytesIO(jpg_bytes(picture))) as image:
         return np.asarray(image)
 
@@ -37,12 +37,12 @@ def save_rgba(path, picture, _row):
 
 def save_png16(path, picture, _row):
     """0 to 255 as 0 to 65535: equal to the JPG however it is read back, by its type's range or by its own from black to
-    white (nearly all pictures have both)."""
+    white (nearly all images have both)."""
     Image.fromarray(shown(picture).astype(np.uint16) * 257).save(path)
 
 
 def save_dicom(path, picture, row):
-    """Stored values and a window that shows exactly the grey values of the JPG; nothing tells the patient."""
+    """Stored values and a window that shows exactly the gray values of the JPG; it has nothing about the patient."""
     ds = _header(row.image, row.image)
     ds.PatientSex, ds.PatientAge = row.sex, f"{row.age:03d}Y"
     rng = np.random.default_rng([row.image_seed, 1])
@@ -54,7 +54,7 @@ def save_dicom(path, picture, row):
 
 
 def save_hospital(path, picture, row):
-    """The picture as a digital X-ray, in one of the forms found in hospitals."""
+    """The image as a digital X-ray, in one of the forms found in hospitals."""
     rng = np.random.default_rng([row.image_seed, 1])
     ds = _header(row.dicom_id, row.study_id)
     ds.PatientID, ds.PatientName, ds.StudyID = str(row.subject_id), "SYNTHETIC^CHEST", str(row.study_id)
@@ -106,7 +106,7 @@ def store_pixels(ds, picture, rng):
     voi, steps, displayed = rng.choice(["window", "lut", "none"], p=[0.5, 0.35, 0.15]), 2**bits, picture
     if inverse:
         displayed = 1 - displayed
-    if voi == "window":  # it reaches less far than the values do: what lies beyond is clipped on display
+    if voi == "window":  # it reaches less far than the values do: what is beyond is clipped on display
         width, centre = int(rng.uniform(0.50, 0.62) * steps), int(rng.uniform(0.46, 0.54) * steps)
         stored = centre - 0.5 + (displayed - 0.5) * (width - 1)
         ds.WindowCenter, ds.WindowWidth = centre, width

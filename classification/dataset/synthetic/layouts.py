@@ -1,4 +1,4 @@
-"""Where a release keeps its images, and what its tables say of them: the plan of `dataset.synthetic` in the forms of
+"""The paths of the images of a release, and its tables: the plan of `dataset.synthetic` in the forms of
 MIMIC-CXR, CheXpert, NIH ChestX-ray14, PadChest, VinDr-CXR and BRAX.
 
 A layout is a function of the rows of the plan, one an image (see `dataset.synthetic.tree.image_rows`), and returns
@@ -7,8 +7,8 @@ A layout is a function of the rows of the plan, one an image (see `dataset.synth
               and `form` (of `dataset.synthetic.files.SAVERS`)
     tables    {path in the tree: table, or text}
 
-A release says what it can say: labels without a counterpart are not written, and one that has no word for "uncertain"
-(all but MIMIC-CXR, CheXpert and BRAX) does not mention those findings. Pictures keep their own size in all of them.
+Each release has only its own terms: labels without a counterpart are not written, and one without a word for
+"uncertain" (all but MIMIC-CXR, CheXpert and BRAX) does not mention those findings. Images keep their own size in all of them.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def _digits(count, *key):
 
 
 def _either(row, *names):
-    """One of several names for what is drawn, the same for all images of a study."""
+    """One of several names for a sign, the same for all images of a study."""
     return names[row.study_seed % len(names)]
 
 
@@ -153,7 +153,7 @@ def _tuples(rows):
 
 
 def nih(rows, _form):
-    """PNG, a few RGBA, in twelve folders; frontal views only; No Finding where none of its own findings is."""
+    """PNG, a few RGBA, in twelve folders; frontal views only; No Finding if there is none of its own findings."""
     rows = rows[rows["view"] != "LATERAL"].reset_index(drop=True)
     follow_up = rows.groupby("patient").cumcount()
     image = rows["patient"].map("{:08d}_".format) + follow_up.map("{:03d}.png".format)
@@ -334,8 +334,8 @@ BRAX_LABELS = (
 
 
 def brax(rows, _form):
-    """PNG (of the DICOMs only the paths are told), labels as in CheXpert in another order, no splits, an age of "85 or
-    more"."""
+    """PNG (the table has the paths of the DICOMs too), labels as in CheXpert in another order, no splits, an age of
+    "85 or more"."""
 
     def uuid(*key):
         text = _hex(32, *key)

@@ -1,16 +1,15 @@
-"""A synthetic MIMIC-CXR tree: drawn chests, so that everything runs without credentialed data.
+"""A synthetic MIMIC-CXR tree, so that everything runs without credentialed data.
 
-The pictures are cartoons of chest X-rays. Each of the 14 labels has a visible sign of its own kind (`SIGNS`), so a
-model has something to learn, but nothing learnt here says anything about patients.
+The images are cartoons of chest X-rays. Each of the 14 labels has a visible sign of its own kind (`SIGNS`), so a
+model has something to learn. Nothing learnt here applies to patients.
 
     python -m dataset.synthetic --out FOLDER                  # JPG tree with the official CSVs
-    python -m dataset.synthetic --out FOLDER --format dicom   # the same pictures as DICOM
-    python -m dataset.synthetic --out FOLDER --layout nih     # the same pictures as another release has them
+    python -m dataset.synthetic --out FOLDER --format dicom   # the same images as DICOM
+    python -m dataset.synthetic --out FOLDER --layout nih     # the same images in the layout of another release
     python -m dataset.synthetic --sheet signs.png             # one example of every sign
 
-`plan` draws the tables (patients, studies, labels, views), `write_tree` the pictures and the files; how a picture
-comes about is told in `dataset.synthetic.drawing`, what a release makes of plan and picture in
-`dataset.synthetic.layouts` and `dataset.synthetic.files`.
+`plan` samples the tables (patients, studies, labels, views), `write_tree` writes images and files. `drawing.py` draws an
+image; `layouts.py` and `files.py` have the forms of the releases.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from dataset.synthetic.layouts import LAYOUTS
 
 VERSION = 1  # raise it whenever the same parameters would give other files: old trees are then rewritten
 MARKER, KIND, FIRST = "synthetic.json", "synthetic MIMIC-CXR", "mimic"
-OTHER_IDS = "as_mimic.csv"  # in the other layouts: image (its path), dicom_id (that of the same picture in the first)
+OTHER_IDS = "as_mimic.csv"  # in the other layouts: image (its path), dicom_id (that of the same image in the first)
 SPLITS = {"train": 0.70, "validate": 0.12, "test": 0.18}
 
 # Chance of each sign in a study with findings (Support Devices: in any study).
@@ -63,12 +62,12 @@ FAINT, CLEAR = 0.25, (0.55, 1.0)  # strength of a sign behind half of the -1, an
 def plan(*, patients=320, studies=(1, 4), images=(1, 3), seed=42):
     """The tables without any drawing: (image table, study table), one row an image and one a study.
 
-    Studies: subject_id, study_id, split, date, time, study_seed, signs ({label: strength}, the truth that is drawn) and
+    Studies: subject_id, study_id, split, date, time, study_seed, signs ({label: strength}, the truth of the image) and
     the 14 labels as they are written (1, 0, -1, NaN). Images: dicom_id, subject_id, study_id, split, view, image_seed.
     studies and images: smallest and largest number a patient and a study.
     """
     _check(patients=patients, seed=seed, studies=studies, images=images)
-    # One stream each for ids, views, labels and splits, so that none can tell about another.
+    # One stream each for ids, views, labels and splits, so that none depends on another.
     ids, views, truth, shuffle = (np.random.default_rng([seed, i]) for i in range(4))
     counts = ids.integers(studies[0], studies[1] + 1, patients)
     subject_ids = 10_000_000 + ids.choice(10_000_000, patients, replace=False)
@@ -88,7 +87,7 @@ def plan(*, patients=320, studies=(1, 4), images=(1, 3), seed=42):
                 **written,
             }
         )
-        # A frontal view first, then mostly lateral ones; AP pictures are taken of patients in bed.
+        # A frontal view first, then mostly lateral ones; AP images are of patients in bed.
         frontal, lateral = ("PA", 0.85) if views.random() < 0.6 else ("AP", 0.40)
         for i in range(views.integers(images[0], images[1] + 1)):
             digits = ids.bytes(20).hex()
@@ -110,7 +109,7 @@ def plan(*, patients=320, studies=(1, 4), images=(1, 3), seed=42):
 
 
 def _draw_labels(rng):
-    """One study: what is drawn ({label: strength}) and what is written ({label: 1, 0, -1 or NaN})."""
+    """One study: what the images show ({label: strength}) and what the tables have ({label: 1, 0, -1 or NaN})."""
     sick, signs, written = rng.random() >= HEALTHY, {}, dict.fromkeys(LABELS, np.nan)
     for label, prevalence in PREVALENCE.items():
         chance, strength, doubt, faint, stated = rng.random(5)  # always five, so that labels stay independent
@@ -181,7 +180,7 @@ def write_tree(
     """Writes images, the tables of a layout and the marker, and returns the summary:
     {"images", "studies", "patients": counts by split, "positives": {label: studies by split}, "reused": bool}.
 
-    layout: a key of `dataset.synthetic.layouts.LAYOUTS`; in all but MIMIC-CXR's own, `as_mimic.csv` tells the dicom_id
+    layout: a key of `dataset.synthetic.layouts.LAYOUTS`; in all but MIMIC-CXR's own, `as_mimic.csv` has the dicom_id
     of each image. image_format: of the layout's; empty: its first.
 
     The same parameters give the same bytes. A complete tree of the same parameters is reused, another synthetic tree is
@@ -256,7 +255,9 @@ def _check(patients=320, size=320, layout=FIRST, image_format="", seed=42, studi
         raise ValueError(f"layout {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}.")
     formats = LAYOUTS[layout].formats
     if image_format and image_format not in formats:
-        raise ValueError(f"image format {image_format!r} is unknown to layout {layout}: choose {' or '.join(formats)}.")
+        raise ValueError(
+            f"image format {image_format!r} does not exist in layout {layout}: choose {' or '.join(formats)}."
+        )
     if seed < 0:
         raise ValueError(f"seed={seed}: choose 0 or more.")
     for name, (low, high) in {"studies": studies, "images": images}.items():
@@ -285,7 +286,7 @@ def _read_marker(root):
 
 def _write_marker(root, content):
     (root / (MARKER + ".part")).write_text(json.dumps(content, indent=1))
-    os.replace(root / (MARKER + ".part"), root / MARKER)  # there as a whole or not at all
+    os.replace(root / (MARKER + ".part"), root / MARKER)  # complete or absent
 
 
 def _write_image(row, *, root, size, seed):
@@ -342,7 +343,7 @@ def main(argv=None):
     parser.add_argument("--sheet", metavar="FILE.png", help="contact sheet with one example of every sign")
     args = parser.parse_args(argv)
     if not args.out and not args.sheet:
-        parser.error("nothing to do: name a folder with --out, or a picture with --sheet.")
+        parser.error("nothing to do: name a folder with --out, or an image with --sheet.")
     try:
         if args.out:
             summary = write_tree(
@@ -359,7 +360,7 @@ def main(argv=None):
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"{error.filename!r} cannot be written ({error.strerror}): name another place.")
+        parser.error(f"{error.filename!r} cannot be written ({error.strerror}): name another folder.")
 
 
 def _print_summary(summary, root, dataset):
