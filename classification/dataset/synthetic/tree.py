@@ -8,8 +8,8 @@ model has something to learn. Nothing learnt here applies to patients.
     python -m dataset.synthetic --out FOLDER --layout nih     # the same images in the layout of another release
     python -m dataset.synthetic --sheet signs.png             # one example of every sign
 
-`plan` samples the tables (patients, studies, labels, views), `write_tree` writes images and files. `drawing.py` draws an
-image; `layouts.py` and `files.py` have the forms of the releases.
+`plan` samples the tables (patients, studies, labels, views), `write_tree` writes images and files. `drawing.py` draws
+an image; `layouts.py` and `files.py` have the forms of the releases.
 """
 
 import argparse
