@@ -7,8 +7,8 @@ A layout is a function of the rows of the plan, one an image (see `dataset.synth
               and `form` (of `dataset.synthetic.files.SAVERS`)
     tables    {path in the tree: table, or text}
 
-Each release has only its own terms: labels without a counterpart are not written. A release without a
-word for "uncertain" (all but MIMIC-CXR, CheXpert and BRAX) leaves these findings out. Images keep their own size in all of them.
+Each release has only its own terms: labels without a counterpart are not written. A release without a word for
+"uncertain" (all but MIMIC-CXR, CheXpert and BRAX) leaves these findings out. Images keep their own size in all of them.
 """
 
 import hashlib
