@@ -5,6 +5,7 @@
     python report.py EVALUATION --against OTHER --seeds-of SEED_2 SEED_3
     python report.py A B C                   several in one report, into a folder comparison_<timestamp> or --output:
                                              models on the same images in pairs, other test sets side by side
+    python report.py --runs OUTPUT           every training run below a folder: options that differ, scores, state
 
 Writes report.html, report.json, per_label.csv, tables.tex, summary.md, model_card.md, calibration.json (with
 predictions of the validation split) and figures/ beside the predictions, or into --output.
@@ -15,6 +16,7 @@ from pathlib import Path
 from analysis import comparison, comparison_tables, tables
 from analysis.evaluation import ensemble, new_evaluation, read_evaluation
 from analysis.results import Options
+from analysis.runs import write_runs
 from analysis.writing import write_comparison, write_report
 from common.errors import UserError, run_command
 from config import Parser
@@ -36,12 +38,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     add(
         "evaluation",
-        nargs="+",
+        nargs="*",
         help="folder that main.py --eval wrote, or a CSV with subject_id, <label>_target, <label>_probability; several "
         "of the same images are compared in pairs, of other images set side by side",
     )
     add("--validate", metavar="CSV", help="predictions of the validation split, by which thresholds are chosen")
-    add("--output", metavar="FOLDER", help="where to write; otherwise beside the predictions")
+    add("--runs", metavar="OUTPUT", help="instead of evaluations: every training run below this folder at a glance")
+    add("--output", metavar="FOLDER", help="where to write; otherwise beside the predictions, or into OUTPUT")
     add("--names", nargs="+", metavar="NAME", help="of several evaluations' models, in their order")
     add("--against", nargs="+", default=[], metavar="OTHER", help="evaluations of the same images to compare with")
     add("--seeds-of", nargs="+", default=[], metavar="OTHER", help="evaluations of the same configuration, other seeds")
@@ -53,7 +56,8 @@ def parse_args(argv=None):
     add("--specificity", type=float, default=0.9, help="of the operating point of fixed specificity")
     add("--resamples", type=int, default=2000, help="of the bootstrap")
     add("--seed", type=int, default=0, help="of the bootstrap")
-    add("--no-images", action="store_true", help="no thumbnails in the page")
+    add("--no-images", action="store_true", help="the worst errors, their images and ids, are left out")
+    add("--share", action="store_true", help="a report to pass on: no images, ids or paths; by default into share/")
     args = parser.parse_args(argv)
     if args.resamples < 1:
         raise UserError(f"--resamples is {args.resamples}; it must be at least 1")
@@ -63,6 +67,9 @@ def parse_args(argv=None):
         if not 0 < getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must lie between 0 and 1")
     given = len(args.evaluation)
+    if (given > 0) == (args.runs is not None):
+        both = "--runs OUTPUT lists runs and takes no evaluation" if given else "name an evaluation, or --runs OUTPUT"
+        raise UserError(f"{given} evaluations are given: {both}")
     for name, remedy in OF_ONE.items():
         if given > 1 and getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} is for one evaluation, and {given} are given; {remedy}")
@@ -84,8 +91,8 @@ def report_one(args, evaluation, folder, options):
         _check_free(folder, [evaluation, *others], "the ensemble's evaluations")
         evaluation = ensemble([evaluation, *others], folder)
     against, seeds = ([read_evaluation(path) for path in paths] for paths in (args.against, args.seeds_of))
-    folder = folder or evaluation.folder
-    report = write_report(evaluation, options, folder, against, seeds, not args.no_images)
+    folder = folder or evaluation.folder / ("share" if args.share else "")
+    report = write_report(evaluation, options, folder, against, seeds, not args.no_images, args.share)
     print(tables.headline(report))
     return folder
 
@@ -96,7 +103,7 @@ def report_several(args, evaluations, folder, options):
         _check_free(folder, evaluations, "the evaluations")
     report = comparison.collect(evaluations, options, args.names)
     folder = folder or new_evaluation(evaluations[0].path.resolve().parent, "comparison")
-    write_comparison(report, folder)
+    write_comparison(report, folder, evaluations, args.share)
     print(comparison_tables.printed(report))
     return folder
 
@@ -108,6 +115,10 @@ def _check_free(folder, evaluations, what):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.runs is not None:
+        folder, text = write_runs(args.runs, args.output)
+        print(f"{text}\nruns in {folder / 'runs.html'}")
+        return
     evaluations = [read_evaluation(path, args.validate) for path in args.evaluation]
     folder = Path(args.output).expanduser() if args.output else None
     options = Options(

@@ -451,12 +451,12 @@ NO_MATTER = ("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.IMG_
              "MODEL.NAME", "MODEL.RESUME", "TRAIN.AUTO_RESUME")  # fmt: skip
 
 
-def _learned_by(config, prefix=""):
+def learned_by(config, prefix=""):
     """The config's keys that a run's weights depend on, but for the seed: dotted key -> value."""
     for key, value in config.items():
         if prefix or key in ("DATA", "MODEL", "TRAIN", "AUG"):
             if isinstance(value, dict):
-                yield from _learned_by(value, f"{prefix}{key}.")
+                yield from learned_by(value, f"{prefix}{key}.")
             elif prefix + key == "DATA.SOURCES":  # the keys of a source are those of DATA in small letters, and path
                 without = ("DATA.PATH", *NO_MATTER)
                 yield prefix + key, [{k: v for k, v in s.items() if f"DATA.{k.upper()}" not in without} for s in value]
@@ -466,9 +466,9 @@ def _learned_by(config, prefix=""):
 
 def check_one_configuration(first, others):
     """UserError, naming the keys, where runs differ in more than their seed."""
-    ours = dict(_learned_by(first.config))
+    ours = dict(learned_by(first.config))
     for other in others:
-        theirs = dict(_learned_by(other.config))
+        theirs = dict(learned_by(other.config))
         unlike = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
         if unlike and ours and theirs:
             raise UserError(

@@ -229,3 +229,31 @@ def write_forest(panels, folder):
     """auroc.png and auroc.svg of several evaluations in `folder`, see :func:`_forest`."""
     with plt.rc_context(STYLE):
         _save({"auroc": _forest(panels)}, folder)
+
+
+NAMED = 24  # runs in the legend
+
+
+def _runs(curves):
+    figure, axis = plt.subplots(figsize=(9.6, 4.2), layout="constrained")
+    groups = list(dict.fromkeys(group for _, group, *_ in curves))
+    for k, (name, group, epochs, score) in enumerate(curves):
+        shown = [(e["epoch"], e[score]) for e in epochs if e.get(score) is not None]
+        color, style = COLORS[groups.index(group) % len(COLORS)], ("-", "--", ":", "-.")[k % 4]
+        axis.plot(*zip(*shown) if shown else ([], []), style, marker=".", ms=4, lw=1.2, color=color,
+                  label=name if k < NAMED else None)  # fmt: skip
+    scores = list(dict.fromkeys(score for *_, score in curves if score))
+    axis.set(xlabel="epoch", ylabel=f"validation {' or '.join(scores)}")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    rest = f"and {len(curves) - NAMED} more" if len(curves) > NAMED else None
+    figure.legend(loc="outside right upper", fontsize=7, title=rest, title_fontsize=7)
+    return figure
+
+
+def write_runs(curves, folder):
+    """runs.png and runs.svg in `folder`: the score of every run over its epochs.
+
+    curves: [(name, group, epochs of metrics.jsonl, score)]; runs of one group have one colour.
+    """
+    with plt.rc_context(STYLE):
+        _save({"runs": _runs(curves)}, folder)

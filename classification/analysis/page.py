@@ -197,13 +197,13 @@ def _facts(report):
 
 def holds(report, pictures):
     """What a page holds that a data use agreement may keep from being passed on; an empty text where nothing."""
-    listed = {e["row"] for label in report["errors"].values() for kind in label.values() for e in kind if "row" in e}
+    listed = {e["row"] for label in report["errors"].values() for kind in label.values() for e in kind}
     if not listed:
         return ""
     images = f"{len(pictures):,} images of the data set and " * bool(pictures)
     return (
-        f"This page holds {images}the ids of {len(listed):,} images with their probabilities, and report.json their "
-        "study and patient ids. Pass it on only where the data use agreement allows that. "
+        f"This page holds {images}the ids of {len(listed):,} images with their probabilities; report.json has their "
+        "study and patient ids too. Pass them on only where the data use agreement allows that. "
         "report.py EVALUATION --share writes a report without images, ids and paths."
     )
 
@@ -267,4 +267,20 @@ def render_comparison(report, forest):
         drawn_alt="AUROC with its 95% interval per label and evaluation, the numbers of the tables",
         drawn_note="AUROC and 95% interval. Last the mean over the common labels.",
         source="Every number is in report.json.",
+    )
+
+
+def render_runs(title, headline, shown, curves):
+    """The page of several training runs as text; shown: [Table]; curves: the SVG file of the figure."""
+    return _fill(
+        "comparison.html.j2",
+        title=title,
+        headlines=[headline],
+        facts=[],
+        sections=[(t.key, t.title, [t], None) for t in shown],
+        shared="",
+        drawn=embedded(curves),
+        drawn_alt="the validation score of every run over the epochs",
+        drawn_note="The validation score over the epochs; runs of one configuration have one colour.",
+        source="Every number is in runs.csv.",
     )

@@ -468,7 +468,7 @@ def sections(report):
         ("sensitivity", "Other label policies", policies, other.get("left_out")),
         ("training", "Training", [], training),
         ("together", "Labels together", [], None),
-        ("errors", "Worst errors", [], None),
+        ("errors", "Worst errors", [], None if report["errors"] else "--no-images and --share list no images"),
     ]
     return found
 

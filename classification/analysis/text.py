@@ -26,3 +26,12 @@ def undefined_note(values, column):
     """One line that names the labels without a value of a metric, or none; column: its heading."""
     names = [name for name, value in values.items() if value is None]
     return [f"no {column} (one class only), left out of the mean: {', '.join(names)}"] if names else []
+
+
+def short_names(names):
+    """Names of runs or folders without the parts, between slashes, that all begin or all end with."""
+    parts = [name.split("/") for name in names]
+    for end in (0, -1):
+        while len(set(names)) > 1 and all(len(p) > 1 for p in parts) and len({p[end] for p in parts}) == 1:
+            parts = [p[1:] if end == 0 else p[:-1] for p in parts]
+    return ["/".join(p) for p in parts]

@@ -7,17 +7,18 @@ from pathlib import Path
 
 from analysis import card, comparison_tables, figures, page, results, tables
 from analysis.groups import read_table
+from analysis.sharing import without_paths
 from common.errors import UserError
 
 
-def _write_files(report, fitted, folder, pictures, no_pictures):
+def _write_files(report, fitted, folder, pictures, no_pictures, model_card):
     """Everything the report consists of, into `folder`."""
     texts = {
         "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
         "report.html": page.render(report, pictures, no_pictures),
         "tables.tex": tables.latex([t for _, _, found, _ in tables.sections(report) for t in found]),
         "summary.md": tables.summary(report),
-        "model_card.md": card.model_card(report),
+        "model_card.md": model_card,
     }
     if fitted is not None:
         texts["calibration.json"] = json.dumps(fitted, indent=1) + "\n"
@@ -34,21 +35,30 @@ def _write_files(report, fitted, folder, pictures, no_pictures):
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
 
 
-def write_report(evaluation, options, folder, against=(), seeds=(), with_images=True):
-    """Measure, and write to `folder`; returns the report's dictionary."""
+def write_report(evaluation, options, folder, against=(), seeds=(), with_images=True, share=False):
+    """Measure, and write to `folder`; returns the report's dictionary.
+
+    with_images: with the worst errors, their images and ids; share: without them and without paths, to be passed on.
+    """
     if not options.tables:
         options = replace(options, tables=_patients_table(evaluation))
     report, fitted = results.collect(evaluation, options, against, seeds)
     report = {"headline": tables.headline(report), **report}
-    pictures, reason = {}, "--no-images"
-    if with_images:
+    named = without_paths([report, fitted], [evaluation, *against, *seeds], options.tables)
+    if share:
+        report, fitted = named
+    pictures, reason = {}, None
+    if with_images and not share:
         pictures, reason = page.thumbnails(evaluation, report["errors"])
-    _write_files(report, fitted, folder, pictures, reason)
+    else:
+        report["errors"] = {}
+    _write_files(report, fitted, folder, pictures, reason, card.model_card(named[0]))
     return report
 
 
-def write_comparison(report, folder):
-    """The report of several evaluations, a dictionary of analysis.comparison, to `folder`."""
+def write_comparison(report, folder, evaluations, share=False):
+    """The report of several evaluations, a dictionary of analysis.comparison, to `folder`; share: without paths."""
+    report = without_paths(report, evaluations) if share else report
     report = {"headline": comparison_tables.headline(report), **report}
     found = [t for _, _, shown, _ in comparison_tables.sections(report) for t in shown]
     texts = {

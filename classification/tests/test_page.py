@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
     """A report with everything: validation, groups with awkward names, a comparison, pictures of the errors."""
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("page") / "evaluation"
+    folder = tmp_path_factory.mktemp("page") / "my evaluation"
     folder.mkdir()
     rows = pd.read_csv(table(folder / "predictions.csv", names=NAMES))
     rows["path"] = "files/" + rows["dicom_id"] + ".jpg"
@@ -118,6 +118,52 @@ def test_names_with_signs_of_latex_and_markdown(folder):
     assert not re.search(r"(?<!\\)%(?! Made by)", latex) and "a b c (" in latex  # a line break is a blank
     assert r"| 50% \<b\>\_x\_\</b\> |" in (folder / "summary.md").read_text()
     assert plain_markdown("mean_auc a*b") == r"mean_auc a\*b" and tex("≥ 0.9") == r"$\geq$ 0.9"
+
+
+def texts(folder):
+    """{name: content} of the texts of a report."""
+    return {p.name: p.read_text() for p in folder.iterdir() if p.suffix in (".html", ".json", ".csv", ".tex", ".md")}
+
+
+SECRET = re.compile(r"image\d|(?<![\d.])100000\d\d(?!\d)|(?<![\d.])500\d{5}(?!\d)")  # dicom_id, subject_id, study_id
+
+
+def test_a_report_to_pass_on(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    argv = ["my evaluation", "--share", "--against", "my evaluation/other.csv", "--resamples", "200"]
+    report.main([*argv, "--groups", str(folder / "site.csv")])
+    shared = texts(folder / "share")
+    assert {"report.html", "report.json", "summary.md", "model_card.md", "tables.tex", "per_label.csv"} <= set(shared)
+    for name, text in shared.items():
+        assert not SECRET.search(text), (name, SECRET.search(text))
+        assert str(folder.parent) not in text and "my evaluation/" not in text, name
+        assert "data:image/jpeg" not in text
+    own = texts(folder)  # the same search finds them in the report that stays, so it can find them
+    assert (
+        SECRET.search(own["report.html"])
+        and SECRET.search(own["report.json"])
+        and "data:image/jpeg" in own["report.html"]
+    )
+    assert str(folder) in own["report.json"] and str(folder) not in own["model_card.md"]
+    there, here = (json.loads(found["report.json"]) for found in (shared, own))
+    assert there["labels"] == here["labels"] and list(there["against"]) == ["other.csv"]
+    holds = Page(own["report.html"]).all("p", **{"class": "why"})[0][2]
+    shown = {e["row"] for kinds in here["errors"].values() for errors in kinds.values() for e in errors}
+    assert f"holds {len(shown)} images of the data set and the ids of {len(shown)} images" in holds
+    report.main([str(folder), "--no-images", "--output", str(folder.parent / "plain"), "--resamples", "200"])
+    for name in ("report.html", "report.json"):
+        assert not SECRET.search((folder.parent / "plain" / name).read_text())
+
+
+def test_paths_are_cut_to_their_names_and_nothing_else():
+    from analysis.sharing import PATH
+
+    for text, cut in {
+        "not used: /data/x y/p.csv: no": "not used: x y/p.csv: no", "~/a/b.csv and ../c": "b.csv and c",
+        "C:\\a\\b.csv": "b.csv", "AP / PA, 12 images/s, net/run1": "AP / PA, 12 images/s, net/run1",
+        "https://doi.org/10.1/x": "https://doi.org/10.1/x", "Mass/Nodule 1/2": "Mass/Nodule 1/2",
+    }.items():  # fmt: skip
+        assert PATH.sub(r"\1", text) == cut
 
 
 @pytest.mark.parametrize("size, dark", [("1280,1000", False), ("390,844", True)])
