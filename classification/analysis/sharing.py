@@ -3,8 +3,9 @@
 import re
 from pathlib import PurePath
 
-# An absolute path, or one that begins with ~, . or .., in a sentence; its last part. Not the path of a web address.
-PATH = re.compile(r"(?<![\w./:-])(?:~\w*|\.{1,2}|[A-Za-z]:)?[\\/](?:[^\s\\/:;,'\"()]+[\\/])*([^\s\\/:;,'\"()]+)")
+# A path of two parts or more that begins with /, a drive, ~, . or .., in a sentence; its last part. Not a web address.
+PART = r"[^\s\\/:;,'\"()<>]+"
+PATH = re.compile(rf"(?<![\w./:-])(?:[A-Za-z]:)?(?:(?:~\w*|\.{{1,2}})[\\/]|[\\/]{PART}[\\/])(?:{PART}[\\/])*({PART})")
 KEYS = {"checkpoint", "checkpoints", "root", "path", "DATA_PATH", "CSV", "PRETRAINED", "RESUME", "OUTPUT", "RESULTS"}
 
 

@@ -161,7 +161,7 @@ def test_paths_are_cut_to_their_names_and_nothing_else():
     for text, cut in {
         "not used: /data/x y/p.csv: no": "not used: x y/p.csv: no", "~/a/b.csv and ../c": "b.csv and c",
         "C:\\a\\b.csv": "b.csv", "AP / PA, 12 images/s, net/run1": "AP / PA, 12 images/s, net/run1",
-        "https://doi.org/10.1/x": "https://doi.org/10.1/x", "Mass/Nodule 1/2": "Mass/Nodule 1/2",
+        "https://doi.org/10.1/x": "https://doi.org/10.1/x", "Mass /Nodule 1/2 <b>x</b>": "Mass /Nodule 1/2 <b>x</b>",
     }.items():  # fmt: skip
         assert PATH.sub(r"\1", text) == cut
 
