@@ -7,6 +7,8 @@ SHELL := bash
 DEMO ?= $(CURDIR)/demo
 CONFIG ?= configs/internimage_tiny_synthetic.yaml
 export DATA LIMIT DEMO CONFIG
+# Packages in ~/.local would come before the environment's.
+export PYTHONNOUSERSITE := 1
 PY = cd classification && . ./mimic_settings.sh && "$$MIMIC_PYTHON"
 
 .PHONY: help setup demo test lint

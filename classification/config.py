@@ -1,7 +1,7 @@
 """Every knob: default, meaning, allowed values, when it takes effect. The only module that writes a config.
 
-Order of precedence, later wins: the defaults here, those of the backbone, the files named in BASE, the YAML of
-`--cfg`, `--opts KEY VALUE ...`, the flags given on the command line. Keys of the published InternImage
+Order of precedence, later wins: the defaults here, those of the data and the backbone, the files named in BASE, the
+YAML of `--cfg`, `--opts KEY VALUE ...`, the flags given on the command line. Keys of the published InternImage
 classification code keep their names and meanings; others are marked (new).
 """
 
@@ -19,7 +19,7 @@ from common.errors import UserError, did_you_mean
 
 
 # --------------------------------------------------------------------------------- allowed values
-# Each makes a function: value -> what is wrong with it, or None.
+# Each makes, or is, a function: value -> what is wrong with it, or None.
 def one_of(*choices):
     return lambda value: None if value in choices else f"choose one of {', '.join(map(str, choices))}"
 
@@ -28,17 +28,64 @@ def at_least(least):
     return lambda value: None if value >= least else f"it must be at least {least}"  # NaN fails too
 
 
+def above(low, most=math.inf):
+    text = f"it must be above {low}" + (f" and at most {most}" if most < math.inf else "")
+    return lambda value: None if low < value <= most else text
+
+
 def between(low, high):
     return lambda value: None if low <= value <= high else f"it must be between {low} and {high}"
+
+
+def fraction(value):
+    return None if 0 <= value < 1 else "it must be at least 0 and below 1"
 
 
 def off_or_at_least(least):
     return lambda value: None if value == 0 or value >= least else f"it must be 0 (off), or at least {least}"
 
 
+def odd(value):
+    return None if value >= 1 and value % 2 else "it must be odd: 1, 3, 5, ..."
+
+
+def each(allowed):
+    def wrong(values):
+        found = next(filter(None, map(allowed, values)), None)
+        return found and found.replace("it must", "each number must")
+
+    return wrong
+
+
 def area_range(value):
     low, high = value
     return None if 0 < low <= high <= 1 else "it must be [smallest, largest] area within 0 to 1"
+
+
+def block_numbers(value):
+    good = all(type(v) is int and v >= 0 for v in value) and len(set(map(str, value))) == len(value)
+    return None if good else "it must be a list of different whole numbers, counted from 0"
+
+
+def column_names(value):
+    if not all(isinstance(name, str) and name.strip() for name in value):
+        return "it must be a list of column names"
+    twice = next((name for name in value if value.count(name) > 1), None)
+    return f"{twice} is in it twice" if twice else None
+
+
+def folder_below(value):
+    """A relative path that stays below the folder it is appended to."""
+    inside = value.isprintable() and not value.startswith("/") and not {"..", "."} & set(value.split("/"))
+    return None if inside else "it must be the name of a folder, without .. and without a / in front"
+
+
+def run_folder(value):
+    return folder_below(value) if value.strip() else "it must not be empty"
+
+
+def other_than(*choices):
+    return lambda value: None if value not in choices else f"it must be other than {value!r}"
 
 
 def sources(value):
@@ -65,10 +112,12 @@ class Knob:
     """One option.
 
     allowed: one of the functions above.
-    takes_effect: the conditions under which it does: other keys and their values; `task`, the task of the dataset;
-        `model`, that the backbone uses it; `data`, that the dataset uses it; `device`, the type of device. If one
-        does not hold, a value other than the default gives a warning.
+    takes_effect: the conditions under which it does: another key, or several of which one is enough, and the value or
+        one of the functions above; `task`, the task of the dataset; `model`, that the backbone uses it; `data`, that
+        the dataset uses it; `device`, the type of device. If one does not hold, a value other than the default gives
+        a warning.
     kind: the type besides None, where the default is None. mapping: a mapping is allowed as well.
+    xrays: the default for X-rays, where `default` is for photographs.
     flag: its own flag of main.py.
     """
 
@@ -79,13 +128,14 @@ class Knob:
     kind: type = None
     mapping: bool = False
     flag: str = ""
+    xrays: object = None
 
 
 XRAYS, PHOTOS = {"task": "multilabel"}, {"task": "single_label"}
-OFFICIAL = {"DATA.DATASET": "mimic_cxr", "DATA.CSV": ""}
 INTERN_IMAGE, TIMM = {"MODEL.TYPE": "intern_image"}, {"MODEL.TYPE": "timm"}
 MODEL, DATA, GPU = {"model": True}, {"data": True}, {"device": "cuda"}
 STEP = {"TRAIN.LR_SCHEDULER.NAME": "step"}
+ERASING = {"AUG.REPROB": above(0)}
 SGD, ADAMW = {"TRAIN.OPTIMIZER.NAME": "sgd"}, {"TRAIN.OPTIMIZER.NAME": "adamw"}
 
 # fmt: off
@@ -103,37 +153,38 @@ KNOBS = {
     "DATA.CSV": Knob("", "(new) a table of your own instead of the official ones: path, split, labels[, subject_id]",
                      takes_effect={"DATA.DATASET": "mimic_cxr"}),
     "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"),
-                          takes_effect=OFFICIAL),
+                          takes_effect=DATA),
     "DATA.TEST_LABELER": Knob("same", "(new) labels of the test split: those, or mimic-cxr-*-test-set-labeled.csv",
-                              one_of("same", "radiologist"), takes_effect=OFFICIAL),
-    "DATA.VIEWS": Knob("all", "(new) which views; for a blank one the texts of the metadata decide",
+                              one_of("same", "radiologist"), takes_effect=DATA),
+    "DATA.VIEWS": Knob("all", "(new) which views; if the view is blank, the texts of the metadata decide",
                        one_of("all", "frontal", "AP", "PA", "lateral"), takes_effect=XRAYS),
-    "DATA.LABELS": Knob([], "(new) label columns, the release's own too; empty: the 14 of CheXpert",
-                        takes_effect=XRAYS),
-    "DATA.APPROXIMATE_LABELS": Knob(True, "(new) False: labels that a release has only nearly are unknown",
+    "DATA.LABELS": Knob([], "(new) label columns, also those that only this release has; empty: the 14 of CheXpert",
+                        column_names, takes_effect=XRAYS),
+    "DATA.APPROXIMATE_LABELS": Knob(True, "(new) False: labels with only an approximate counterpart in the release "
+                                    "are unknown",
                                     takes_effect=DATA),
-    "DATA.SPLIT_SEED": Knob(None, "(new) draws by patient the splits that a release does not have: null is 0 for a "
-                            "validation split, and a release without any splits is then all test", kind=int,
-                            takes_effect=DATA),
-    "DATA.READERS": Knob("majority", "(new) VinDr: positive is what most of the readers marked, or any of them",
+    "DATA.SPLIT_SEED": Knob(None, "(new) seed of the random splits per patient, where a release has none; "
+                            "null: 0 for a validation split, and a release without any splits is all test",
+                            at_least(0), kind=int, takes_effect=DATA),
+    "DATA.READERS": Knob("majority", "(new) VinDr: a label is positive if most readers marked it, or if any did",
                          one_of("majority", "any"), takes_effect=DATA),
-    "DATA.LABELLED_BY": Knob("physicians", "(new) PadChest: the images whose labels are physicians', or all",
+    "DATA.LABELLED_BY": Knob("physicians", "(new) PadChest: only images labelled by physicians, or all images",
                              one_of("physicians", "all"), takes_effect=DATA),
     "DATA.UNCERTAIN": Knob("zeros", "(new) what -1 becomes: zeros, ones, ignore (masked in loss and metrics), smooth; "
-                           "for all labels, or by label: {default: zeros, Consolidation: ignore}",
+                           "for all labels, or per label: {default: zeros, Consolidation: ignore}",
                            takes_effect=XRAYS, mapping=True),
-    "DATA.MISSING": Knob("zeros", "(new) what a blank becomes, likewise", takes_effect=XRAYS, mapping=True),
-    "DATA.NO_FINDING_CLEARS": Knob(False, "(new) where No Finding is 1, a blank label is 0, but for Support Devices",
-                                   takes_effect=XRAYS),
+    "DATA.MISSING": Knob("zeros", "(new) what a blank becomes, in the same form", takes_effect=XRAYS, mapping=True),
+    "DATA.NO_FINDING_CLEARS": Knob(False, "(new) if No Finding is 1, blank labels become 0, except Support Devices",
+                                   takes_effect=XRAYS | {"DATA.MISSING": other_than("zeros")}),
     "DATA.IMAGE_FORMAT": Knob("auto", "(new) which images of a release to read",
                               one_of("auto", "jpg", "dcm", "png", "tif"), takes_effect=DATA),
     "DATA.DICOM_RECIPE": Knob("window", "(new) window: as displayed; mimic_jpg: as MIMIC-CXR's JPG release was made",
-                              one_of("window", "mimic_jpg"), takes_effect=XRAYS),
+                              one_of("window", "mimic_jpg"), takes_effect=DATA),
     "DATA.DICOM_WINDOW": Knob(0, "(new) which window or VOI LUT of a DICOM that has several", at_least(0),
-                              takes_effect=XRAYS | {"DATA.DICOM_RECIPE": "window"}),
-    "DATA.ON_BAD_IMAGE": Knob("error", "(new) an image that cannot be read: error, or skip (said and counted)",
+                              takes_effect=DATA | {"DATA.DICOM_RECIPE": "window"}),
+    "DATA.ON_BAD_IMAGE": Knob("error", "(new) an image that cannot be read: error, or skip (logged and counted)",
                               one_of("error", "skip")),
-    "DATA.ALLOW_MISSING": Knob(False, "(new) leave out images that are not there; all are then looked for at start",
+    "DATA.ALLOW_MISSING": Knob(False, "(new) leave out images whose file is missing; every file is looked up at start",
                                takes_effect=XRAYS),
     "DATA.LIMIT": Knob(0, "(new) at most this many images of each split, of randomly chosen patients; 0: all",
                        at_least(0), takes_effect=XRAYS),
@@ -142,43 +193,50 @@ KNOBS = {
     "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node",
                                takes_effect=XRAYS),
     "DATA.BATCH_SIZE": Knob(128, "images per GPU and forward pass", at_least(1), flag="--batch-size"),
-    "DATA.IMG_SIZE": Knob(224, "side in pixels of what the model sees; timm: the backbone's own unless set",
+    "DATA.IMG_SIZE": Knob(224, "side of the model's input in pixels; timm: the backbone's own unless set",
                           between(32, 4096)),
     "DATA.INTERPOLATION": Knob("bicubic", "how images are resized", one_of("bicubic", "bilinear")),
-    "DATA.RESIZE": Knob("squeeze", "(new) how an X-ray becomes a square: squeeze, or pad (aspect kept, black beside)",
+    "DATA.RESIZE": Knob("squeeze", "(new) how an X-ray becomes a square: squeeze, or pad (aspect kept, black borders)",
                         one_of("squeeze", "pad"), takes_effect=XRAYS),
     "DATA.NUM_WORKERS": Knob(8, "loading processes per GPU", at_least(0)),
     "DATA.PIN_MEMORY": Knob(True, "batches in memory that a GPU reads directly"),
-    "DATA.PREFETCH": Knob(1, "(new) batches that cross to the GPU while it computes", at_least(0), takes_effect=GPU),
+    "DATA.PREFETCH": Knob(1, "(new) batches copied to the GPU while it computes", between(0, 100), takes_effect=GPU),
     # ------------------------------------------------------------------------------------ model
     "MODEL.TYPE": Knob("intern_image", "a file in models/: intern_image, timm"),
-    "MODEL.NAME": Knob("", "folder of the run below OUTPUT; empty: the name of the YAML file"),
-    "MODEL.PRETRAINED": Knob("", "weights to start from (a published checkpoint, say)", flag="--pretrained"),
-    "MODEL.RESUME": Knob("", "checkpoint of this project to go on from, or to evaluate", flag="--resume"),
+    "MODEL.NAME": Knob("", "folder of the runs below OUTPUT; empty: the name of the YAML file", folder_below),
+    "MODEL.PRETRAINED": Knob("", "weights to start from, such as a published checkpoint", flag="--pretrained"),
+    "MODEL.RESUME": Knob("", "checkpoint of this project to continue from, or to evaluate", flag="--resume"),
     "MODEL.NUM_CLASSES": Knob(1000, "labels, or classes", at_least(1)),
-    "MODEL.DROP_RATE": Knob(0.0, "dropout", between(0, 1), takes_effect=MODEL),
-    "MODEL.DROP_PATH_RATE": Knob(0.1, "stochastic depth of the last block, linear from 0", between(0, 1),
+    "MODEL.DROP_RATE": Knob(0.0, "dropout", fraction, takes_effect=MODEL),
+    "MODEL.DROP_PATH_RATE": Knob(0.1, "stochastic depth of the last block, linear from 0", fraction,
                                  takes_effect=MODEL),
-    "MODEL.LABEL_SMOOTHING": Knob(0.1, "of class targets (for labels: TRAIN.LOSS smooth_bce)", between(0, 1),
+    "MODEL.LABEL_SMOOTHING": Knob(0.1, "of class targets (for labels: TRAIN.LOSS smooth_bce)", fraction,
                                   takes_effect=PHOTOS),
 
-    "MODEL.INTERN_IMAGE.CHANNELS": Knob(64, "of the first level; each further level has twice as many", at_least(2),
+    "MODEL.INTERN_IMAGE.CHANNELS": Knob(64, "of the first level; each further level has twice as many", at_least(4),
                                         takes_effect=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.DEPTHS": Knob([4, 4, 18, 4], "blocks of the levels", takes_effect=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.GROUPS": Knob([4, 8, 16, 32], "DCNv3 groups of the levels", takes_effect=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.LAYER_SCALE": Knob(None, "initial value of the scale of each branch, or None", kind=float,
-                                           takes_effect=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.OFFSET_SCALE": Knob(1.0, "stretches the sampling grid and offsets", takes_effect=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.MLP_RATIO": Knob(4.0, "width of the MLP relative to the channels", takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.DEPTHS": Knob([4, 4, 18, 4], "blocks per level", each(at_least(1)), takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.GROUPS": Knob([4, 8, 16, 32], "DCNv3 groups per level", each(at_least(1)),
+                                      takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.LAYER_SCALE": Knob(None, "initial value of the scale of each branch, or None", at_least(0),
+                                           kind=float, takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.OFFSET_SCALE": Knob(1.0, "stretches the sampling grid and offsets", above(0),
+                                            takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.MLP_RATIO": Knob(4.0, "width of the MLP relative to the channels", at_least(0.25),
+                                         takes_effect=INTERN_IMAGE),
     "MODEL.INTERN_IMAGE.POST_NORM": Knob(False, "norms after the branches: S, B, L, XL, G", takes_effect=INTERN_IMAGE),
     "MODEL.INTERN_IMAGE.RES_POST_NORM": Knob(False, "norms on both sides: H", takes_effect=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.DW_KERNEL_SIZE": Knob(None, "of the depthwise convolution; H, G: 5", kind=int,
+    "MODEL.INTERN_IMAGE.DW_KERNEL_SIZE": Knob(None, "of the depthwise convolution; H, G: 5", odd, kind=int,
                                               takes_effect=INTERN_IMAGE),
     "MODEL.INTERN_IMAGE.USE_CLIP_PROJECTOR": Knob(False, "attention pooling: H, G", takes_effect=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.LEVEL2_POST_NORM": Knob(False, "H, G", takes_effect=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.LEVEL2_POST_NORM_BLOCK_IDS": Knob(None, "H, G: blocks 5, 11, 17, ...", kind=list,
-                                                          takes_effect=INTERN_IMAGE),
-    "MODEL.INTERN_IMAGE.CENTER_FEATURE_SCALE": Knob(False, "H, G", takes_effect=INTERN_IMAGE),
+    "MODEL.INTERN_IMAGE.LEVEL2_POST_NORM": Knob(
+        False, "a norm after the blocks of LEVEL2_POST_NORM_BLOCK_IDS: H, G",
+        takes_effect=INTERN_IMAGE | {"MODEL.INTERN_IMAGE.LEVEL2_POST_NORM_BLOCK_IDS": other_than(None, [])}),
+    "MODEL.INTERN_IMAGE.LEVEL2_POST_NORM_BLOCK_IDS": Knob(
+        None, "blocks of the third level, counted from 0; H, G: 5, 11, 17, ...", block_numbers, kind=list,
+        takes_effect=INTERN_IMAGE | {"MODEL.INTERN_IMAGE.LEVEL2_POST_NORM": True}),
+    "MODEL.INTERN_IMAGE.CENTER_FEATURE_SCALE": Knob(False, "learnt share of the input beside the operator's output: "
+                                                    "H, G", takes_effect=INTERN_IMAGE),
     "MODEL.INTERN_IMAGE.REMOVE_CENTER": Knob(False, "no sampling point in the middle", takes_effect=INTERN_IMAGE),
     "MODEL.TIMM.NAME": Knob("", "(new) which backbone: a name of timm's, such as densenet121 or resnet50.a1_in1k",
                             takes_effect=TIMM),
@@ -188,20 +246,20 @@ KNOBS = {
     "TRAIN.EPOCHS": Knob(300, "passes over the train split", at_least(1)),
     "TRAIN.WARMUP_EPOCHS": Knob(20, "epochs of rising learning rate", at_least(0)),
     "TRAIN.WEIGHT_DECAY": Knob(0.05, "not on norms and biases", at_least(0)),
-    "TRAIN.BASE_LR": Knob(5e-4, "peak learning rate at a batch of LR_REFERENCE_BATCH", at_least(0)),
-    "TRAIN.WARMUP_LR": Knob(5e-7, "where warm-up starts, scaled as BASE_LR", at_least(0)),
-    "TRAIN.MIN_LR": Knob(5e-6, "where the schedule ends, scaled as BASE_LR", at_least(0)),
-    # 512 is the published rule for ImageNet; it would turn the 1e-4 of a batch of 32 into 6e-6, so the MIMIC
-    # configurations say 32.
+    "TRAIN.BASE_LR": Knob(5e-4, "peak learning rate at a batch of LR_REFERENCE_BATCH", at_least(0), xrays=1e-4),
+    "TRAIN.WARMUP_LR": Knob(5e-7, "learning rate at which warm-up starts, scaled as BASE_LR", at_least(0),
+                             takes_effect={"TRAIN.WARMUP_EPOCHS": above(0)}),
+    "TRAIN.MIN_LR": Knob(5e-6, "learning rate at which the schedule ends, scaled as BASE_LR", at_least(0)),
+    # 512 is the published rule for ImageNet; it would turn the 1e-4 of a batch of 32 into 6e-6.
     "TRAIN.LR_REFERENCE_BATCH": Knob(512, "(new) rates are multiplied by batch x GPUs x accumulation / this",
-                                      at_least(1)),
+                                      at_least(1), xrays=32),
     "TRAIN.CLIP_GRAD": Knob(5.0, "largest norm of the gradient; 0: no clipping", at_least(0)),
     "TRAIN.ACCUMULATION_STEPS": Knob(1, "forward passes per update", at_least(1), flag="--accumulation-steps"),
     "TRAIN.USE_CHECKPOINT": Knob(False, "recompute activations in the backward pass to save memory", takes_effect=MODEL,
                                  flag="--use-checkpoint"),
     "TRAIN.COMPILE": Knob(False, "(new) torch.compile: fewer passes over memory; the first update takes minutes, once"),
-    "TRAIN.AUTO_RESUME": Knob(True, "go on from the run's last checkpoint"),
-    "TRAIN.LOSS": Knob("bce", "(new) multi-label tasks: a row of utils_multilabel.LOSSES", takes_effect=XRAYS),
+    "TRAIN.AUTO_RESUME": Knob(True, "resume from the run's last checkpoint"),
+    "TRAIN.LOSS": Knob("bce", "(new) loss of multi-label tasks, a row of utils_multilabel.LOSSES", takes_effect=XRAYS),
     "TRAIN.LOSS_OPTIONS": Knob({}, "(new) parameters of the loss, such as {gamma: 2.0}", takes_effect=XRAYS,
                                mapping=True),
     "TRAIN.BEST_BY": Knob("mean_auc", "(new) the metric that chooses best_ckpt.pth, by its key in metrics.json; of "
@@ -210,56 +268,64 @@ KNOBS = {
                                  "weights", off_or_at_least(1), takes_effect=XRAYS),
     "TRAIN.LR_SCHEDULER.NAME": Knob("cosine", "how the rate falls", one_of("cosine", "linear", "step")),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Knob(30, "epochs between decays", at_least(1), takes_effect=STEP),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": Knob(0.1, "factor of a decay", takes_effect=STEP),
-    "TRAIN.OPTIMIZER.NAME": Knob("adamw", "what turns gradients into updates", one_of("adamw", "sgd")),
-    "TRAIN.OPTIMIZER.EPS": Knob(1e-8, "added to the denominator", takes_effect=ADAMW),
-    "TRAIN.OPTIMIZER.BETAS": Knob([0.9, 0.999], "decay of the moments", takes_effect=ADAMW),
-    "TRAIN.OPTIMIZER.MOMENTUM": Knob(0.9, "Nesterov's", between(0, 1), takes_effect=SGD),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Knob(0.1, "factor of a decay", above(0, most=1), takes_effect=STEP),
+    "TRAIN.OPTIMIZER.NAME": Knob("adamw", "algorithm of the updates", one_of("adamw", "sgd")),
+    "TRAIN.OPTIMIZER.EPS": Knob(1e-8, "added to the denominator", above(0), takes_effect=ADAMW),
+    "TRAIN.OPTIMIZER.BETAS": Knob([0.9, 0.999], "decay of the moments", each(fraction), takes_effect=ADAMW),
+    "TRAIN.OPTIMIZER.MOMENTUM": Knob(0.9, "Nesterov's", fraction, takes_effect=SGD),
     "TRAIN.OPTIMIZER.DCN_LR_MUL": Knob(None, "factor on the rates of the operator's offsets and center scales",
-                                       kind=float, takes_effect=MODEL),
+                                       at_least(0), kind=float, takes_effect=MODEL),
     "TRAIN.LR_LAYER_DECAY": Knob(False, "smaller rates for earlier blocks", takes_effect=MODEL),
-    "TRAIN.LR_LAYER_DECAY_RATIO": Knob(0.875, "from one block to the one before", at_least(0),
+    "TRAIN.LR_LAYER_DECAY_RATIO": Knob(0.875, "factor from one block to the one before", above(0, most=1),
                                        takes_effect={"TRAIN.LR_LAYER_DECAY": True}),
     "TRAIN.EMA.ENABLE": Knob(False, "keep, validate and save an exponential moving average of the weights"),
-    "TRAIN.EMA.DECAY": Knob(0.9998, "of the average, per update", between(0, 1),
-                            takes_effect={"TRAIN.EMA.ENABLE": True}),
+    "TRAIN.EMA.DECAY": Knob(0.9998, "of the EMA, per update", fraction, takes_effect={"TRAIN.EMA.ENABLE": True}),
+    "TRAIN.EMA.WARMUP": Knob(False, "(new) DECAY rises from 0 with the updates, as in timm: for short runs",
+                             takes_effect={"TRAIN.EMA.ENABLE": True}),
     # ----------------------------------------------------------------------------- augmentation
-    "AUG.COLOR_JITTER": Knob(0.4, "brightness and contrast; of photographs only without AUTO_AUGMENT", at_least(0)),
+    "AUG.COLOR_JITTER": Knob(0.4, "brightness and contrast; of photographs only without AUTO_AUGMENT", between(0, 1),
+                             xrays=0.0),
     "AUG.GAMMA": Knob(0.0, "(new) X-rays: gamma between 1/(1 + this) and 1 + this", at_least(0), takes_effect=XRAYS),
-    "AUG.ROTATION": Knob(0.0, "(new) X-rays: rotation by up to so many degrees to either side", at_least(0),
+    "AUG.ROTATION": Knob(0.0, "(new) X-rays: rotation by up to this many degrees to either side", between(0, 180),
                          takes_effect=XRAYS),
-    "AUG.SHIFT": Knob(0.0, "(new) X-rays: shift by up to this part of the side", between(0, 1), takes_effect=XRAYS),
+    "AUG.SHIFT": Knob(0.0, "(new) X-rays: shift by up to this fraction of the side", between(0, 1), takes_effect=XRAYS),
     "AUG.AUTO_AUGMENT": Knob("rand-m9-mstd0.5-inc1", "photographs: timm's RandAugment string", takes_effect=PHOTOS),
-    "AUG.REPROB": Knob(0.25, "probability of random erasing", between(0, 1)),
-    "AUG.REMODE": Knob("pixel", "what is put there", one_of("const", "rand", "pixel")),
-    "AUG.RECOUNT": Knob(1, "largest number of rectangles", at_least(1)),
-    "AUG.CROP_SCALE": Knob([0.08, 1.0], "(new) area of the random crop relative to the image", area_range),
-    "AUG.HFLIP": Knob(0.5, "(new) probability of a horizontal flip", between(0, 1)),
-    "AUG.MIXUP": Knob(0.8, "strength of mixup; 0: off", at_least(0)),
-    "AUG.CUTMIX": Knob(1.0, "strength of cutmix; 0: off", at_least(0)),
-    "AUG.MIXUP_PROB": Knob(1.0, "probability that a batch is mixed at all", between(0, 1)),
-    "AUG.MIXUP_SWITCH_PROB": Knob(0.5, "of those, the part that gets cutmix where both are on", between(0, 1)),
-    "AUG.MIXUP_OFF_EPOCH": Knob(0, "(new) batches are mixed in so many epochs, and not in those after; 0: in all",
-                                at_least(0)),
-    "AUG.MEAN": Knob([0.485, 0.456, 0.406], "of normalisation: ImageNet's; timm: the backbone's own unless set"),
-    "AUG.STD": Knob([0.229, 0.224, 0.225], "of normalisation, likewise"),
+    "AUG.REPROB": Knob(0.25, "probability of random erasing", between(0, 1), xrays=0.1),
+    "AUG.REMODE": Knob("pixel", "values of the erased rectangles", one_of("const", "rand", "pixel"),
+                       takes_effect=ERASING),
+    "AUG.RECOUNT": Knob(1, "largest number of rectangles", at_least(1), takes_effect=ERASING),
+    "AUG.CROP_SCALE": Knob([0.08, 1.0], "(new) area of the random crop relative to the image", area_range,
+                           xrays=[0.8, 1.0]),
+    "AUG.HFLIP": Knob(0.5, "(new) probability of a horizontal flip", between(0, 1), xrays=0.0),
+    "AUG.MIXUP": Knob(0.8, "strength of mixup; 0: off", at_least(0), xrays=0.0),
+    "AUG.CUTMIX": Knob(1.0, "strength of cutmix; 0: off", at_least(0), xrays=0.0),
+    "AUG.MIXUP_PROB": Knob(1.0, "probability that a batch is mixed at all", between(0, 1),
+                           takes_effect={("AUG.MIXUP", "AUG.CUTMIX"): above(0)}),
+    "AUG.MIXUP_SWITCH_PROB": Knob(0.5, "fraction of the mixed batches that gets cutmix, if both are on", between(0, 1),
+                                  takes_effect={"AUG.MIXUP": above(0), "AUG.CUTMIX": above(0)}),
+    "AUG.MIXUP_OFF_EPOCH": Knob(0, "(new) how many epochs mix batches, from the first on; 0: all", at_least(0),
+                                takes_effect={("AUG.MIXUP", "AUG.CUTMIX"): above(0)}),
+    "AUG.MEAN": Knob([0.485, 0.456, 0.406], "of normalisation: ImageNet's; timm: the backbone's own unless set",
+                     each(between(0, 1))),
+    "AUG.STD": Knob([0.229, 0.224, 0.225], "of normalisation, from the same source", each(above(0))),
     # --------------------------------------------------------------------------- testing, other
-    "TEST.EMA": Knob(False, "--eval takes the averaged weights: ema_best_ckpt.pth of the run, or those in --resume",
+    "TEST.EMA": Knob(False, "--eval takes the EMA weights: ema_best_ckpt.pth of the run, or those in --resume",
                      takes_effect={"EVAL_MODE": True}, flag="--ema"),
     "TEST.REPORT": Knob(True, "(new) --eval ends with the report of report.py", takes_effect=XRAYS),
-    "TEST.CROP": Knob(True, "resize to 8/7 of the size and take the centre; False: the whole image"),
+    "TEST.CROP": Knob(True, "resize to 8/7 of the size and take the centre; False: the whole image", xrays=False),
     "AMP_OPT_LEVEL": Knob("O1", "O0: float32, O1: mixed precision", one_of("O0", "O1"), flag="--amp-opt-level"),
     "AMP_DTYPE": Knob("auto", "(new) auto: what is fast on the device", one_of("auto", "bfloat16", "float16"),
                       takes_effect={"AMP_OPT_LEVEL": "O1"}),
-    "TF32": Knob(False, "(new) what is computed in float32 has 10 bits of mantissa, and is faster", takes_effect=GPU),
-    "DETERMINISTIC": Knob(False, "(new) the same run is the same to the bit on a GPU too, where it is slower"),
-    "OUTPUT": Knob("output", "root of all runs: one lives in OUTPUT/MODEL.NAME/TAG", flag="--output"),
-    "RESULTS": Knob("", "(new) an evaluation lives in RESULTS/evaluation_<timestamp>; empty: results/<DATA.DATASET>"),
-    "TAG": Knob("default", "name of this run", flag="--tag"),
-    "SAVE_FREQ": Knob(1, "epochs between ckpt_epoch_N.pth; the last checkpoint is kept after every epoch", at_least(1)),
+    "TF32": Knob(False, "(new) float32 products with 10 bits of mantissa, which is faster", takes_effect=GPU),
+    "DETERMINISTIC": Knob(False, "(new) two identical runs on a GPU give the same bits too; slower"),
+    "OUTPUT": Knob("output", "root of all runs; the folder of a run is OUTPUT/MODEL.NAME/TAG", flag="--output"),
+    "RESULTS": Knob("", "(new) evaluations are written to RESULTS/evaluation_<timestamp>; empty: results/<dataset>"),
+    "TAG": Knob("default", "name of this run", run_folder, flag="--tag"),
+    "SAVE_FREQ": Knob(1, "epochs between ckpt_epoch_N.pth; last_ckpt.pth is written after every epoch", at_least(1)),
     "LOG.TENSORBOARD": Knob(False, "(new) write epochs and a batch for TensorBoard too, which must be installed"),
     "PRINT_FREQ": Knob(10, "updates between lines of the log", at_least(1)),
-    "SEED": Knob(0, "of all random numbers", at_least(0)),
+    "SEED": Knob(0, "of all random numbers", between(0, 2**32 - 1)),
+    "CFG": Knob("", "(new) name of the file of --cfg, filled in at start: another file does not resume the run"),
     "EVAL_MODE": Knob(False, "evaluate on the test split instead of training", flag="--eval"),
     "THROUGHPUT_MODE": Knob(False, "measure the training step, and the loading of --data-path, and stop",
                             flag="--throughput"),
@@ -328,7 +394,7 @@ def _flatten(node, source, prefix=""):
         if key not in KNOBS and isinstance(value, dict):
             yield from _flatten(value, source, f"{key}.")
         elif key in SECTIONS:
-            raise UserError(f"{source}: the section {key} holds {value!r}; give it keys, or remove it")
+            raise UserError(f"{source}: the section {key} is {value!r}; give it keys, or remove it")
         else:
             yield key, value
 
@@ -360,12 +426,15 @@ def _typed(key, value, source):
     if kind is str and value is None:
         value = ""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{source}: {key} must be of type {kind.__name__}, got {value!r}")
+        brackets = ", in brackets: [...]" if kind is list else ""
+        raise UserError(f"{source}: {key} must be of type {kind.__name__}{brackets}, got {value!r}")
     if kind is list and default:
         number = type(default[0])
         value = [_number(number, v) for v in value]
         if len(value) != len(default) or not all(type(v) is number for v in value):
             raise UserError(f"{source}: {key} must be {len(default)} numbers such as {default}, got {value!r}")
+    if any(isinstance(v, float) and not math.isfinite(v) for v in (value if kind is list else [value])):
+        raise UserError(f"{source}: {key} is {value!r}; it must be finite")
     return value
 
 
@@ -379,24 +448,48 @@ def _put(config, key, value):
 
 
 def _set(config, pairs, source):
-    """Writes (key, value) pairs of one source: a file, --opts or the flags."""
-    pairs, before, type_before = dict(pairs), _backbone(config), config.MODEL.TYPE
-    results_before = f"results/{data_name(config)}"
-    for key, value in pairs.items():
+    """Write (key, value) pairs into the config, each in the type of its key. source: named in errors."""
+    for key, value in pairs:
         if key not in KNOBS:
             raise UserError(f"{source}: unknown key {key}{did_you_mean(key.upper(), KNOBS)}")
         _put(config, key, _typed(key, value, source))
-    # What a file below said of another backbone is not said of this one: its name, and how it is built.
-    if _backbone(config) != before and config.MODEL.NAME and "MODEL.NAME" not in pairs:
-        config.MODEL.NAME = _backbone(config)
-    for key, knob in KNOBS.items():
-        backbone = knob.takes_effect.get("MODEL.TYPE", config.MODEL.TYPE)
-        if backbone == type_before != config.MODEL.TYPE and key not in pairs:
-            _put(config, key, copy.deepcopy(knob.default))
+
+
+def _override(config, pairs, source):
+    """:func:`_set` of a file, --opts or the flags over the sources before it.
+
+    What those set for another backbone or other data does not carry over.
+    """
+    before, pairs = config.clone(), dict(pairs)
+    _set(config, pairs.items(), source)
     if "DATA.DATASET" in pairs and "DATA.SOURCES" not in pairs:
-        config.DATA.SOURCES = []  # of a file below
-    if config.RESULTS == results_before != f"results/{data_name(config)}" and "RESULTS" not in pairs:
-        config.RESULTS = ""  # the folder of a run's own data (its config.json, say), which are not tested now
+        config.DATA.SOURCES = []
+    for key, value in _outdated(before, config):
+        if key not in pairs:
+            _put(config, key, value)
+
+
+def _outdated(before, config):
+    """(key, value to replace it) of what `before` holds only for its own backbone or data, if `config` has others."""
+    if _backbone(config) != _backbone(before) and before.MODEL.NAME:
+        yield "MODEL.NAME", _backbone(config)
+    if config.MODEL.TYPE != before.MODEL.TYPE:
+        for key, knob in KNOBS.items():
+            if knob.takes_effect.get("MODEL.TYPE") == before.MODEL.TYPE:
+                yield key, copy.deepcopy(knob.default)
+    if before.RESULTS == f"results/{data_name(before)}" != f"results/{data_name(config)}":
+        yield "RESULTS", ""  # the default folder of other data, from the config.json of a run
+
+
+class _Loader(yaml.SafeLoader):
+    """Without keys that are given twice: YAML would use the last and drop the others."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [name.value for name, _ in node.value]
+        for name, _ in node.value:
+            if names.count(name.value) > 1 and name.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{name.value} is given twice", name.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _merge_file(config, path, above=()):
@@ -404,23 +497,24 @@ def _merge_file(config, path, above=()):
     if path.resolve() in above:
         raise UserError(f"config file {path}: BASE leads back to the file itself")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"config file {path} is not valid YAML: {reason}") from error
     if not isinstance(content, dict):
-        raise UserError(f"config file {path} holds no keys")
+        raise UserError(f"config file {path} has no keys")
     bases = content.pop("BASE", None) or []
     for base in [bases] if isinstance(bases, str) else bases:
         if base:
             _merge_file(config, path.parent / base, (*above, path.resolve()))
-    _set(config, _flatten(content, path), path)
+    config.CFG = ""  # of a base
+    _override(config, _flatten(content, path), path)
 
 
 def _value(key, text):
-    """What the text of `--opts` means: as in a YAML file, or a Python literal."""
+    """The value of a text of `--opts`: as in a YAML file, or a Python literal."""
     if key in KNOBS and isinstance(KNOBS[key].default, str) and not (KNOBS[key].mapping and text.startswith("{")):
         return text  # TAG 007 is a name
     for read in (ast.literal_eval, yaml.safe_load):
@@ -428,59 +522,98 @@ def _value(key, text):
             return read(text)
         except (ValueError, SyntaxError, yaml.YAMLError):
             continue
+    if text.startswith(("{", "[", "(")):
+        raise UserError(f"--opts: {key} {text!r} cannot be read; check its brackets, quotes and commas")
     return text
 
 
 def _pairs(opts):
-    for text in opts:
-        if text[:1] in ("{", "[", "(") and text[-1] not in "}])":
-            raise UserError(f"--opts: quote the value that begins with {text!r}, so that the shell hands it on as one")
+    for k, text in enumerate(opts):
+        key, equals, value = text.partition("=")
+        if equals and (key.upper() in KNOBS or text == "="):
+            raise UserError(f"--opts takes KEY VALUE without an equals sign, such as {key or opts[k - 1]} {value or 3}")
+        if text.startswith(("{", "[", "(")) and not text.endswith(("}", "]", ")")):
+            if any(later.endswith(("}", "]", ")")) for later in opts[k:]):
+                raise UserError(
+                    f"--opts: quote the value that begins with {text!r}, so that the shell passes it as one"
+                )
+            raise UserError(f"--opts: {text!r} has a bracket that is not closed")
     if len(opts) % 2:
         raise UserError(f"--opts takes pairs KEY VALUE; {opts[-1]!r} has no partner")
     return [(key, _value(key, text)) for key, text in zip(opts[::2], opts[1::2])]
 
 
-def get_config(args, own_values=None):
+def get_config(args, *own_values):
     """The config that parsed arguments describe, validated and frozen.
 
     args needs `cfg`; `opts` (a list KEY VALUE ...) and the flags (by argparse's names) count where they are not None.
-    own_values: function (config) -> {key: value}, what its backbone has as defaults (`models.own_values`).
+    own_values: functions config -> {key: default} of its data and of its backbone (`dataset.build.own_values`,
+        `models.own_values`).
     """
-    config = _defaults()
-    _merge_arguments(config, args)
-    if own := own_values(config) if own_values else {}:
-        config = _defaults()
-        _set(config, own, f"MODEL.TYPE {config.MODEL.TYPE}")
-        _merge_arguments(config, args)
-    return _checked(config)
+    config = _checked(_with_arguments(_defaults(), args))
+    own = [pair for values in own_values for pair in values(config).items()]
+    if own:
+        defaults = _defaults()
+        _set(defaults, own, "default")
+        config = _checked(_with_arguments(defaults, args))
+    return config
 
 
-def _merge_arguments(config, args):
+def _with_arguments(config, args):
+    """`config` with the file and the other arguments written over it."""
     _merge_file(config, args.cfg)
-    _set(config, _pairs(getattr(args, "opts", None) or []), "--opts")
+    _override(config, _pairs(getattr(args, "opts", None) or []), "--opts")
     flags = {k: getattr(args, knob.flag.strip("-").replace("-", "_"), None) for k, knob in KNOBS.items() if knob.flag}
-    _set(config, {key: value for key, value in flags.items() if value is not None}, "command line")
+    _override(config, {key: value for key, value in flags.items() if value is not None}, "command line")
     config.MODEL.NAME = config.MODEL.NAME or Path(args.cfg).stem
     config.RESULTS = config.RESULTS or f"results/{data_name(config)}"
+    config.CFG = config.CFG or Path(args.cfg).name
+    return config
+
+
+def _saved_pairs(content, source):
+    return [(key, value) for key, value in _flatten(content, source) if key != "BASE"]
 
 
 def from_dict(content, source):
-    """The config that :func:`to_dict` made, validated and frozen; what is not in it has its default.
+    """The config that :func:`to_dict` made, perhaps in another version, validated and frozen.
+
+    Keys that this version does not have are left out, those that are missing have their defaults; :func:`unfamiliar`
+    names both.
 
     Raises:
         UserError: names the key, and `source`, the file it came from.
     """
     config = _defaults()
-    _set(config, _flatten({k: v for k, v in content.items() if k != "BASE"}, source), source)
-    return _checked(config)
+    _set(config, [(key, value) for key, value in _saved_pairs(content, source) if key in KNOBS], source)
+    return _checked(config, f"{source}: ")
 
 
-def _checked(config):
+def unfamiliar(content, source):
+    """A line that names the keys by which a saved config differs from those of this version; empty if none does."""
+    saved = [key for key, _ in _saved_pairs(content, source)]
+    unknown, missing = [key for key in saved if key not in KNOBS], [key for key in KNOBS if key not in saved]
+    parts = [f"has {', '.join(unknown)}, which this version does not have and ignores"] if unknown else []
+    parts += [f"lacks {', '.join(missing)}, for which the defaults are used"] if missing else []
+    return f"{source}: its config {', and '.join(parts)}" if parts else ""
+
+
+def refuse_another_file(saved, config, path):
+    """Raise a UserError if the checkpoint `path`, with the config `saved`, is of a run of another --cfg than now."""
+    begun = saved.get("CFG") or config.CFG
+    if begun != config.CFG:
+        raise UserError(
+            f"{path} is of a run of {begun}, not of {config.CFG}: use another --tag or MODEL.NAME, or continue that "
+            f"run on purpose with --resume {path}"
+        )
+
+
+def _checked(config, source=""):
     for key, knob in KNOBS.items():
         value = lookup(config, key)
-        wrong = knob.allowed(value) if knob.allowed else None
+        wrong = knob.allowed(value) if knob.allowed and value is not None else None
         if wrong:
-            raise UserError(f"{key} is {value!r}; {wrong}")
+            raise UserError(f"{source}{key} is {value!r}; {wrong}")
     config.freeze()
     return config
 
@@ -492,7 +625,8 @@ SOURCE_KEYS = {"dataset": "DATA.DATASET", "path": "DATA.DATA_PATH"} | {
     for key, knob in KNOBS.items()
     if key in ("DATA.ALLOW_MISSING", "DATA.ZIP_MODE") or ({"data", "DATA.DATASET"} & set(knob.takes_effect))
 }
-SOURCE_KEYS.pop("sources_mix")
+for _key in ("sources_mix", "dicom_recipe", "dicom_window"):
+    SOURCE_KEYS.pop(_key)
 
 
 def source_name(source):
@@ -506,14 +640,15 @@ def source_configs(config):
         name, one = source_name(source), config.clone()
         one.defrost()
         own = {SOURCE_KEYS[key]: value for key, value in source.items() if key != "name"}
-        _set(one, {**own, "DATA.SOURCES": [], "DATA.SOURCES_MIX": "size"}, f"DATA.SOURCES {name}")
-        found[name] = _checked(one)
+        alone = {"DATA.SOURCES": [], "DATA.SOURCES_MIX": "size"}
+        _set(one, [*own.items(), *alone.items()], f"DATA.SOURCES {name}")
+        found[name] = _checked(one, f"DATA.SOURCES {name}: ")
     return found or {config.DATA.DATASET: config}
 
 
 def data_name(config):
-    """What the data are called: DATA.DATASET, or the names of DATA.SOURCES."""
-    named = [] if sources(config.DATA.SOURCES) else map(source_name, config.DATA.SOURCES)  # `_checked` tells the fault
+    """The name of the data: DATA.DATASET, or the names of DATA.SOURCES."""
+    named = [] if sources(config.DATA.SOURCES) else map(source_name, config.DATA.SOURCES)  # `_checked` names the fault
     return "+".join(named) or config.DATA.DATASET
 
 
@@ -524,45 +659,78 @@ def to_dict(config):
 
 
 def backbone_name(config):
-    """What a table calls the model: timm's name of it, or that of the run (internimage_b, say)."""
+    """The name of the model in tables: timm's, or that of the run, such as internimage_b."""
     return config.MODEL.TIMM.NAME if config.MODEL.TYPE == "timm" else config.MODEL.NAME
 
 
 def differences(old, new):
-    """{key: (old value, new value)} of two plain config dictionaries, for the keys that differ."""
+    """{key: (old value, new value)} of two plain config dictionaries, for the keys of this version that differ."""
     old, new = (dict(_flatten(c, "")) for c in (old, new))
-    return {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
+    values = {key: (old.get(key, knob.default), new.get(key, knob.default)) for key, knob in KNOBS.items()}
+    return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
 
 
 def without_effect(config, task, uses, device):
-    """A line for each knob that is set and does nothing, by its `takes_effect`.
+    """{key: a line with the reason} of the knobs that are set and do nothing, by their `takes_effect`.
 
     task: of the dataset. uses: the keys that the backbone and the dataset use. device: its type, cpu or cuda.
     """
-    lines = []
+    lines = {}
     for key, knob in KNOBS.items():
         value = lookup(config, key)
         off = not value and "data" not in knob.takes_effect  # a seed of 0 is one
         if off or value == knob.default:
             continue
-        for condition, wanted in knob.takes_effect.items():
-            if condition == "model":
-                missing = None if key in uses else f"the backbone MODEL.TYPE {config.MODEL.TYPE} has no such thing"
-            elif condition == "data":
-                missing = None if key in uses else f"DATA.DATASET {config.DATA.DATASET} has no such thing"
-            elif condition == "device":
-                missing = None if device == wanted else f"it takes effect on a GPU, and this runs on {device}"
-            elif condition == "task":
-                missing = None if task == wanted else f"it is for {wanted} data, this is {task}"
-            else:
-                found = lookup(config, condition)
-                missing = (
-                    None if found == wanted else f"it takes effect with {condition} {wanted!r}, which is {found!r}"
-                )
-            if missing:
-                lines.append(f"{key} {value!r} has no effect: {missing}")
-                break
+        reasons = (_obstacle(config, key, *condition, task, uses, device) for condition in knob.takes_effect.items())
+        if reason := next(filter(None, reasons), None):
+            lines[key] = f"{key} {value!r} has no effect: {reason}"
     return lines
+
+
+def _obstacle(config, key, condition, wanted, task, uses, device):
+    """Why one condition of `takes_effect` does not hold, or None if it does."""
+    match condition:
+        case "model":
+            return None if key in uses else f"the backbone MODEL.TYPE {config.MODEL.TYPE} has no such thing"
+        case "data":
+            return None if key in uses else f"the data of DATA.DATASET {config.DATA.DATASET} do not use it"
+        case "device":
+            return None if device == wanted else f"it is for a GPU, and this runs on {device}"
+        case "task":
+            return None if task == wanted else f"it is for {wanted} data, this is {task}"
+    allowed = wanted if callable(wanted) else one_of(wanted)
+    found = {k: lookup(config, k) for k in ([condition] if isinstance(condition, str) else condition)}
+    wrong = [f"{k} is {value!r}" for k, value in found.items() if allowed(value)]
+    if len(wrong) < len(found):
+        return None
+    needed = allowed(next(iter(found.values()))) if callable(wanted) else f"it must be {wanted!r}"
+    return f"{' and '.join(wrong)}; {needed}"
+
+
+def doubtful(config, updates, workers):
+    """A line for each setting that this run cannot make use of.
+
+    updates: of the whole run. workers: loading processes per process of training, as many as there are CPUs for.
+    """
+    t = config.TRAIN
+    if t.WARMUP_EPOCHS >= t.EPOCHS:
+        yield (
+            f"TRAIN.WARMUP_EPOCHS {t.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {t.EPOCHS}: the peak learning rate is "
+            "never reached"
+        )
+    if t.MIN_LR > t.BASE_LR:
+        yield f"TRAIN.MIN_LR {t.MIN_LR:g} is above TRAIN.BASE_LR {t.BASE_LR:g}: the learning rate rises to the end"
+    left = t.EMA.DECAY**updates
+    if t.EMA.ENABLE and not t.EMA.WARMUP and left > 0.1:
+        yield (
+            f"TRAIN.EMA.DECAY {t.EMA.DECAY} is too slow for a run of {updates} updates: {left:.0%} of the EMA will be "
+            "the weights it started from; use a smaller one, or TRAIN.EMA.WARMUP True"
+        )
+    if workers < config.DATA.NUM_WORKERS:
+        yield (
+            f"DATA.NUM_WORKERS {config.DATA.NUM_WORKERS}: only {workers} loading processes per training process are "
+            "started, for want of CPUs; ask for more CPUs (--cpus-per-task), or set DATA.NUM_WORKERS lower"
+        )
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -573,8 +741,9 @@ $PY main.py --cfg FILE --opts KEY VALUE KEY VALUE
 ```
 
 An option is set by `--opts`, by its flag if the table shows one, or in a YAML file. A later source wins: the defaults
-below, the backbone's defaults, the files of `BASE`, the file of `--cfg`, `--opts`, flags. An option that is set and has
-no effect gives a warning. `$PY` is the Python of the set-up. `$PY config.py > ../docs/options.md` writes this page.
+below (for X-rays those in brackets), the backbone's defaults, the files of `BASE`, the file of `--cfg`, `--opts`,
+flags. An option that is set and has no effect gives a warning. `$PY` is the Python of the set-up.
+`$PY config.py > ../docs/options.md` writes this page.
 """
 TYPES = {str: "text", int: "whole number", float: "number", bool: "True, False", list: "list", dict: "mapping"}
 CONDITIONS = {"model": "the backbone uses it", "data": "the dataset uses it", "device": "the device is a GPU"}
@@ -605,11 +774,12 @@ def options_page():
     sections = {}
     for key, knob in KNOBS.items():
         default = "null" if knob.default is None else str(knob.default) or '""'
+        default += f"` (X-rays: `{knob.xrays}`)" if knob.xrays is not None else "`"
         allowed = knob.allowed and _wanted(knob.allowed, knob.default) or TYPES[knob.kind or type(knob.default)]
         conditions = [_condition(keys, wanted) for keys, wanted in knob.takes_effect.items()]
         flag = f" `{knob.flag}`" if knob.flag else ""
         meaning = knob.meaning.removeprefix("(new) ").replace("<", "&lt;")
-        row = f"| `{key}`{flag} | `{default}` | {allowed} | {meaning} | {', '.join(conditions)} |"
+        row = f"| `{key}`{flag} | `{default} | {allowed} | {meaning} | {', '.join(conditions)} |"
         sections.setdefault(key.partition(".")[0] if "." in key else "Others", []).append(row)
     head = "| key and flag | default | allowed | meaning | takes effect if |\n|---|---|---|---|---|"
     return PAGE + "".join("\n".join((f"\n## {name}\n", head, *rows, "")) for name, rows in sections.items())

@@ -1,12 +1,12 @@
 """Fetches published InternImage weights: `python download_weights.py FOLDER [FILE]`. Resumable and checked."""
 
 import hashlib
-import sys
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-from common.errors import UserError
+from common.errors import UserError, run_command
+from config import Parser
 
 REPOSITORY = "OpenGVLab/InternImage"
 
@@ -20,17 +20,21 @@ def sha256(path):
 
 
 def download(folder, name="internimage_b_1k_224.pth"):
-    """The path of the file in `folder`, fetched if it is not there and compared with the publisher's SHA-256.
+    """The path of the file in `folder`, fetched if it is missing and compared with the publisher's SHA-256.
 
     Raises:
-        UserError: no connection, or another checksum.
+        UserError: a folder that cannot be written, no connection, or another checksum.
     """
     url = hf_hub_url(REPOSITORY, name)
     path = Path(folder) / name
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made ({error.strerror}); choose another one") from error
+    try:
         expected = get_hf_file_metadata(url).etag  # of large files the store's etag is the SHA-256
         if not (path.exists() and sha256(path) == expected):
-            hf_hub_download(REPOSITORY, name, local_dir=folder)  # goes on where an earlier try was cut off
+            hf_hub_download(REPOSITORY, name, local_dir=folder)  # resumes an earlier try
     except Exception as error:  # of the network, of HTTP, of the disk: one remedy for all
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -43,9 +47,13 @@ def download(folder, name="internimage_b_1k_224.pth"):
     return path
 
 
+def main(argv=None):
+    parser = Parser(description="Fetches published InternImage weights.")
+    parser.add_argument("folder", help="where to put the file, such as pretrained")
+    parser.add_argument("file", nargs="?", default="internimage_b_1k_224.pth", help="its name (%(default)s)")
+    args = parser.parse_args(argv)
+    print(f"setup: weights in {download(args.folder, args.file)}")
+
+
 if __name__ == "__main__":
-    try:
-        print(f"setup: weights in {download(*sys.argv[1:])}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

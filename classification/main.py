@@ -30,10 +30,12 @@ from common import logger
 from common.errors import UserError, run_command
 from common.files import write_whole
 from dataset.build import build_datasets, build_loader, worker_count
+from dataset.build import own_values as data_values
 from models import own_values
 from training import checkpoint, compiling, distributed, faults, testing, throughput
 from training.inference import device_name, limit_threads, peak_memory, progress, set_up_device
 from training.log import log_datasets, log_without_effect
+from training.optimizer import ema_decay
 from training.run import build_run
 from training.tasks import TASKS
 
@@ -77,6 +79,8 @@ def train_epoch(run, stop):
     remaining = range(first, position.updates)
     for update in progress(remaining, run.world, desc=f"epoch {position.epoch + 1}", unit="update"):
         lr = run.schedule(position.epoch * position.updates + update)
+        if run.step.ema is not None:
+            run.step.ema.decay = ema_decay(config, position.epoch * position.updates + update)
         try:
             with stop.at_once() if run.to_compile else contextlib.nullcontext():
                 loss, norm = run.step(batches, lr)
@@ -261,7 +265,7 @@ def open_run(config, world):
     """(folder of the run, its log); an evaluation needs a run that is there, or a checkpoint named by a flag."""
     folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
     if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED or folder.is_dir()):
-        tags = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+        tags = sorted({path.parent.name for path in folder.parent.glob("*/*ckpt*.pth")})
         there = f"--tag can be {', '.join(tags)}" if tags else "there is no run beside it, see --output"
         raise UserError(f"--eval: {folder / checkpoint.BEST} does not exist; {there}")
     try:
@@ -275,7 +279,7 @@ def open_run(config, world):
 
 def main(argv=None):
     """Run one command line; returns 0, or the number of the signal that stopped training."""
-    config = config_module.get_config(config_module.parse_args(argv), own_values)
+    config = config_module.get_config(config_module.parse_args(argv), data_values, own_values)
     with distributed.session() as world:
         folder, log = open_run(config, world)
         try:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Sets up everything the project needs, and can run again at any time: what is there is reused.
+# Sets up everything the project needs, and can run again at any time: what exists is reused.
 # See --help. The answers go to mimic_settings.sh, which `make` and the job scripts read.
 set -euo pipefail
+export PYTHONNOUSERSITE=1  # packages in ~/.local would come before the environment's
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
@@ -29,6 +30,8 @@ TEXT
 say() { printf '%s\n' "setup: $*"; }
 fail() { printf '%s\n' "setup: error: $*" >&2; exit 2; }
 have() { command -v "$1" >/dev/null; }
+# Its answer counts, not its exit status: other programs have a -c too.
+fits() { [ "$("$1" -c 'import sys; print((3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null)" = True ]; }
 
 # ------------------------------------------------------------------------------------- options
 settings=$here/mimic_settings.sh
@@ -77,11 +80,12 @@ if [ -n "$data_path" ]; then
   data_path=$(cd "$data_path" && pwd)
 fi
 if [ -n "$weights" ]; then
-  [ -f "$weights" ] || fail "the weights $weights are not there; name the file with --weights, or remove MIMIC_PRETRAINED from $settings"
+  [ -f "$weights" ] || fail "the weights $weights do not exist; name the file with --weights, or remove MIMIC_PRETRAINED from $settings"
   weights=$(cd "$(dirname "$weights")" && pwd)/$(basename "$weights")
 fi
 if [ -n "$python" ]; then
-  have "$python" || fail "--python $python is not there"
+  have "$python" || fail "--python $python does not exist"
+  fits "$python" || fail "--python $python is not a Python 3.10 to 3.13"
   python=$(command -v "$python")
 fi
 case $env_dir in '' | /*) ;; *) env_dir=$PWD/$env_dir ;; esac
@@ -152,7 +156,6 @@ if find_compiler || load_for find_compiler "${gcc_modules[@]}"; then
 fi
 
 # --------------------------------------------------------------------------------- environment
-fits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 find_conda() { conda=$(command -v mamba || command -v conda); }
 [ -n "$env_dir" ] || find_conda || load_for find_conda "${python_modules[@]}" || conda=''
 for candidate in "$python" python3 python3.11 python3.12 python3.13 python3.10; do
@@ -191,14 +194,13 @@ if [ -z "$env_dir" ] && [ -n "$conda" ]; then
 else
   env_dir=${env_dir:-$(dirname "$here")/.venv}
   if [ ! -x "$env_dir/bin/python" ]; then
-    fits "$python" || fail "--python $python is not a Python 3.10 to 3.13"
     say "making a venv in $env_dir with $("$python" --version)"
     "$python" -m venv "$env_dir" || fail "the venv could not be made; on Debian and Ubuntu install python3-venv, then remove $env_dir"
   fi
 fi
 py=$env_dir/bin/python
 fits "$py" && "$py" -m pip --version >/dev/null 2>&1 ||
-  fail "$env_dir holds no working Python 3.10 to 3.13 with pip (on Debian and Ubuntu install python3-venv); remove it and run again"
+  fail "$env_dir has no working Python 3.10 to 3.13 with pip (on Debian and Ubuntu install python3-venv); remove it and run again"
 env_dir=$(cd "$env_dir" && pwd) py=$env_dir/bin/python
 
 # Two set-ups of one environment wait for each other.
@@ -221,7 +223,7 @@ else
   needed=3
   [ "$build" = cpu ] || needed=12
   free=$(df -Pk "$env_dir" | awk 'NR == 2 {print int($4 / 1048576)}')
-  [ "$free" -ge "$needed" ] || fail "$env_dir has $free GB free, the packages take about $needed; make room, or choose another place with --env-dir"
+  [ "$free" -ge "$needed" ] || fail "$env_dir has $free GB free, the packages take about $needed; make room, or choose another folder with --env-dir"
   say "installing torch $torch ($build) and the packages of requirements_mimic.txt; this takes some minutes"
   # torch and torchvision first and pinned: left to the resolver, pip takes the newest CUDA build.
   if "$py" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=10)' "$index/torch/" 2>/dev/null; then
@@ -237,7 +239,7 @@ else
 fi
 
 operator=$here/ops_dcnv3
-# What the kernels depend on: their sources, torch, and which compilers there are.
+# What the kernels depend on: their sources, torch, and the compilers.
 step=$({
   cd "$operator" && find csrc dcnv3 setup.py pyproject.toml -type f -not -name '*.pyc' -not -name '*.so' -not -name '_build.json' |
     LC_ALL=C sort | tr '\n' '\0' | xargs -0 sha256sum
@@ -262,6 +264,8 @@ if [ "$download" = 1 ] && [ -z "$weights" ]; then
 fi
 {
   echo "# Written by setup_mimic_env.sh; run it again to change an answer."
+  echo "# MIMIC_PRETRAINED: weights that train_mimic.sbatch starts from if the job's model is that of MIMIC_CONFIG, by"
+  echo "# default InternImage-B (configs/internimage_b_mimic_cxr_224.yaml); empty: random weights."
   for setting in "MIMIC_PYTHON=$py" "MIMIC_ENV_NAME=$env_name" "MIMIC_ENV_DIR=$chosen_env_dir" \
     "MIMIC_VENV_PYTHON=$chosen_python" "MIMIC_DATA_PATH=$data_path" "MIMIC_EMAIL=$email" "MIMIC_ACCOUNT=$account" \
     "MIMIC_PRETRAINED=$weights" "MIMIC_CONFIG=$config"; do
@@ -277,7 +281,7 @@ mv "$settings.part" "$settings"
 [ -n "$weights" ] || say "no weights: training starts from random ones. To fetch them, run this again without --no-weights"
 say "ready. Next: make demo, or, in $here:"
 if have sbatch && [ -n "$data_path" ]; then
-  say "  sbatch${account:+ -A $account} train_mimic.sbatch"
+  say "  sbatch${account:+ -A $account} train_mimic.sbatch${weights:+   (starts from $weights)}"
 else
-  say "  $py main.py --cfg configs/internimage_b_mimic_cxr_224.yaml --data-path ${data_path:-FOLDER} --pretrained ${weights:-FILE}"
+  say "  $py main.py --cfg ${config:-configs/internimage_b_mimic_cxr_224.yaml} --data-path ${data_path:-FOLDER} --pretrained ${weights:-FILE}"
 fi

@@ -7,10 +7,10 @@ from common.errors import UserError, did_you_mean
 
 
 def _with_build(module):
-    """The module of this full name; None where there is none, or it has no `build`.
+    """The module of this full name; None if it does not exist or has no `build`.
 
     Raises:
-        ModuleNotFoundError: the module is there, but not one that it imports.
+        ModuleNotFoundError: the module exists, but not one that it imports.
     """
     if not all(part.isidentifier() for part in module.split(".")):
         return None

@@ -1,10 +1,18 @@
-"""One logger: coloured lines on the terminal, plain ones in `log_rank<r>.txt`."""
+"""One logger: lines on the terminal, with the level if it is not INFO, and all of it in `log_rank<r>.txt`."""
 
 import logging
 import sys
 from pathlib import Path
 
 from termcolor import colored
+
+
+class _Short(logging.Formatter):
+    """Without the level of plain information."""
+
+    def formatMessage(self, record):
+        record.level = "" if record.levelno == logging.INFO else f"{record.levelname} "
+        return super().formatMessage(record)
 
 
 def build_logger(folder, rank=0):
@@ -16,7 +24,7 @@ def build_logger(folder, rank=0):
     if rank == 0:
         console = logging.StreamHandler(sys.stdout)
         stamp = colored("%(asctime)s", "green") if sys.stdout.isatty() else "%(asctime)s"
-        console.setFormatter(logging.Formatter(f"{stamp} %(message)s", "%H:%M:%S"))
+        console.setFormatter(_Short(f"{stamp} %(level)s%(message)s", "%H:%M:%S"))
         logger.addHandler(console)
     file = logging.FileHandler(Path(folder) / f"log_rank{rank}.txt")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from common import builders
 from common.errors import UserError
-from config import source_configs
+from config import KNOBS, source_configs
 from dataset.files.images import ImageError, take_warnings, warning_kind
 from dataset.preparing import normalize
 from dataset.samplers import EvalSampler, TrainSampler, sampling_weights
@@ -88,6 +88,13 @@ def _fault(dataset, config):
     if not np.array_equal(np.asarray(target), targets[0], equal_nan=targets.dtype.kind == "f"):
         return f"gives item 0 the target {target}, but targets[0] is {targets[0]}"
     return ""
+
+
+def own_values(config):
+    """{config key: value}: the defaults for X-rays, for `config.get_config`; {} for a module with TASK single_label."""
+    names = {one.DATA.DATASET for one in source_configs(config).values()}
+    tasks = {getattr(builders.find("dataset", name, "DATA.DATASET"), "TASK", "multilabel") for name in names}
+    return {key: knob.xrays for key, knob in KNOBS.items() if knob.xrays is not None and "multilabel" in tasks}
 
 
 def build_datasets(config, *splits):
@@ -375,8 +382,9 @@ class Loader(DataLoader):
 
 
 def worker_count(config):
-    """DATA.NUM_WORKERS, but no more than there are CPUs to run them."""
-    return min(config.DATA.NUM_WORKERS, len(os.sched_getaffinity(0)))
+    """DATA.NUM_WORKERS, but no more than there are CPUs for this process of those that torchrun started here."""
+    cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(config.DATA.NUM_WORKERS, max(cpus, 1))
 
 
 def build_loader(config, dataset, *, train, world, log):

@@ -13,6 +13,7 @@ from dataset.files.images import ImageError
 from dataset.releases import use_instead
 from dataset.transforms import photo_transform
 
+TASK = "single_label"  # of this module: the defaults of the config are then those of photographs
 FOLDERS = {"train": "train", "validate": "val", "test": "val"}  # ImageNet's test labels are not public
 
 
@@ -27,7 +28,7 @@ def _load(path):
 class ImageNetDataset(ImageFolder):
     """`<root>/train/<class>/*`, `<root>/val/<class>/*`; item = (image, class index)."""
 
-    task = "single_label"
+    task = TASK
 
     def __init__(self, root, split, transform=None):
         folder = Path(root) / FOLDERS[split]

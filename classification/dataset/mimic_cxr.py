@@ -300,5 +300,6 @@ def table(config, *_splits):
 
 def build(config, *splits):
     """The datasets of `splits` that `config` describes, over one table."""
-    uses = frozenset() if config.DATA.CSV else frozenset({"DATA.IMAGE_FORMAT"})
+    official = find_own_csv(config.DATA.DATA_PATH, config.DATA.CSV) is None
+    uses = frozenset({"DATA.IMAGE_FORMAT", "DATA.LABELER", "DATA.TEST_LABELER"} if official else ())
     return build_radiographs(config, table(config, *splits), splits, uses)

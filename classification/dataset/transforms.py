@@ -11,6 +11,7 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import v2
 
+from common.errors import UserError
 from dataset.preparing import Square, evaluation_transform, resized_side
 
 INTERPOLATION = {"bicubic": v2.InterpolationMode.BICUBIC, "bilinear": v2.InterpolationMode.BILINEAR}
@@ -87,15 +88,21 @@ def photo_transform(config, train):
         middle = [v2.Resize(resized_side(data.IMG_SIZE), interpolation), v2.CenterCrop(data.IMG_SIZE)]
         steps = middle if config.TEST.CROP else [v2.Resize((data.IMG_SIZE, data.IMG_SIZE), interpolation)]
         return v2.Compose([*steps, v2.PILToTensor()])
-    steps = create_transform(
-        data.IMG_SIZE,
-        is_training=True,
-        scale=tuple(aug.CROP_SCALE),
-        hflip=aug.HFLIP,
-        color_jitter=aug.COLOR_JITTER,
-        auto_augment=aug.AUTO_AUGMENT or None,
-        interpolation=data.INTERPOLATION,
-        mean=tuple(aug.MEAN),  # RandAugment fills with it
-        normalize=False,
-    )
+    try:
+        steps = create_transform(
+            data.IMG_SIZE,
+            is_training=True,
+            scale=tuple(aug.CROP_SCALE),
+            hflip=aug.HFLIP,
+            color_jitter=aug.COLOR_JITTER,
+            auto_augment=aug.AUTO_AUGMENT or None,
+            interpolation=data.INTERPOLATION,
+            mean=tuple(aug.MEAN),  # RandAugment fills with it
+            normalize=False,
+        )
+    except (AssertionError, ValueError) as error:  # timm's, of a policy that it does not have
+        raise UserError(
+            f"AUG.AUTO_AUGMENT is {aug.AUTO_AUGMENT!r}: {error}; write it as timm does, such as "
+            "rand-m9-mstd0.5-inc1, or leave it empty"
+        ) from error
     return v2.Compose([steps, *([Erasing(aug)] if aug.REPROB > 0 else [])])

@@ -53,7 +53,9 @@ class RadiographDataset:
         self.domain = image_domain(self.store, self.table.path, dicom_recipe)
         self.label_names, self.targets = table.label_names, self.table.targets
         self.labels, self.cohort = self.table.labels, table.cohort()
-        self.label_mapping, self.uses = table.label_mapping, uses
+        self.label_mapping = table.label_mapping
+        of_dicom = ("DATA.DICOM_RECIPE", "DATA.DICOM_WINDOW") if f"dicom {dicom_recipe}" in self.domain else ()
+        self.uses = uses.union(of_dicom)
         self.summary, self.warnings = table.summary(), unlearnable(self) if split == "train" else []
         self.transform, self.mode = transform, mode
         self.decoding = {"recipe": dicom_recipe, "window": dicom_window, "shrink_to": shrink_to}

@@ -1,9 +1,11 @@
-"""Starts a script on every GPU of a Slurm job: one `srun` task a node runs this, as slurm_job.sh does.
+"""Starts a script on every GPU of a machine; in a Slurm job one `srun` task a node runs this, as slurm_job.sh does.
 
     srun --ntasks-per-node=1 python -m jobs.launch main.py --cfg ...
+    python -m jobs.launch main.py --cfg ...                               without Slurm
 
-It is torchrun with two things added: the nodes agree on a port that is free (`distributed.meet`), and a process that
-ends is one line of it, not a traceback.
+It is torchrun with three things added: the nodes agree on a port that is free (`distributed.meet`), a signal reaches
+the training processes and the launcher waits until they have saved, and a process that ends is one line, not a
+traceback.
 """
 
 import logging
@@ -11,47 +13,124 @@ import os
 import signal
 import socket
 import sys
+import tempfile
+import threading
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-from common.errors import UserError
+from common.errors import UserError, run_command
 from training import distributed
+
+# A signal to the launcher -> what the training processes get. Slurm signals them too: TERM may arrive twice, a second
+# INT would end them at once.
+FORWARDED = {
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+}
 
 
 def main(argv):
-    """Run `argv`, a script and its arguments, once a GPU of this node; returns the exit status."""
+    """Run `argv`, a script and its arguments, once a GPU of this node; returns the signal that stopped it, or 0.
+
+    Raises:
+        UserError: a process was killed, or another node is lost.
+        SystemExit: a process ended by itself; its message is above.
+    """
     logging.disable(logging.ERROR)  # torchrun's own lines about a process that ends
     env = os.environ
-    nodes = int(env["SLURM_STEP_NUM_NODES"])
+    nodes = int(env.get("SLURM_STEP_NUM_NODES", 1))
     where = ["--standalone"]
     if nodes > 1:
         store = distributed.meet(int(env["SLURM_PROCID"]), nodes)  # the first node's lives as long as this process
         where = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-id {env['SLURM_JOB_ID']} --rdzv-conf is_host=0".split()
         where += ["--rdzv-endpoint", f"{store.host}:{store.port}"]
-    try:
-        run.main([*where, "--nproc-per-node", env.get("SLURM_GPUS_ON_NODE", "1"), *argv])
-        return 0
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:  # it has said why
-            return failure.exitcode
-        name = signal.Signals(-failure.exitcode).name
-        hint = ", most often for memory: give the job more (--mem), or DATA.NUM_WORKERS less"
-        hint = hint if name == "SIGKILL" else ""
-        raise UserError(f"the process of rank {rank} on {socket.gethostname()} was ended by {name}{hint}") from None
-    except SignalException as error:
-        return 128 + error.sigval
-    except (RendezvousError, dist.DistError) as error:
+    warn_of_missing_gpus(int(env.get("SLURM_GPUS_ON_NODE", 0)))
+    processes = env.get("SLURM_GPUS_ON_NODE") or str(max(1, torch.cuda.device_count()))
+    with tempfile.TemporaryDirectory() as folder:
+        # Asked for in a file, a training that was stopped ends with 0, and torchrun ends no other process that saves.
+        ours = Path(folder) / "status"
+        env.setdefault("MIMIC_JOB_STATUS", str(ours))
+        received, error = _run([*where, "--nproc-per-node", processes, *argv])
+        interrupted = ours.exists() and ours.read_text().startswith("interrupted")
+    if received and (interrupted or error):
+        return received[0]
+    if isinstance(error, ChildFailedError):
+        _explain(*error.get_first_failure())
+    if isinstance(error, (RendezvousError, dist.DistError)):
         raise UserError(f"{socket.gethostname()} lost the other nodes ({str(error).splitlines()[0]})") from None
+    if error:
+        raise error
+    return 0
+
+
+def _run(arguments):
+    """(signals that were received, exception or None) of torchrun with these arguments.
+
+    It runs in a thread, where it leaves the signals to this function: its own handlers end the training processes after
+    30 seconds, and it has none for USR1.
+    """
+    received, errors = [], []
+
+    def work():
+        try:
+            run.main(arguments)
+        except BaseException as error:
+            errors.append(error)
+
+    def forward(number, _frame):
+        again = number == signal.SIGINT in received  # Ctrl-C twice: at once
+        received.append(number)
+        for process in _children():
+            os.kill(process, signal.SIGKILL if again else FORWARDED[number])
+
+    for number in FORWARDED:
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup, or by slurm_job.sh, whose USR1 reaches all processes
+            signal.signal(number, forward)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return received, errors[0] if errors else None
+
+
+def _children():
+    """Ids of the processes that this one has started."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if int(state[1]) == os.getpid():
+            yield int(path.parent.name)
+
+
+def _explain(rank, failure):
+    """End as the process of `rank` did, whose own message is above, or raise a UserError for a killed one."""
+    if failure.exitcode > 0:
+        sys.exit(failure.exitcode)
+    name = signal.Signals(-failure.exitcode).name
+    hint = ", most often for memory: give the job more (--mem), or DATA.NUM_WORKERS less" if name == "SIGKILL" else ""
+    raise UserError(f"the process of rank {rank} on {socket.gethostname()} was ended by {name}{hint}")
+
+
+def warn_of_missing_gpus(given):
+    """One line if torch sees fewer GPUs than Slurm has given to this node."""
+    seen = torch.cuda.device_count()
+    if seen < given:
+        what = "training runs on the CPU" if seen == 0 else "several processes share a GPU"
+        print(
+            f"warning: SLURM_GPUS_ON_NODE is {given} on {socket.gethostname()}, but torch {torch.__version__} sees "
+            f"{seen} GPUs: {what}. Try nvidia-smi there, and run setup_mimic_env.sh in such a job",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, sys.argv[1:])

@@ -1,7 +1,7 @@
-"""Does this environment compute rightly? `python -m jobs.self_test`: the operator against its definition, one step.
+"""Does this environment compute correctly? `python -m jobs.self_test`: the operator against its definition, one step.
 
-On every device there is. Kernels that do not fit a GPU have been known to give garbage without an error:
-that is found here and not after a night of training. That the operator runs without its kernels is told too.
+It runs on every device of this machine. Kernels that do not fit a GPU have been known to give garbage without an error:
+this finds it before a night of training. It also prints if the operator runs without its kernels.
 """
 
 import argparse
@@ -56,11 +56,11 @@ def check_step(device):
 def main():
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             check_operator(device)
-        # A GPU can be one that the kernels do not run on: then only the first call tells.
-        slow = [str(w.message) for w in said if "plain PyTorch" in str(w.message)]
+        # Kernels that do not run on this GPU are noticed at the first call only.
+        slow = [str(w.message) for w in caught if "plain PyTorch" in str(w.message)]
         check_step(device)
         name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
         for message in slow:

@@ -1,4 +1,4 @@
-"""Submits the job that goes on where another one stopped and may not be requeued; train_mimic.sbatch runs this.
+"""Submits the job that continues another one, which stopped and may not be requeued; train_mimic.sbatch runs this.
 
     python jobs/successor.py JOB train_mimic.sbatch ARGUMENTS...
 

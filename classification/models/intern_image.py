@@ -301,6 +301,12 @@ def build(config):
                 f"MODEL.INTERN_IMAGE.GROUPS: level {level} has {m.CHANNELS * 2**level} channels, "
                 f"which do not divide into {groups} groups"
             )
+    normed = m.LEVEL2_POST_NORM_BLOCK_IDS or () if m.LEVEL2_POST_NORM else ()
+    if normed and max(normed) >= m.DEPTHS[2]:
+        raise UserError(
+            f"MODEL.INTERN_IMAGE.LEVEL2_POST_NORM_BLOCK_IDS {list(normed)}: the third level has the blocks 0 to "
+            f"{m.DEPTHS[2] - 1} (DEPTHS)"
+        )
     return InternImage(
         num_classes=config.MODEL.NUM_CLASSES,
         channels=m.CHANNELS,
@@ -316,7 +322,7 @@ def build(config):
         dw_kernel_size=m.DW_KERNEL_SIZE,
         center_feature_scale=m.CENTER_FEATURE_SCALE,
         remove_center=m.REMOVE_CENTER,
-        level2_post_norm_block_ids=m.LEVEL2_POST_NORM_BLOCK_IDS or () if m.LEVEL2_POST_NORM else (),
+        level2_post_norm_block_ids=normed,
         use_clip_projector=m.USE_CLIP_PROJECTOR,
         use_checkpoint=config.TRAIN.USE_CHECKPOINT,
     )

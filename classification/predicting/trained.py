@@ -1,5 +1,6 @@
 """A checkpoint alone -> a model that can be asked: weights, labels, size and preprocessing come from it."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def load(path, *, ema=False, device="cpu", dicom_recipe=None):
     if not isinstance(state["config"], dict):
         raise UserError(f"{path} is not a checkpoint of this project: its config is no dictionary")
     config = config_module.from_dict(state["config"], path)
+    if line := config_module.unfamiliar(state["config"], path):
+        print(f"warning: {line}", file=sys.stderr)
     if dicom_recipe:
         config.defrost()
         config.DATA.DICOM_RECIPE = dicom_recipe

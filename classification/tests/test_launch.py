@@ -3,11 +3,17 @@
 import multiprocessing
 import os
 import random
+import re
+import signal
 import socket
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from common.errors import UserError
+from conftest import ROOT
 from jobs import successor
 from training import distributed
 
@@ -96,6 +102,57 @@ def test_the_end_of_another_rank_is_one_line():
     assert answers.get(timeout=60) == ("UserError", distributed.LOSS_OF_PEER)
     for process in ranks:
         process.join()
+
+
+RANK = """
+import os, signal, sys, time
+got = []
+for name in ("SIGUSR1", "SIGTERM"):
+    signal.signal(getattr(signal, name), lambda number, _: got.append(signal.Signals(number).name))
+print("ready", flush=True)
+while not got:
+    time.sleep(0.01)
+if os.environ["RANK"] == "0":  # the others do not wait for what it saves
+    time.sleep(0.5)
+    with open(os.environ["MIMIC_JOB_STATUS"], "w") as file:
+        file.write("interrupted 1 2")
+print("saved after", *got, flush=True)
+"""
+
+
+def test_a_signal_to_the_launcher_lets_the_processes_save(tmp_path):
+    """As a closed terminal, Ctrl-C or a time limit send it; the exit status is that of a shell, 128 + its number."""
+    (tmp_path / "rank.py").write_text(RANK)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MIMIC"))}
+    command = [sys.executable, "-m", "jobs.launch", str(tmp_path / "rank.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    sent = {signal.SIGUSR1: "SIGUSR1", signal.SIGHUP: "SIGTERM", signal.SIGINT: "SIGTERM"}
+
+    def restore():  # a shell's background job ignores INT
+        for number in sent:
+            signal.signal(number, signal.SIG_DFL)
+
+    given = {"env": environment | {"SLURM_GPUS_ON_NODE": "2"}, "cwd": ROOT, "preexec_fn": restore}
+    launchers = {number: subprocess.Popen(command, **pipes, **given) for number in sent}
+    for number, launcher in launchers.items():
+        assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        launcher.send_signal(number)
+    for number, launcher in launchers.items():
+        said, errors = launcher.communicate(timeout=60)
+        assert (launcher.returncode, said) == (128 + number, f"saved after {sent[number]}\n" * 2), errors
+        assert "Traceback" not in errors
+        seen = torch.cuda.device_count()
+        warned = re.search(rf"^warning: SLURM_GPUS_ON_NODE is 2 on \S+, but torch \S+ sees {seen} GPUs: ", errors, re.M)
+        assert bool(warned) == (seen < 2)
+
+
+def test_a_process_that_fails_is_not_buried(tmp_path):
+    """Its own line is the last, and its status that of the launcher."""
+    (tmp_path / "rank.py").write_text("import sys\nprint('error: why', file=sys.stderr)\nsys.exit(2)\n")
+    command = [sys.executable, "-m", "jobs.launch", str(tmp_path / "rank.py")]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MIMIC"))}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, set(done.stderr.splitlines())) == (2, {"error: why"})
 
 
 def test_a_container_without_scontrol_is_told_of_master_addr(monkeypatch):

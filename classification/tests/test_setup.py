@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from conftest import ROOT
+from download_weights import download
+from jobs import weights
 
 
 @functools.cache
@@ -172,15 +175,16 @@ def test_weights_are_checked(tmp_path, monkeypatch):
 
 def test_answers_are_kept_and_a_missing_file_is_named(tmp_path):
     done = setup("--check", "--weights", "/does/not/exist")
-    assert done.returncode == 2 and "the weights /does/not/exist are not there" in done.stderr
+    assert done.returncode == 2 and "the weights /does/not/exist do not exist" in done.stderr
     (tmp_path / "b.pth").touch()
     done = setup("--check", "--weights", tmp_path / "b.pth", "--data-path", tmp_path)
     assert re.search(rf"weights: +{tmp_path}/b.pth", done.stdout) and re.search(rf"data: +{tmp_path}\n", done.stdout)
 
 
-def test_every_answer_is_remembered(tmp_path):
-    """A set-up with stand-ins: a python that agrees to everything. The next run needs no option."""
-    home, env = tmp_path / "classification", tmp_path / "my env"
+@pytest.fixture
+def set_up(tmp_path):
+    """set_up(*options) -> (what the set-up prints, its settings): with a python that agrees to everything."""
+    home = tmp_path / "classification"
     (home / "ops_dcnv3").mkdir(parents=True)
     for name in ("setup_mimic_env.sh", "requirements_mimic.txt"):
         shutil.copy(ROOT / name, home)
@@ -189,27 +193,114 @@ def test_every_answer_is_remembered(tmp_path):
     for name in ("setup.py", "pyproject.toml"):
         (home / "ops_dcnv3" / name).touch()
     python = tmp_path / "python"
-    make = f"mkdir -p '{env}/bin' && cp '{python}' '{env}/bin/python'"
-    python.write_text(f'#!/bin/sh\n[ "$2" != venv ] || {{ {make}; }}\n')
+    make = f'mkdir -p "$3/bin" && cp "{python}" "$3/bin/python"'
+    python.write_text(f'#!/bin/sh\n[ "$1" != -c ] || echo True\n[ "$2" != venv ] || {{ {make}; }}\n')
     python.chmod(0o755)
-    answers = ("--env-dir", "my env", "--python", python, "--account", "lab", "--data-path", home, "--email", "a@b.c")
 
-    def setup_here(*options):
-        command = ["bash", str(home / "setup_mimic_env.sh"), "--yes", "--no-weights", *map(str, options)]
+    def run(*options):
+        first = [] if (home / "mimic_settings.sh").exists() else ["--python", python]
+        weights = [] if "--weights" in options else ["--no-weights"]
+        command = ["bash", home / "setup_mimic_env.sh", "--yes", *first, *weights, *options]
         environment = {k: v for k, v in os.environ.items() if k != "MIMIC_ENV_DIR"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        settings = (home / "mimic_settings.sh").read_text()
-        return done.stdout, settings
+        return done.stdout, (home / "mimic_settings.sh").read_text()
 
-    said, settings = setup_here(*answers)
+    return run
+
+
+def test_every_answer_is_remembered(set_up, tmp_path):
+    """The next run needs no option."""
+    home, env, python = tmp_path / "classification", tmp_path / "my env", tmp_path / "python"
+    _, settings = set_up("--env-dir", "my env", "--account", "lab", "--data-path", home, "--email", "a@b.c")
     assert "MIMIC_ACCOUNT=lab\n" in settings and f"MIMIC_VENV_PYTHON={python}\n" in settings
     shell = ". ./mimic_settings.sh; env | grep SBATCH; echo $MIMIC_ENV_DIR"
     done = subprocess.run(["bash", "-c", shell], cwd=home, capture_output=True, text=True)
     assert done.stdout == f"SBATCH_ACCOUNT=lab\n{env}\n"
     shutil.rmtree(env)
-    again, same = setup_here()
+    again, same = set_up()
     assert same == settings and f"making a venv in {env}" in again
+
+
+def test_what_follows_the_set_up_names_the_weights(set_up, tmp_path):
+    said, settings = set_up("--env-dir", tmp_path / "e")
+    assert "no weights: training starts from random ones" in said
+    (tmp_path / "b.pth").touch()
+    said, settings = set_up("--weights", tmp_path / "b.pth")
+    assert f"MIMIC_PRETRAINED={tmp_path}/b.pth\n" in settings and "no weights" not in said
+    assert re.search(rf"main.py --cfg \S+ --data-path FOLDER --pretrained {tmp_path}/b.pth", said)
+
+
+def test_downloading_without_a_folder_is_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "download_weights.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: the following arguments are required: folder")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="the folder .*/file/w cannot be made .Not a directory"):
+        download(tmp_path / "file" / "w")
+
+
+STAGE = ROOT / "jobs" / "stage.sh"
+
+
+def test_staged_data_have_their_tables(tmp_path):
+    """--data-path may be files/: the tables beside it, and one folder higher, come along."""
+    release = tmp_path / "lab" / "mimic"
+    (release / "files" / "p10").mkdir(parents=True)
+    (release / "other").mkdir()
+    for name in (
+        "mimic/files/p10/a.jpg",
+        "mimic/mimic-cxr-x-split.csv.gz",
+        "mimic/recipe.json",
+        "above.csv",
+        "big.zip",
+    ):
+        (tmp_path / "lab" / name).write_text(name)
+    done = subprocess.run(["bash", STAGE, release / "files", tmp_path / "node"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    copied = sorted(str(p.relative_to(tmp_path / "node")) for p in (tmp_path / "node").rglob("*") if p.is_file())
+    assert copied == ["above.csv", "mimic/files/p10/a.jpg", "mimic/mimic-cxr-x-split.csv.gz", "mimic/recipe.json"]
+
+
+@pytest.mark.parametrize("full", ["a.jpg", "t.csv"])
+def test_a_node_that_is_full_keeps_no_part(tmp_path, full):
+    data, tools = tmp_path / "mimic" / "files", tmp_path / "tools"
+    data.mkdir(parents=True)
+    tools.mkdir()
+    (data / "a.jpg").touch()
+    (data.parent / "t.csv").touch()
+    fails = f'case "$*" in *{full}*) exit 1 ;; esac\n' if full == "t.csv" else "exit 1\n"
+    (tools / "cp").write_text(f'#!/bin/sh\n{shutil.which("cp")} "$@"\n{fails}')
+    (tools / "cp").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", STAGE, data, tmp_path / "node"], env=environment)
+    assert done.returncode == 1 and not (tmp_path / "node").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, passed_on",
+    [
+        ([], True),
+        (["--cfg", "internimage_b_mimic_cxr_512"], True),
+        (["--opts", "TRAIN.EPOCHS", "3", "DATA.IMG_SIZE", "256"], True),
+        (["--cfg", "densenet121_mimic_cxr_224"], False),
+        (["--cfg", "internimage_s_mimic_cxr_224"], False),
+        (["--opts", "MODEL.TYPE", "timm", "MODEL.TIMM.NAME", "resnet50"], False),
+        (["--opts", "MODEL.INTERN_IMAGE.CHANNELS", "64"], False),
+        (["--pretrained", "own.pth"], False),
+    ],
+)
+def test_weights_go_with_their_model(arguments, passed_on, capsys):
+    config = f"{ROOT}/configs/internimage_b_mimic_cxr_224.yaml"
+    arguments = [f"{ROOT}/configs/{a}.yaml" if a.endswith(("_224", "_512")) else a for a in arguments]
+    try:
+        status = weights.main(["b.pth", config, "--cfg", config, *arguments])
+    except SystemExit as error:
+        status = error.code
+    assert bool(status) != passed_on
+    said = capsys.readouterr().out
+    assert ("b.pth is not passed on: it is for the model of" in said) == (not passed_on and "own.pth" not in arguments)
 
 
 def test_help_names_every_option():
@@ -225,11 +316,9 @@ def test_mistakes_are_named():
         (["--nonsense"], "unknown option --nonsense"),
         (["--env-name"], "--env-name needs a value"),
         (["--data-path", "/does/not/exist"], "--data-path /does/not/exist is not a folder"),
-        (
-            ["--env-dir", "/does/not/exist", "--python", "/bin/false"],
-            "--python /bin/false is not a Python 3.10 to 3.13",
-        ),
-        (["--python", "/does/not/exist"], "--python /does/not/exist is not there"),
+        (["--check", "--python", "/bin/true"], "--python /bin/true is not a Python 3.10 to 3.13"),
+        (["--check", "--python", "perl"], "--python perl is not a Python 3.10 to 3.13"),
+        (["--python", "/does/not/exist"], "--python /does/not/exist does not exist"),
     ):
         done = setup(*options)
         assert done.returncode == 2 and message in done.stderr, (options, done.stderr)

@@ -382,23 +382,30 @@ def test_a_turn_without_progress_is_the_last(house):
     # A main.py that is stopped before its first update, whatever it is asked.
     (house.folder / "main.py").write_text(f"open({str(status)!r}, 'w').write({place!r})")
     assert house.wait(job) == "FAILED", house.log(job)
-    assert "two turns ended at the same place" in house.log(job) and "sbatch -t" in house.log(job)
+    assert "two turns ended at the same position" in house.log(job) and "sbatch -t" in house.log(job)
 
 
 @side_by_side
 def test_data_can_be_staged_and_other_data_evaluated(house):
     node = house.home / "node"
     node.mkdir()
-    job = house.submit("train_mimic.sbatch", MIMIC_STAGE="1", TMPDIR=str(node))
+    house.use_data(house.tree / "files")  # the tables are beside it
+    with open(house.folder / "mimic_settings.sh", "a") as file:
+        file.write("MIMIC_PRETRAINED=/of/tiny.pth\n")
+    own = ("--opts", "MODEL.INTERN_IMAGE.CHANNELS", 32)
+    job = house.submit("train_mimic.sbatch", *own, MIMIC_STAGE="1", TMPDIR=str(node))
     assert house.wait(job) == "COMPLETED", house.log(job)
-    assert f"copying {house.tree} to {node}/mimic_{job}" in house.log(job)
+    assert f"copying {house.tree}/files to {node}/mimic_{job}" in house.log(job)
+    assert "/of/tiny.pth is not passed on: it is for the model of tiny.yaml" in house.log(job)
+    blind = torch.cuda.device_count() == 0
+    assert blind == ("warning: SLURM_GPUS_ON_NODE is 1" in house.log(job)), house.log(job)
     assert f"data in {node}/mimic_{job}" in house.log(job)
     assert not list(node.glob("mimic_*"))  # the disk is given back
 
     house.use_data("/gone")
     other = house.home / "nih"
     write_tree(other, patients=14, size=64, layout="nih", progress=False)
-    command = ("eval_mimic.sbatch", house.run / "ckpt_epoch_2.pth", "--dataset", "nih", "--data-path", other)
+    command = ("eval_mimic.sbatch", house.run / "ckpt_epoch_2.pth", "--dataset", "nih", "--data-path", other, *own)
     test = house.submit(*command)
     assert house.wait(test, kind="eval") == "COMPLETED", house.log(test, "eval")
     log = house.log(test, "eval")
@@ -467,7 +474,7 @@ def test_mistakes_are_named(house):
     assert house.wait(job) == "FAILED" and "run bash setup_mimic_env.sh first" in house.log(job)
     house.use_data("/does/not/exist")
     job = house.submit("train_mimic.sbatch")
-    assert house.wait(job) == "FAILED" and "'/does/not/exist', is not there" in house.log(job)
+    assert house.wait(job) == "FAILED" and "'/does/not/exist', does not exist" in house.log(job)
     job = house.submit("eval_mimic.sbatch", "--data-path=/nor/this")
     assert house.wait(job, kind="eval") == "FAILED"
     assert "--data-path /nor/this is not a folder" in house.log(job, "eval")

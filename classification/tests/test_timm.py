@@ -256,7 +256,8 @@ def test_a_backbone_that_cannot_be(name, size, message):
 
 def test_settings_without_effect():
     def named(config, uses=()):
-        return [line.split(" has no")[0] for line in config_module.without_effect(config, "multilabel", uses, "cpu")]
+        lines = config_module.without_effect(config, "multilabel", uses, "cpu").values()
+        return [line.split(" has no")[0] for line in lines]
 
     config = config_of(
         "densenet121", DATA__IMG_SIZE=64, MODEL__DROP_RATE=0.1, MODEL__DROP_PATH_RATE=0.3, TRAIN__USE_CHECKPOINT=True,

@@ -83,9 +83,9 @@ def read_with_digest(path):
 
 def _read(path, digest):
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     try:
+        if not path.is_file():
+            raise UserError(f"checkpoint {path} {'is a folder' if path.is_dir() else 'does not exist'}")
         with open(path, "rb") as file:
             found = digest(file)
             file.seek(0)
@@ -101,7 +101,9 @@ def _read(path, digest):
             with torch.serialization.safe_globals([(_Inert, name) for name in unknown]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the pickle protocol of foreign files
                 return torch.load(file, map_location="cpu", weights_only=True), found
-    except PermissionError as error:
+    except UserError:
+        raise
+    except PermissionError as error:  # of the file, or of a folder above it
         raise UserError(
             f"checkpoint {path} cannot be opened ({error.strerror}); ask its owner to let you read it"
         ) from error
@@ -215,8 +217,10 @@ def load_weights(model, state, path, label_names, ema=False):
     load_strictly(model, weights, path)
 
 
-def log_differences(state, config, log, but=()):
-    """Say which options have changed since the checkpoint was written, apart from `but`."""
+def log_differences(state, path, config, log, but=()):
+    """Log which options have changed since the checkpoint at `path` was written, apart from `but`."""
+    if line := config_module.unfamiliar(state["config"], path):
+        log.warning(line)
     changed = config_module.differences(state["config"], config_module.to_dict(config))
     for key, (old, new) in changed.items():
         if key not in but:

@@ -63,6 +63,7 @@ FAULTS = (
     (r"(\S+) does not have a deterministic implementation", _not_deterministic),
     (r"(dcnv3: DCNV3_[A-Z]+=.*)", _kernel),  # one asked for by name
     (r"^torch\._(?:dynamo|inductor)\S*: (.*)", _compilation),
+    (r"(out of resource: .*)", _compilation),  # Triton's: a GPU's shared memory, not /dev/shm
     (r"shared memory|/dev/shm|Bus error", _shared_memory),
     (r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory|^builtins.MemoryError", _memory),
     (r"DataLoader worker .*(exited unexpectedly|killed by signal)", _worker),

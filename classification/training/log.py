@@ -20,7 +20,6 @@ def log_without_effect(log, config, dataset, model, device):
         config_module.without_effect(one, part.task, model.uses | getattr(part, "uses", frozenset()), device.type)
         for one, part in parts_of(dataset, config).values()
     ]
-    for line in by_source[0]:
-        key = line.split()[0]
-        if all(any(other.split()[0] == key for other in lines) for lines in by_source):
+    for key, line in by_source[0].items():
+        if all(key in lines for lines in by_source):
             log.warning(line)

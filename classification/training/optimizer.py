@@ -51,3 +51,9 @@ def set_lr(optimizer, lr):
     """Set the rate of every group to lr x its lr_scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def ema_decay(config, step):
+    """Decay of the EMA at an update, counted from 0: TRAIN.EMA.DECAY, with WARMUP rising to it from 0 as in timm."""
+    ema = config.TRAIN.EMA
+    return min(ema.DECAY, 1 - (1 + step) ** (-2 / 3)) if ema.WARMUP else ema.DECAY

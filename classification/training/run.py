@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
+import config as config_module
 from analysis.metrics import Metric
 from dataset.build import Loader, build_datasets, build_loader, fingerprint, worker_count
 from dataset.mixing import build_mixing
@@ -153,7 +154,10 @@ def find_checkpoint(config, folder, log):
     found = checkpoint.find_last(folder, log) if config.TRAIN.AUTO_RESUME else None
     if found is None:
         return (config.MODEL.RESUME, checkpoint.read(config.MODEL.RESUME)) if config.MODEL.RESUME else None
-    if config.MODEL.RESUME and Path(config.MODEL.RESUME).absolute() != Path(found[0]).absolute():
+    if Path(config.MODEL.RESUME).absolute() == Path(found[0]).absolute():
+        return found
+    config_module.refuse_another_file(found[1]["config"], config, found[0])
+    if config.MODEL.RESUME:
         # So that a job submitted with --resume continues from its own progress when it is requeued.
         log.warning(f"{found[0]} is used, not --resume: this run has begun. Use another --tag to begin a new one")
     return found
@@ -186,8 +190,8 @@ def _log_start(run):
         f"{images} / TRAIN.LR_REFERENCE_BATCH {config.TRAIN.LR_REFERENCE_BATCH}"
     )
     log.info(f"the best checkpoint is chosen by {run.metric.key}, {run.metric.direction} (TRAIN.BEST_BY)")
-    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
-        log.warning("TRAIN.WARMUP_EPOCHS is not below TRAIN.EPOCHS: the peak learning rate is never reached")
+    for line in config_module.doubtful(config, config.TRAIN.EPOCHS * run.position.updates, worker_count(config)):
+        log.warning(line)
     if config.TRAIN.COMPILE:
         log.info(
             "compiling the model: the first update takes minutes. What is made is kept in "

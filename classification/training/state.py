@@ -304,7 +304,7 @@ class Origin:
         self.patients = together(self.patients, state.get("patients", {}))
         if warning := domain_warning(state.get("domain"), self.domain):
             self.log.warning(warning)
-        checkpoint.log_differences(state, self.config, self.log)
+        checkpoint.log_differences(state, path, self.config, self.log)
 
 
 def restore(parts, state, path):

@@ -19,7 +19,7 @@ from training.tasks import TASKS
 
 # What the model sees of an image; trained with another value, its scores are lower.
 SEEN = ("DATA.IMG_SIZE", "DATA.RESIZE", "DATA.INTERPOLATION", "AUG.MEAN", "AUG.STD", "TEST.CROP")
-OF_EVALUATION = ("EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
+OF_EVALUATION = ("CFG", "EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
 
 
 @dataclass
@@ -42,7 +42,7 @@ def load_tested(config, folder, dataset, log):
     state, sha256 = checkpoint.read_with_digest(path)
     checkpoint.load_weights(model, state, path, dataset.label_names, ema=config.TEST.EMA)
     refuse_known(state.get("patients", {}), dataset, config, path)
-    checkpoint.log_differences(state, config, log, but=OF_EVALUATION)
+    checkpoint.log_differences(state, path, config, log, but=OF_EVALUATION)
     weights = ("model", "model_ema", "optimizer")
     return Tested(model, path, sha256, {key: value for key, value in state.items() if key not in weights})
 
