@@ -59,8 +59,8 @@ def main(argv):
         env.setdefault("MIMIC_JOB_STATUS", str(ours))
         received, error = _run([*where, "--nproc-per-node", processes, *argv])
         interrupted = ours.exists() and ours.read_text().startswith("interrupted")
-    if received and (interrupted or error):
-        return received[0]
+    if interrupted or (received and error):
+        return received[0] if received else signal.SIGUSR1  # none: near the time limit of a job
     if isinstance(error, ChildFailedError):
         _explain(*error.get_first_failure())
     if isinstance(error, (RendezvousError, dist.DistError)):
