@@ -62,6 +62,27 @@ def test_the_page_of_options_is_generated():
     assert (TOP / "docs/options.md").read_text() == config_module.options_page(), "$PY config.py > ../docs/options.md"
 
 
+def test_messages_of_the_troubleshooting_exist():
+    """Some three words in a row of each message are in the code, whose texts may be cut into several lines."""
+    files = [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("[a-mp]*/**/*.py"),
+        *ROOT.glob("training/*.py"),
+        *ROOT.glob("ops_dcnv3/**/*.*"),
+    ]
+    code = "\n".join(path.read_text() for path in files if path.suffix in (".py", ".cpp", ".h", ".cu"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)
+    rows = re.findall(
+        r"^\| (`.*?) \|", (ROOT / "README_MIMIC.md").read_text().split("## Troubleshooting")[1], re.MULTILINE
+    )
+    assert len(rows) > 20
+    for row in rows:
+        for message in re.findall("`([^`]+)`", row):
+            words = message.replace("...", " ").split()
+            found = any(" ".join(words[k : k + 3]) in code for k in range(max(1, len(words) - 2)))
+            assert found, message
+
+
 # --------------------------------------------------------------------------------------- commands
 def commands(path):
     """The shell commands of a page's blocks and inline code, or of a configuration's head, without comments."""
