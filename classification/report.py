@@ -14,13 +14,14 @@ predictions of the validation split) and figures/ beside the predictions, or int
 from pathlib import Path
 
 from analysis import comparison, comparison_tables, tables
-from analysis.evaluation import ensemble, new_evaluation, read_evaluation
+from analysis.evaluation import check_apart, ensemble, new_evaluation, read_evaluation
 from analysis.results import Options
 from analysis.runs import write_runs
 from analysis.writing import write_comparison, write_report
 from common.errors import UserError, run_command
 from config import Parser
 
+FEWEST = 200  # resamples: five lie beyond each end of a 95% interval
 # What belongs to the report of one evaluation -> what to do where several are given.
 OF_ONE = {
     "against": "evaluations of the same images are compared with the first of them as they are; leave it out",
@@ -59,8 +60,8 @@ def parse_args(argv=None):
     add("--no-images", action="store_true", help="the worst errors, their images and ids, are left out")
     add("--share", action="store_true", help="a report to pass on: no images, ids or paths; by default into share/")
     args = parser.parse_args(argv)
-    if args.resamples < 1:
-        raise UserError(f"--resamples is {args.resamples}; it must be at least 1")
+    if args.resamples < FEWEST:
+        raise UserError(f"--resamples is {args.resamples}; 95% intervals need at least {FEWEST}")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; it must be at least 0")
     for name in ("sensitivity", "specificity"):
@@ -87,6 +88,7 @@ def report_one(args, evaluation, folder, options):
     """The report of one evaluation, or of the ensemble it is part of."""
     if args.ensemble:
         others = [read_evaluation(path) for path in args.ensemble]
+        check_apart("--ensemble", [evaluation, *others])
         folder = folder or new_evaluation(evaluation.folder.parent)
         _check_free(folder, [evaluation, *others], "the ensemble's evaluations")
         evaluation = ensemble([evaluation, *others], folder)

@@ -170,14 +170,14 @@ def multilabel_metrics(logits, probabilities, targets, label_names):
     ranks, and runs trained with other losses can be compared by it.
     """
     found = {"loss": float(bce(torch.from_numpy(logits).float(), torch.from_numpy(targets)))}
-    found |= label_metrics(probabilities, targets, label_names)
+    found |= label_metrics(probabilities, targets, label_names, logits)
     for name, value in (("positives", 1), ("negatives", 0)):
         found[name] = {label: int((target == value).sum()) for label, target in zip(label_names, targets.T)}
     return found | {"images": len(targets)}
 
 
 def evaluate_test_set(model, loader, world, amp, *, label_names, sources=None):
-    """Dictionary of `loss`, all METRICS, counts, and the arrays `probabilities`, `targets` [N, L], `rows` [N].
+    """Dictionary of `loss`, all METRICS, counts, the arrays `logits`, `probabilities`, `targets` [N, L] and `rows` [N].
 
     Every image counts once on any number of ranks. amp: a function that returns the autocast context.
     sources: name of the source of each image of the dataset; then `by_source` has the metrics of each.
@@ -192,7 +192,7 @@ def evaluate_test_set(model, loader, world, amp, *, label_names, sources=None):
             for name in dict.fromkeys(sources.tolist())
             if (here := of_row == name).any()
         }
-    return found | {"probabilities": probabilities, "targets": targets, "rows": rows}
+    return found | {"logits": logits, "probabilities": probabilities, "targets": targets, "rows": rows}
 
 
 @dataclass(frozen=True)

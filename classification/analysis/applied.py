@@ -32,7 +32,7 @@ def read_calibration(evaluation, label_names):
     Raises:
         UserError: no such file, or a label that it does not have.
     """
-    from analysis.calibration import apply_platt, apply_temperature
+    from analysis.calibration import scale
 
     path, content = _read(evaluation, "calibration.json")
     chosen, platt, temperature = content.get("chosen"), content.get("platt") or {}, content.get("temperature")
@@ -50,21 +50,17 @@ def read_calibration(evaluation, label_names):
         return None if temperature is None else "temperature"
 
     def adjust(probabilities):
-        apply = {
-            "platt": lambda column, name: apply_platt(column, platt[name]),
-            "temperature": lambda column, name: apply_temperature(column, temperature),
-            "none": lambda column, name: column,
-        }
-        return np.stack([apply[methods[name]](p, name) for name, p in zip(label_names, probabilities.T)], 1)
+        return np.stack([scale(content, methods[name], name, p) for name, p in zip(label_names, probabilities.T)], 1)
 
     try:
         methods = {name: method(name) for name in label_names}
         if lacking := [name for name, found in methods.items() if found is None]:
             raise UserError(f"{path} has no calibration of {', '.join(lacking)}; predict without --calibrated")
-        adjust(np.full((1, len(label_names)), 0.5))
+        if not np.isfinite(adjust(np.full((1, len(label_names)), 0.5))).all():
+            raise fault
+    except UserError:
+        raise
     except (TypeError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise fault from error
     return adjust, _fitted_for(content, content)
 

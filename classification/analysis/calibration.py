@@ -6,15 +6,16 @@ Both are fitted on the validation split and act on z = logit(probability) of a l
     Platt         sigmoid(slope * z + intercept), a pair for each label
 
 `calibration.json`, for predict.py --calibrated, holds {"fitted_on": file, "images": N, "label_names": [...],
-"checkpoint_sha256": text or null, "temperature": number or null, "platt": {label: {"slope": ..., "intercept": ...} or
-null}}; null where the validation split cannot fit it.
+"fitted_for": see Evaluation.fitted_for, "checkpoint_sha256": text or null} and what :func:`fit` returns.
 """
 
 import numpy as np
-from sklearn.calibration import calibration_curve
+
+from analysis.statistics import FEW, interval, wilson
 
 BINS = 15  # of equal width, for the ECE
 POINTS = 10  # of equal numbers of images, for the reliability curve
+FOLDS = 5  # of patients, for the cross-validation that chooses between the methods
 SMALLEST = 1e-8  # logits of probabilities that were rounded to 0 or 1
 
 
@@ -96,6 +97,102 @@ def apply_platt(probabilities, platt):
     return sigmoid(platt["slope"] * logit(probabilities) + platt["intercept"])
 
 
+def scale(scaling, method, name, probabilities):
+    """Probabilities [N] of the label `name` by a method of what :func:`fit` returned; NaN where that has none."""
+    if method == "none":
+        return probabilities
+    if method == "platt":
+        platt = scaling["platt"][name]
+        return apply_platt(probabilities, platt) if platt else np.full(len(probabilities), np.nan)
+    return apply_temperature(probabilities, scaling["temperature"] or np.nan)
+
+
+def _log_losses(probabilities, targets):
+    """Sums over the images with a target of each label's log loss [L]; NaN where a probability is NaN."""
+    z = logit(probabilities)
+    z = np.where(targets == 1, -z, z)
+    losses = np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
+    return np.where(np.isnan(targets), 0, losses).sum(0)
+
+
+def _cross_validated(probabilities, targets, cluster):
+    """Log loss of each method on patients that it was not fitted on: method -> [L], NaN where a fold cannot fit it."""
+    patients = int(cluster.max()) + 1
+    fold = (np.random.default_rng(0).permutation(patients) % FOLDS)[cluster]
+    total = dict.fromkeys(("none", "temperature", "platt"), 0.0)
+    for k in range(min(FOLDS, patients)):
+        fitted, out = fold != k, fold == k
+        temperature = fit_temperature(probabilities[fitted], targets[fitted])
+        platt = [fit_platt(p, y) for p, y in zip(probabilities[fitted].T, targets[fitted].T)]
+        nothing = np.full(out.sum(), np.nan)
+        scaled = {
+            "none": probabilities[out],
+            "temperature": apply_temperature(probabilities[out], temperature or np.nan),
+            "platt": np.stack([apply_platt(p, c) if c else nothing for p, c in zip(probabilities[out].T, platt)], 1),
+        }
+        for method, values in scaled.items():
+            total[method] = total[method] + _log_losses(values, targets[out])
+    return total
+
+
+def _fault_of_slope(probabilities, targets, cluster, platt, counts, unit):
+    """Why Platt scaling of one label is not to be used, or an empty text.
+
+    counts: images with the label, without it, and the patients that have either (None where they are unknown).
+    """
+    smallest = min(counts)
+    if smallest == 0:
+        return "one class only in the validation split"
+    if smallest < FEW:
+        which = "positive" if counts[0] == smallest else "negative"
+        return f"{smallest} {which} {unit}s in the validation split, at least {FEW} are needed"
+    if platt is None:
+        return "a threshold separates the classes of the validation split"
+    known = ~np.isnan(targets)
+    z = logit(probabilities[known])
+    design, c = np.stack([np.ones_like(z), z], 1), np.array([platt["intercept"], platt["slope"]])
+    low = c[1] - 1.96 * clustered_error(design, targets[known], c, cluster[known])[1]
+    return "" if low > 0 else f"the slope is not clearly positive ({c[1]:.2f}, 95% interval from {low:.2f})"
+
+
+def fit(probabilities, targets, cluster, label_names, unit="patient"):
+    """Both scalings on the validation split, [N, L], and of each label the one to use.
+
+    The temperature is used where its cross-validated log loss over all labels is below that of the probabilities as
+    they are. Platt scaling of a label is used where the label has FEW patients of each class, its slope is above 0 with
+    95% confidence, and its cross-validated log loss is the lowest of the label. Patients are never in two folds.
+
+    Returns:
+        {"temperature": number or None, "platt": {label: {"slope", "intercept"} or None}, "chosen": {label: {"method":
+        "platt", "temperature" or "none", "why": text, "log_loss": {method: cross-validated mean, or None}}}}.
+    """
+    temperature = fit_temperature(probabilities, targets)
+    losses = _cross_validated(probabilities, targets, cluster)
+    whole = {method: losses[method].sum() for method in ("none", "temperature")}
+    # A NaN compares as False: what a fold cannot fit is not used.
+    fallback = "temperature" if temperature is not None and whole["temperature"] < whole["none"] else "none"
+    why_fallback = {
+        "temperature": "the temperature is better than none in cross-validation",
+        "none": "no temperature is better than none in cross-validation",
+    }[fallback]
+    platt, chosen = {}, {}
+    for k, name in enumerate(label_names):
+        p, y = probabilities[:, k], targets[:, k]
+        counts = [len(np.unique(cluster[y == value])) for value in (1, 0)]
+        platt[name] = fit_platt(p, y)
+        fault = _fault_of_slope(p, y, cluster, platt[name], counts, unit)
+        if fault:
+            platt[name] = None
+        images = int((~np.isnan(y)).sum())
+        found = {m: float(v[k] / images) if images and np.isfinite(v[k]) else None for m, v in losses.items()}
+        better = not fault and losses["platt"][k] < losses[fallback][k]
+        why = fault or f"Platt scaling is {'better' if better else 'no better'} in cross-validation"
+        if not better:
+            why += f"; {why_fallback}"
+        chosen[name] = {"method": "platt" if better else fallback, "why": why, "log_loss": found}
+    return {"temperature": temperature, "platt": platt, "chosen": chosen}
+
+
 def expected_calibration_error(probabilities, targets):
     """Mean over BINS of |mean probability - share of positives|, weighted by the images in each."""
     index = np.minimum((probabilities * BINS).astype(int), BINS - 1)
@@ -104,15 +201,17 @@ def expected_calibration_error(probabilities, targets):
 
 
 def _within(value, error):
-    return {"value": float(value), "low": float(value - 1.96 * error), "high": float(value + 1.96 * error)}
+    """A figure; without an interval where the error is 0 (one patient) or none."""
+    low, high = (float(value + sign * 1.96 * error) if error > 1e-12 else None for sign in (-1, 1))
+    return {"value": float(value), "low": low, "high": high}
 
 
-def measure(probabilities, targets, cluster, weights, interval):
+def measure(probabilities, targets, cluster, weights):
     """Calibration of one label, [N]: slope, intercept, Brier score (each with an interval), ECE, reliability curve.
 
     slope: of a logistic regression of the targets on z (1 is right; below 1 the probabilities are too extreme);
     intercept: of the same with the slope held at 1 (0 is right; below 0 they are too high on the whole).
-    weights: [P, B] of :func:`analysis.statistics.draw`; interval: draws [B] -> (low, high).
+    weights: [P, B] of :func:`analysis.statistics.draw`.
     """
     known = ~np.isnan(targets)
     p, y, cluster = probabilities[known], targets[known], cluster[known]
@@ -132,6 +231,17 @@ def measure(probabilities, targets, cluster, weights, interval):
         low, high = interval((squares @ weights) / (counts @ weights))
     found["brier"] = {"value": float(squares.sum() / len(y)), "low": low, "high": high}
     found["ece"] = expected_calibration_error(p, y)
-    rate, mean = calibration_curve(y, p, n_bins=POINTS, strategy="quantile")
-    found["curve"] = {"probability": mean.tolist(), "rate": rate.tolist()}
+    found["curve"] = _reliability(p, y, cluster, patients)
     return found
+
+
+def _reliability(p, y, cluster, patients):
+    """{"probability", "rate", "low", "high"}: POINTS parts of equal numbers of images; Wilson's intervals."""
+    part = np.searchsorted(np.percentile(p, np.linspace(0, 100, POINTS + 1))[1:-1], p)
+    curve = {key: [] for key in ("probability", "rate", "low", "high")}
+    for rows in (part == k for k in np.unique(part)):
+        ends = wilson(np.bincount(cluster[rows], y[rows], patients), np.bincount(cluster[rows], minlength=patients))
+        low, high = (0.0, 1.0) if ends[0] is None else ends  # of one patient: nothing is known
+        for key, value in zip(curve, (p[rows].mean(), y[rows].mean(), low, high)):
+            curve[key].append(float(value))
+    return curve

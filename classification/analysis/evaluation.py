@@ -5,8 +5,10 @@ metrics.json                what was evaluated: loss, AUROC by label, counts, ch
                             {"from": its names in the release, "kind": exact, approximate or unknown}}
 predictions.csv             the test split, one row an image: ids (dicom_id, study_id, subject_id, view, path: what
                             is known), then of every label `<label>_target` (1, 0 or empty: after the policy),
-                            `<label>_probability` and, where the data has it, `<label>_label` (as in the label
-                            file: 1, 0, -1 or empty), by which other policies can be tried
+                            `<label>_probability`, `<label>_logit` (what images are ranked by: probabilities of
+                            logits above 18 are all 1; tables of other programs need not have it) and, where the data
+                            has it, `<label>_label` (as in the label file: 1, 0, -1 or empty), by which other policies
+                            can be tried
 predictions_validate.csv    the validation split by the same checkpoint
 metrics.jsonl               the training run's epochs
 """
@@ -23,10 +25,10 @@ import pandas as pd
 
 from analysis.metrics import METRICS, label_metrics
 from common.errors import UserError
-from dataset.tables import read_csv
+from dataset.tables import need_columns, read_csv
 
 TEST, VALIDATE = "predictions.csv", "predictions_validate.csv"
-SUFFIXES = ("_target", "_probability", "_label")
+SUFFIXES = ("_target", "_probability", "_logit", "_label")
 IMAGE_IDS = ("dicom_id", "path")
 FRONTAL = ("AP", "PA", "frontal")
 
@@ -52,7 +54,8 @@ def new_evaluation(parent, what="evaluation"):
 def write_evaluation(folder, metrics, predicted, epochs=None):
     """The files at the head of this module.
 
-    predicted: file name -> (dataset of the split, metrics of a task's `test` with `rows`, `targets`, `probabilities`).
+    predicted: file name -> (dataset of the split, metrics of a task's `test` with `rows`, `targets`, `probabilities`
+    and, where they are of labels, `logits`).
     epochs: metrics.jsonl of the training run, kept if it is there.
     """
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -62,20 +65,26 @@ def write_evaluation(folder, metrics, predicted, epochs=None):
         ids = {column: np.asarray(values)[rows] for column, values in columns.items()}
         labels = getattr(dataset, "labels", None)
         labels = None if labels is None else labels[rows]
-        write_predictions(folder / name, ids, dataset.label_names, found["targets"], found["probabilities"], labels)
+        write_predictions(
+            folder / name, ids, dataset.label_names, found["targets"], found["probabilities"], labels,
+            found.get("logits"),
+        )  # fmt: skip
     if epochs is not None and epochs.is_file():
         shutil.copyfile(epochs, folder / "metrics.jsonl")
 
 
-def write_predictions(path, ids, label_names, targets, probabilities, labels=None):
+def write_predictions(path, ids, label_names, targets, probabilities, labels=None, logits=None):
     """A table of predictions, see the head of this file.
 
-    ids: column name -> values [N]; targets, probabilities, labels: [N, L]; NaN is written as an empty field.
+    ids: column name -> values [N]; targets, probabilities, labels, logits: [N, L]; NaN is written as an empty field.
+    Probabilities have eight digits; logits nine, which keep every float32 apart.
     """
     columns = dict(ids)
     for k, name in enumerate(label_names):
         columns[f"{name}_target"] = targets[:, k]
         columns[f"{name}_probability"] = probabilities[:, k]
+        if logits is not None:
+            columns[f"{name}_logit"] = [f"{z:.9g}" for z in logits[:, k]]
         if labels is not None:
             columns[f"{name}_label"] = labels[:, k]
     pd.DataFrame(columns).to_csv(path, index=False, float_format="%.8g")
@@ -86,7 +95,8 @@ def write_predictions(path, ids, label_names, targets, probabilities, labels=Non
 class Predictions:
     """A table of predictions; one row an image, or a study (see :meth:`by_study`).
 
-    ids: text columns, blank where unknown; targets: 1, 0, NaN (unknown); labels: as in the label file, or None.
+    ids: text columns, blank where unknown; targets: 1, 0, NaN (unknown); labels: as in the label file, or None;
+    logits: None where the table has none.
     """
 
     path: Path
@@ -95,9 +105,20 @@ class Predictions:
     targets: np.ndarray
     probabilities: np.ndarray
     labels: np.ndarray | None = None
+    logits: np.ndarray | None = None
 
     def __len__(self):
         return len(self.targets)
+
+    @property
+    def scores(self):
+        """What images are ranked by, [N, L]."""
+        return self.probabilities if self.logits is None else self.logits
+
+    def _arrays(self, change):
+        """The arrays by name, each that is not None as change(array)."""
+        arrays = {name: getattr(self, name) for name in ("targets", "probabilities", "labels", "logits")}
+        return {name: None if values is None else change(values) for name, values in arrays.items()}
 
     @property
     def unit(self):
@@ -124,9 +145,7 @@ class Predictions:
         return replace(
             self,
             ids=self.ids.iloc[rows].reset_index(drop=True),
-            targets=self.targets[rows],
-            probabilities=self.probabilities[rows],
-            labels=None if self.labels is None else self.labels[rows],
+            **self._arrays(lambda values: values[rows]),
         )
 
     def with_labels(self, names):
@@ -135,9 +154,7 @@ class Predictions:
         return replace(
             self,
             label_names=tuple(names),
-            targets=self.targets[:, k],
-            probabilities=self.probabilities[:, k],
-            labels=None if self.labels is None else self.labels[:, k],
+            **self._arrays(lambda values: values[:, k]),
         )
 
     def by_study(self, how="mean", frontal=False):
@@ -161,6 +178,11 @@ class Predictions:
         def grouped(values, how):
             return pd.DataFrame(values).groupby(key.to_numpy(), sort=False).agg(how).loc[order].to_numpy()
 
+        def grouped_logits():
+            if part.logits is None or how == "max":
+                return None if part.logits is None else grouped(part.logits, how)
+            return logit_of_mean(part.logits, pd.factorize(key.to_numpy())[0])
+
         keep = [c for c in ("subject_id", "study_id") if c in part.ids]
         return replace(
             part,
@@ -168,7 +190,20 @@ class Predictions:
             targets=grouped(part.targets, "max"),
             probabilities=grouped(part.probabilities, how),
             labels=None,
+            logits=grouped_logits(),
         )
+
+
+def logit_of_mean(logits, group):
+    """Logit of the mean probability of each group of rows: [N, L], numbers of groups [N] -> [groups, L].
+
+    By logarithms, since probabilities of 1 would all be one.
+    """
+    shape = (int(group.max()) + 1, logits.shape[1])
+    up, down = np.full(shape, -np.inf), np.full(shape, -np.inf)
+    np.logaddexp.at(up, group, -np.logaddexp(0, -logits))
+    np.logaddexp.at(down, group, -np.logaddexp(0, logits))
+    return up - down
 
 
 @dataclass
@@ -252,6 +287,7 @@ def read_predictions(path):
     """
     path = Path(path)
     frame = read_csv(path, ())
+    need_columns(frame, frame.columns, path)
     names = tuple(c.removesuffix("_probability") for c in frame.columns if c.endswith("_probability"))
     targets = [c.removesuffix("_target") for c in frame.columns if c.endswith("_target")]
     if not names:
@@ -290,8 +326,12 @@ def read_predictions(path):
             )
     if "study_id" in ids and ids["study_id"].isin(["", "-1"]).any():
         ids = ids.drop(columns="study_id")
-    raw = all(f"{name}_label" in frame for name in names)
-    found = Predictions(path, names, ids.astype(object), y, p, columns("_label") if raw else None)
+    labels, logits = (columns(s) if all(name + s in frame for name in names) else None for s in ("_label", "_logit"))
+    if logits is not None and not np.isfinite(logits).all():
+        row, k = np.argwhere(~np.isfinite(logits))[0]
+        value = frame[names[k] + "_logit"].iloc[row]
+        raise UserError(f"{path}: {names[k]}_logit is {value!r} in data row {row + 1}; expected a finite number")
+    found = Predictions(path, names, ids.astype(object), y, p, labels, logits)
     repeated = found.image_ids.duplicated()
     if repeated.any():
         raise UserError(
@@ -464,13 +504,41 @@ def learned_by(config, prefix=""):
                 yield prefix + key, value
 
 
+def check_apart(option, evaluations):
+    """UserError where two of the evaluations are one: the same file, or every probability is equal."""
+    for k, other in enumerate(evaluations):
+        for one in evaluations[:k]:
+            same = one.test.path.resolve() == other.test.path.resolve()
+            if not same and set(one.test.label_names) == set(other.test.label_names):
+                same = np.array_equal(one.test.scores, aligned(one.test, other.test).scores)
+            if same:
+                raise UserError(
+                    f"{option}: {other.given} is the same evaluation as {one.given} (every probability is equal); "
+                    "leave one of them out"
+                )
+
+
 def check_one_configuration(first, others):
-    """UserError, naming the keys, where runs differ in more than their seed."""
+    """UserError, naming the keys, where runs differ in more than their seed, or are not known to be of one."""
     ours = dict(learned_by(first.config))
+    digests = {first.metrics.get("checkpoint_sha256"): first.path}
     for other in others:
         theirs = dict(learned_by(other.config))
+        if bool(ours) != bool(theirs):
+            bare = first if theirs else other
+            raise UserError(
+                f"--seeds-of: {bare.path} does not record its configuration, so it cannot be known to be another seed "
+                "of the same one; give the folder that main.py --eval wrote"
+            )
+        digest_of = other.metrics.get("checkpoint_sha256")
+        if digest_of and digest_of in digests:
+            raise UserError(
+                f"--seeds-of: {other.path} is of the same checkpoint as {digests[digest_of]} (sha256 "
+                f"{digest_of[:12]}...); give an evaluation of a run with another SEED"
+            )
+        digests[digest_of] = other.path
         unlike = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
-        if unlike and ours and theirs:
+        if unlike:
             raise UserError(
                 f"--seeds-of: {other.path} is no other seed of {first.path}: {', '.join(unlike[:5])}"
                 f"{', ...' if len(unlike) > 5 else ''} differ; compare configurations with --against"
@@ -481,7 +549,7 @@ def _scores(predictions):
     """What metrics.json has of probabilities: the loss and every metric."""
     y, p = predictions.targets, np.clip(predictions.probabilities, 1e-12, 1 - 1e-12)
     loss = float(-np.nanmean(y * np.log(p) + (1 - y) * np.log1p(-p)))
-    return {"loss": loss} | label_metrics(predictions.probabilities, y, predictions.label_names)
+    return {"loss": loss} | label_metrics(predictions.probabilities, y, predictions.label_names, predictions.logits)
 
 
 def ensemble(evaluations, folder):
@@ -494,7 +562,11 @@ def ensemble(evaluations, folder):
 
     def averaged(tables):
         tables = [tables[0], *(aligned(tables[0], t) for t in tables[1:])]
-        return replace(tables[0], probabilities=np.mean([t.probabilities for t in tables], axis=0))
+        logits = None
+        if all(t.logits is not None for t in tables):
+            rows = np.tile(np.arange(len(tables[0])), len(tables))
+            logits = logit_of_mean(np.concatenate([t.logits for t in tables]), rows)
+        return replace(tables[0], probabilities=np.mean([t.probabilities for t in tables], axis=0), logits=logits)
 
     tables = {TEST: averaged([e.test for e in evaluations])}
     if all(e.validate is not None for e in evaluations):
@@ -519,7 +591,7 @@ def ensemble(evaluations, folder):
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         for name, t in tables.items():
             ids = {c: t.ids[c] for c in t.ids}
-            write_predictions(folder / name, ids, t.label_names, t.targets, t.probabilities, t.labels)
+            write_predictions(folder / name, ids, t.label_names, t.targets, t.probabilities, t.labels, t.logits)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
     return read_evaluation(folder)

@@ -125,7 +125,7 @@ def _calibration(report):
     curves = {
         n: [
             (color, style, stages[s]["labels"][n]["curve"], STAGES[s])
-            for s, color, style in (("before", BLUE, "o-"), ("platt", ORANGE, "s--"))
+            for s, color, style in (("before", BLUE, "o-"), ("calibrated", ORANGE, "s--"))
             if "curve" in stages.get(s, {}).get("labels", {}).get(n, {})
         ]
         for n in report["label_names"]

@@ -18,12 +18,14 @@ class Metric:
     """A metric of one label: `function(targets of 0 and 1 [N], probabilities [N])` -> float.
 
     name: the key in metrics.json of its values per label. column: its heading in tables and figures.
+    of_ranks: it depends on the order alone; it then gets logits, since the probabilities of logits above 37 are all 1.
     """
 
     name: str
     column: str
     function: Callable
     higher_is_better: bool = True
+    of_ranks: bool = False
 
     @property
     def key(self):
@@ -37,8 +39,8 @@ class Metric:
 
 # To add a metric, write its row: training, --eval and the report all read this table.
 METRICS = [
-    Metric("auc", "AUROC", roc_auc_score),  # Hanley and McNeil 1982
-    Metric("average_precision", "AP", average_precision_score),
+    Metric("auc", "AUROC", roc_auc_score, of_ranks=True),  # Hanley and McNeil 1982
+    Metric("average_precision", "AP", average_precision_score, of_ranks=True),
 ]
 
 
@@ -73,11 +75,15 @@ def per_label(function, probabilities, targets):
     return values
 
 
-def label_metrics(probabilities, targets, label_names):
-    """{key: mean, name: {label: value}} of each row of METRICS; a mean is over the labels that have a value."""
+def label_metrics(probabilities, targets, label_names, logits=None):
+    """{key: mean, name: {label: value}} of each row of METRICS; a mean is over the labels that have a value.
+
+    logits: [N, L] for the metrics of ranks, None where only probabilities are known.
+    """
     found = {}
     for metric in METRICS:
-        values = per_label(metric.function, probabilities, targets)
+        scores = logits if metric.of_ranks and logits is not None else probabilities
+        values = per_label(metric.function, scores, targets)
         defined = [v for v in values if v is not None]
         found[metric.key] = float(np.mean(defined)) if defined else None
         found[metric.name] = dict(zip(label_names, values))

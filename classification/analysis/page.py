@@ -99,11 +99,11 @@ def _curve_charts(report):
 
 
 def _reliability_charts(report):
-    """[(label, chart)]: share of positives by mean probability, as predicted and after Platt scaling."""
+    """[(label, chart)]: share of positives by mean probability, as predicted and as --calibrated applies it."""
     stages, found = report["calibration"], []
     for name in report["label_names"]:
         lines = []
-        for stage in ("before", "platt"):
+        for stage in ("before", "calibrated"):
             curve = stages.get(stage, {}).get("labels", {}).get(name, {}).get("curve")
             if curve:
                 lines.append([curve[k] for k in ("probability", "rate", "low", "high") if k in curve])

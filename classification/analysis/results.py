@@ -1,21 +1,31 @@
 """Evaluations -> one nested dictionary of every number of the report; report.json is it, all else is drawn from it.
 
 A figure is {"value", "low", "high", ...}; None (null) is a figure that does not exist, and "left_out" says why a figure
-or a section is not there. Read `collect` first.
+or a section is not there. Read `collect` first. Further keys of a figure, a label or a section:
+
+    warning, remark   what has to be said of it: "warning" is that it is not to be relied on
+    one_sided         True: low (or high) is a one-sided 95% bound, the other end is the scale's
+    bias              of an AUPRC: how much it is too high, by the jackknife; its interval is around value - bias
+    fitted_on         what was chosen on the validation split: {"patients", "positive_patients", "images", "positives"},
+                      None where patients are unknown, and of a threshold the "sensitivity" and "specificity" there
+    missed            of a threshold: whether the test split missed the target of its rule; None: the rule has none
+    p, p_holm         of a gap between groups (and of a difference): of the largest gap, and adjusted over the labels
+    fitted_for        see Evaluation.fitted_for
+    chosen            of each label the method that --calibrated takes, see analysis.calibration.fit
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from analysis import calibration, groups, statistics, thresholds
-from analysis.evaluation import aligned, check_one_configuration
+from analysis.evaluation import aligned, check_apart, check_one_configuration
 from analysis.metrics import METRICS, label_metrics
 from analysis.training_log import read_metrics
 from common.errors import UserError
 from dataset.labels import apply_policy
 
-LEVEL = 0.95
+LEVEL = statistics.LEVEL
 BANDS = 500  # resamples that draw a curve's band
 GRID = np.linspace(0, 1, 101)
 WORST = 3  # errors of each kind shown by label
@@ -25,6 +35,9 @@ NO_VALIDATION = (
 )
 ONE_CLASS = "one class only"
 MEASURED = ("auc", "average_precision")  # metrics that Measured has, with intervals
+NO_VARIATION = "no test and no interval: the difference is the same in all resamples"
+TOO_FEW_TO_FIT = "chosen on fewer than {few} {unit}s of a class"
+SEPARATED = "the scores separate the classes: a one-sided bound from {pairs} independent pairs of {unit}s"
 
 
 @dataclass(frozen=True)
@@ -40,12 +53,8 @@ class Options:
     tables: tuple = ()  # CSV files of subgroups
 
 
-def interval(draws):
-    return statistics.interval(draws, LEVEL)
-
-
 def _figure(value, draws, **more):
-    low, high = interval(draws) if value is not None else (None, None)
+    low, high = statistics.interval(draws) if value is not None else (None, None)
     return {"value": value, "low": low, "high": high, **more}
 
 
@@ -54,45 +63,52 @@ def _or_none(value):
 
 
 class Measured:
-    """AUROC and average precision of a table of predictions, with their resamples.
+    """AUROC and average precision of a table of predictions, with what their intervals need.
 
-    auroc, auprc: [L]; auroc_draws, auprc_draws: [L, B]; placements: of each label.
+    auroc, auprc: [L]; auroc_draws: [L, B]; auprc_left_out: [L, G], see statistics.leave_out; placements: of each label.
     """
 
     def __init__(self, predictions, cluster, weights, rows=slice(None)):
-        scores, targets, cluster = predictions.probabilities[rows], predictions.targets[rows], cluster[rows]
+        scores, targets, cluster = predictions.scores[rows], predictions.targets[rows], cluster[rows]
         self.names, self.targets, self.cluster = predictions.label_names, targets, cluster
         self.unit, self.patients = predictions.unit, len(weights)
         whole = statistics.bootstrap(scores, targets, cluster, np.ones((len(weights), 1), np.int32))
         self.auroc, self.auprc = whole[0][:, 0], whole[1][:, 0]
-        self.auroc_draws, self.auprc_draws = statistics.bootstrap(scores, targets, cluster, weights)
+        self.auroc_draws, _ = statistics.bootstrap(scores, targets, cluster, weights)
+        _, self.auprc_left_out = statistics.bootstrap(scores, targets, cluster, statistics.leave_out(len(weights)))
         self.placements = [statistics.placements(s, t, cluster) for s, t in zip(scores.T, targets.T)]
 
     def counts(self, k):
         """Images whose label is known, positive ones, and the patients that have positive or negative ones."""
-        known, positive = ~np.isnan(self.targets[:, k]), self.targets[:, k] == 1
-        images, positives = int(known.sum()), int(positive.sum())
-        found = {"images": images, "positives": positives, "prevalence": positives / images if images else None}
-        by_patient = self.unit == "patient"
-        for name, rows in (("positive_patients", positive), ("negative_patients", known & ~positive)):
-            found[name] = len(np.unique(self.cluster[rows])) if by_patient else None
-        return found
+        return count(self.targets[:, k], self.cluster, self.unit)
 
     def label(self, k):
-        counts = self.counts(k)
-        found = {"auroc": {}, "auprc": {}, **counts}
-        for key, value, draws in (
-            ("auroc", _or_none(self.auroc[k]), self.auroc_draws[k]),
-            ("auprc", _or_none(self.auprc[k]), self.auprc_draws[k]),
-        ):
-            undefined = None if value is None else int(np.isnan(draws).sum())
-            found[key] = _figure(value, draws, undefined_resamples=undefined)
-        found["auroc"]["se"] = statistics.standard_error(self.placements[k])
-        if found["auroc"]["value"] is None:
-            found["left_out"] = ONE_CLASS if counts["images"] else "not known of any image"
-        elif too_few(counts):
+        counts, placed = self.counts(k), self.placements[k]
+        if placed is None:
+            nothing = {"value": None, "low": None, "high": None}
+            reason = ONE_CLASS if counts["images"] else "not known of any image"
+            return {"auroc": nothing | {"se": None}, "auprc": nothing, **counts, "left_out": reason}
+        undefined = int(np.isnan(self.auroc_draws[k]).sum())
+        auroc = _figure(float(self.auroc[k]), self.auroc_draws[k], undefined_resamples=undefined)
+        found = {"auroc": auroc | {"se": statistics.standard_error(placed)}, "auprc": self._precision([k]), **counts}
+        if too_few(counts):
             found["warning"] = f"fewer than {statistics.FEW} {self.unit}s of a class: do not rely on the interval"
+            found["auprc"] |= {"low": None, "high": None}  # benchmarks/coverage.py: it held the truth in 81%
+            found["auprc"] |= {"low": None, "high": None}  # such intervals held the truth in 81%
+        if placed.bound:
+            low, high = placed.bound
+            found["auroc"] |= {"low": low, "high": high, "se": None, "one_sided": True}
+            found["remark"] = SEPARATED.format(pairs=placed.pairs, unit=self.unit)
+        elif auroc["low"] is None and undefined < self.auroc_draws.shape[1]:
+            found["remark"] = "no interval: the AUROC is the same in all resamples"
         return found
+
+    def _precision(self, k):
+        """The figure of the mean average precision of the labels `k`."""
+        low, high, bias = statistics.precision_interval(
+            self.auprc[k], self.auprc_left_out[k], np.array([self.placements[i].with_positive for i in k])
+        )
+        return {"value": float(self.auprc[k].mean()), "low": low, "high": high, "bias": bias}
 
     def labels(self):
         return {name: self.label(k) for k, name in enumerate(self.names)}
@@ -103,15 +119,33 @@ class Measured:
         if not len(k):
             reason = {"left_out": "no label has both classes"}
             return {key: {"value": None, "low": None, "high": None, **reason} for key in ("auroc", "auprc")}
-        found = {}
-        for key, values, draws in (
-            ("auroc", self.auroc[k], self.auroc_draws[k]),
-            ("auprc", self.auprc[k], self.auprc_draws[k]),
-        ):
-            undefined = int(np.isnan(draws).any(0).sum())
-            found[key] = _figure(float(values.mean()), statistics.mean_defined(draws), undefined_resamples=undefined)
-        found["auroc"]["se"] = statistics.mean_standard_error([self.placements[i] for i in k])
-        return found | {"labels": len(k)}
+        draws, placed = self.auroc_draws[k], [self.placements[i] for i in k]
+        auroc = _figure(
+            float(self.auroc[k].mean()), statistics.mean_defined(draws),
+            undefined_resamples=int(np.isnan(draws).any(0).sum()), se=statistics.mean_standard_error(placed),
+        )  # fmt: skip
+        found = {"auroc": auroc, "auprc": self._precision(k), "labels": len(k)}
+        if found["auprc"]["low"] is None and self.patients > 1:
+            alone = [self.names[i] for i in k if np.isnan(self.auprc_left_out[i]).any()]
+            found["auprc"]["left_out"] = "no interval: " + (
+                f"one {self.unit} alone is positive for {', '.join(alone)}" if alone else "it is the same in all parts"
+            )
+        if separated := [self.names[i] for i in k if self.placements[i].bound]:
+            found["remark"] = (
+                f"{', '.join(separated)} add no uncertainty to the mean's interval: the scores separate the classes"
+            )
+        return found
+
+
+def count(targets, cluster, unit):
+    """Of one label, [N] each: images where it is known, positive ones, prevalence, and the patients that have positive
+    or negative ones (None where the unit is the image)."""
+    known, positive = ~np.isnan(targets), targets == 1
+    images, positives = int(known.sum()), int(positive.sum())
+    found = {"images": images, "positives": positives, "prevalence": positives / images if images else None}
+    for name, rows in (("positive_patients", positive), ("negative_patients", known & ~positive)):
+        found[name] = len(np.unique(cluster[rows])) if unit == "patient" else None
+    return found
 
 
 def too_few(counts):
@@ -124,7 +158,7 @@ def too_few(counts):
 # --------------------------------------------------------------------------------------- sections
 def further_metrics(predictions):
     """The rows of METRICS beside those of :class:`Measured`, without intervals."""
-    found = label_metrics(predictions.probabilities, predictions.targets, predictions.label_names)
+    found = label_metrics(predictions.probabilities, predictions.targets, predictions.label_names, predictions.logits)
     return {
         metric.name: {
             "column": metric.column, "direction": metric.direction, "mean": found[metric.key],
@@ -149,13 +183,15 @@ def difference(measured, theirs, name):
             labels[label] = {"difference": None, "low": None, "high": None, "p": None, "left_out": ONE_CLASS}
             continue
         value = float(measured.auroc[k] - theirs.auroc[k])
-        low, high = interval(draws[k])
+        low, high = statistics.interval(draws[k])
         error = statistics.standard_error(a, b)
         labels[label] = {
             "difference": value, "low": low, "high": high, "se": error,
             "p": statistics.normal_p(value, error),
             "other": float(theirs.auroc[k]), "undefined_resamples": int(np.isnan(draws[k]).sum()),
         }  # fmt: skip
+        if not error:
+            labels[label] |= {"se": None, "p": None, "remark": NO_VARIATION}
     for found, p in zip(labels.values(), statistics.holm([found["p"] for found in labels.values()])):
         found["p_holm"] = p
     mean = {"difference": None, "low": None, "high": None, "p": None, "left_out": "no label has both classes"}
@@ -164,7 +200,7 @@ def difference(measured, theirs, name):
         draws = statistics.mean_defined(measured.auroc_draws[defined]) - statistics.mean_defined(
             theirs.auroc_draws[defined]
         )
-        low, high = interval(draws)
+        low, high = statistics.interval(draws)
         mean = {
             "difference": float(measured.auroc[defined].mean() - theirs.auroc[defined].mean()),
             "low": low, "high": high, "p": statistics.bootstrap_p(draws), "other": theirs.mean()["auroc"],
@@ -175,6 +211,7 @@ def difference(measured, theirs, name):
 def between_seeds(evaluations, measured, cluster, weights):
     """Mean and standard deviation between runs, and each run's own mean with its interval."""
     first, *others = evaluations
+    check_apart("--seeds-of", evaluations)
     check_one_configuration(first, others)
     runs = [measured, *(Measured(aligned(first.test, e.test), cluster, weights) for e in others)]
 
@@ -190,6 +227,7 @@ def between_seeds(evaluations, measured, cluster, weights):
             {"name": e.name, "given": e.given, "seed": e.config.get("SEED"), "auroc": m}
             for e, m in zip(evaluations, means)
         ],
+        "remark": None if first.config else "the tables do not record that they are of one configuration",
         "mean": spread([m["value"] for m in means]),
         "labels": {n: spread([_or_none(r.auroc[k]) for r in runs]) for k, n in enumerate(measured.names)},
     }
@@ -218,76 +256,93 @@ def by_group(predictions, cluster, weights, options):
         if not kept:
             found[name] = {"left_out": "not known of any image"}
             continue
-        found[name] = _one_variable(predictions, cluster, weights, of, kept)
+        found[name] = _one_variable(predictions, cluster, weights, of, kept, reason)
     return found
 
 
-def _one_variable(predictions, cluster, weights, of, kept):
+def _one_variable(predictions, cluster, weights, of, kept, note):
     parts = {g: Measured(predictions, cluster, weights, of == g) for g in kept}
-    names = predictions.label_names
+    names, unit = predictions.label_names, predictions.unit
     enough = np.array([[not too_few(m.counts(k)) for k in range(len(names))] for m in parts.values()])
-    # Means of groups compare only over the same labels: those that every group with any can judge.
-    common = enough[enough.any(1)].all(0)
+    # Means of groups compare only over the same labels: those that every group judges which judges most of them.
+    most = enough.sum(1) > enough.any(0).sum() / 2
+    common = enough[most].all(0) if most.any() else np.zeros(len(names), bool)
     section = {"groups": {}, "unknown": int((of == "").sum()), "mean_of": [n for n, c in zip(names, common) if c]}
-    for g, m in parts.items():
-        labels = m.labels()
+    if note:
+        section["remark"] = note
+    for g, m, able in zip(parts, parts.values(), most):
+        labels, mean = m.labels(), m.mean(common if able else np.zeros(len(names), bool))
+        poor = [n for n, found in labels.items() if "warning" in found or "left_out" in found]
+        if not able:
+            for figure in mean.values():
+                figure["left_out"] = f"judges {len(names) - len(poor)} of {len(names)} labels"
         section["groups"][g] = {
             "images": int((of == g).sum()),
-            "patients": len(np.unique(m.cluster)) if m.unit == "patient" else None,
-            "mean": m.mean(
-                common if common.any() and not np.isnan(m.auroc[common]).any() else np.zeros(len(names), bool)
-            ),
+            "patients": len(np.unique(m.cluster)) if unit == "patient" else None,
+            "mean": mean,
             "labels": labels,
         }
-        poor = [n for n, found in labels.items() if "warning" in found or "left_out" in found]
         if poor:
             section["groups"][g]["warning"] = (
-                f"too few {m.unit}s of a class (under {statistics.FEW}) to judge: {', '.join(poor)}"
+                f"too few {unit}s of a class (under {statistics.FEW}) to judge: {', '.join(poor)}"
             )
 
-    def gap(judged, value, draws):
-        candidates = {g: value(m) for (g, m), fine in zip(parts.items(), judged) if fine}
-        if len(candidates) < 2:
-            return {"value": None, "low": None, "high": None, "left_out": "fewer than two groups that can be judged"}
-        best, worst = max(candidates, key=candidates.get), min(candidates, key=candidates.get)
-        return _figure(
-            candidates[best] - candidates[worst], draws(parts[best]) - draws(parts[worst]), best=best, worst=worst
-        )
+    def gap(judged, k):
+        """Of the mean over the labels `k`, between the groups that can judge it."""
+        able = {g: m for (g, m), fine in zip(parts.items(), judged) if fine}
+        if len(able) < 2:
+            return {"value": None, "low": None, "high": None, "p": None,
+                    "left_out": "fewer than two groups that can be judged"}  # fmt: skip
+        values = np.array([m.auroc[k].mean() for m in able.values()])
+        draws = np.array([statistics.mean_defined(m.auroc_draws[k]) for m in able.values()])
+        p, reach = statistics.largest_gap(values, draws)
+        best, worst, value = int(values.argmax()), int(values.argmin()), float(np.ptp(values))
+        low, high = (None, None) if reach is None else (value - reach, value + reach)
+        return {"value": value, "low": low, "high": high, "p": p, "best": list(able)[best], "worst": list(able)[worst]}
 
     section["gap"] = {
-        "mean": gap(
-            enough[:, common].all(1) & common.any(),
-            lambda m: float(m.auroc[common].mean()),
-            lambda m: statistics.mean_defined(m.auroc_draws[common]),
-        ),
-        "labels": {
-            n: gap(enough[:, k], lambda m: float(m.auroc[k]), lambda m: m.auroc_draws[k]) for k, n in enumerate(names)
-        },
+        "mean": gap(most & common.any(), common),
+        "labels": {n: gap(enough[:, k], [k]) for k, n in enumerate(names)},
     }
+    gaps = section["gap"]["labels"].values()
+    for found, p in zip(gaps, statistics.holm([found["p"] for found in gaps])):
+        found["p_holm"] = p
     return section
 
 
-def operating_points(evaluation, cluster, weights, options):
+def operating_points(evaluation, cluster, options):
     """Thresholds of every rule from the validation split, and their counts and rates on the test split."""
     if evaluation.validate is None:
         return {"left_out": NO_VALIDATION}
     test, held_out = evaluation.test, evaluation.validate
+    held_cluster, _ = held_out.clusters
     texts = {rule: text.format(**vars(options)) for rule, text in thresholds.RULES.items()}
-    found = {rule: {"rule": text, "labels": {}} for rule, text in texts.items()}
+    found = {rule: {"rule": text, "target": vars(options).get(rule), "labels": {}} for rule, text in texts.items()}
     for k, name in enumerate(test.label_names):
-        chosen = thresholds.choose(
-            held_out.probabilities[:, k], held_out.targets[:, k], options.sensitivity, options.specificity
-        )
-        for rule, threshold in chosen.items():
+        p, y = held_out.probabilities[:, k], held_out.targets[:, k]
+        counts = count(y, held_cluster, held_out.unit)
+        fitted_on = _fitted_on(counts, held_cluster[~np.isnan(y)], held_out.unit)
+        for rule, threshold in thresholds.choose(p, y, options.sensitivity, options.specificity).items():
             if threshold is None:
-                one_class = len(set(held_out.targets[:, k]) & {0.0, 1.0}) < 2
+                one_class = len(set(y) & {0.0, 1.0}) < 2
                 reason = "one class only in the validation split" if one_class else "no threshold reaches it"
-                found[rule]["labels"][name] = {"threshold": None, "left_out": reason}
-            else:
-                found[rule]["labels"][name] = thresholds.apply(
-                    threshold, test.probabilities[:, k], test.targets[:, k], cluster, weights, interval
-                )
+                found[rule]["labels"][name] = {"threshold": None, "fitted_on": fitted_on, "left_out": reason}
+                continue
+            there = thresholds.apply(threshold, p, y, held_cluster)
+            reached = {rate: there[rate]["value"] for rate in ("sensitivity", "specificity")}
+            point = thresholds.apply(threshold, test.probabilities[:, k], test.targets[:, k], cluster)
+            target, value = found[rule]["target"], point.get(rule, {}).get("value")
+            point |= {"fitted_on": fitted_on | reached, "missed": None if None in (target, value) else value < target}
+            if too_few(counts):
+                point["warning"] = TOO_FEW_TO_FIT.format(few=statistics.FEW, unit=held_out.unit)
+            found[rule]["labels"][name] = point
     return found
+
+
+def _fitted_on(counts, cluster, unit):
+    """The numbers of the validation split; cluster: of its images where the label is known."""
+    patients = len(np.unique(cluster)) if unit == "patient" else None
+    return {"patients": patients, **{key: counts[key] for key in ("positive_patients", "images", "positives")}}
 
 
 def calibrations(evaluation, cluster, weights):
@@ -297,9 +352,9 @@ def calibrations(evaluation, cluster, weights):
 
     def stage(probabilities):
         labels = {
-            n: {"left_out": "the validation split cannot fit it"}
+            n: {"left_out": "not fitted, see the choice of --calibrated"}
             if np.isnan(probabilities[0, k])
-            else calibration.measure(probabilities[:, k], test.targets[:, k], cluster, weights, interval)
+            else calibration.measure(probabilities[:, k], test.targets[:, k], cluster, weights)
             for k, n in enumerate(names)
         }
         measured = [found for found in labels.values() if "ece" in found]
@@ -313,27 +368,34 @@ def calibrations(evaluation, cluster, weights):
     section = {"before": stage(test.probabilities)}
     if held_out is None:
         return section | {"left_out": NO_VALIDATION}, None
-    temperature = calibration.fit_temperature(held_out.probabilities, held_out.targets)
-    platt = {
-        n: calibration.fit_platt(held_out.probabilities[:, k], held_out.targets[:, k]) for k, n in enumerate(names)
+    held_cluster, _ = held_out.clusters
+    scaling = calibration.fit(held_out.probabilities, held_out.targets, held_cluster, names, held_out.unit)
+    scaled = {
+        method: np.stack([calibration.scale(scaling, method, n, p) for n, p in zip(names, test.probabilities.T)], 1)
+        for method in ("temperature", "platt")
     }
-    if temperature is not None:
-        section["temperature"] = stage(calibration.apply_temperature(test.probabilities, temperature))
-    else:
-        section["temperature"] = {"left_out": "the validation split cannot fit it"}
-    scaled = [
-        np.full(len(test), np.nan) if platt[n] is None else calibration.apply_platt(test.probabilities[:, k], platt[n])
-        for k, n in enumerate(names)
-    ]
-    section["platt"] = stage(np.stack(scaled, 1))
+    section["temperature"] = (
+        {"left_out": "the validation split cannot fit it"}
+        if scaling["temperature"] is None
+        else stage(scaled["temperature"])
+    )
+    section["platt"] = stage(scaled["platt"])
+    used = [scaling["chosen"][n]["method"] for n in names]
+    section["calibrated"] = stage(
+        np.stack([calibration.scale(scaling, m, n, p) for m, n, p in zip(used, names, test.probabilities.T)], 1)
+    )
+    fitted_on = {}
+    for k, n in enumerate(names):
+        y = held_out.targets[:, k]
+        fitted_on[n] = _fitted_on(count(y, held_cluster, held_out.unit), held_cluster[~np.isnan(y)], held_out.unit)
     fitted = {
         "fitted_on": held_out.path.name,
         "images": len(held_out),
+        "labels": fitted_on,
         "label_names": list(names),
         "checkpoint_sha256": evaluation.validate_of,
         "fitted_for": evaluation.fitted_for,
-        "temperature": temperature,
-        "platt": platt,
+        **scaling,
     }
     return section | {"fitted": fitted}, fitted
 
@@ -352,10 +414,7 @@ def other_policies(predictions, cluster, weights):
         for m in missing:
             targets = apply_policy(raw, predictions.label_names, uncertain=u, missing=m, soft=False).astype(float)
             same = bool(((targets == predictions.targets) | (np.isnan(targets) & np.isnan(predictions.targets))).all())
-            tried = Measured(
-                type(predictions)(predictions.path, predictions.label_names, predictions.ids, targets,
-                                  predictions.probabilities), cluster, weights,
-            )  # fmt: skip
+            tried = Measured(replace(predictions, targets=targets), cluster, weights)
             found.append(
                 {"uncertain": u, "missing": m, "as_used": same, "mean": tried.mean(), "labels": tried.labels()}
             )
@@ -369,7 +428,7 @@ def curves(predictions, cluster, weights):
         np.ones((len(weights), 1), int),
     )
     for k, name in enumerate(predictions.label_names):
-        ranking = statistics.Ranking(predictions.probabilities[:, k], predictions.targets[:, k], cluster)
+        ranking = statistics.Ranking(predictions.scores[:, k], predictions.targets[:, k], cluster)
         if not ranking.both:
             continue
         whole, drawn = ranking.curves(ones, GRID), ranking.curves(weights[:, :BANDS], GRID)
@@ -387,12 +446,13 @@ def worst_errors(predictions):
     found, ids = {}, predictions.ids
     for k, name in enumerate(predictions.label_names):
         p, y = predictions.probabilities[:, k], predictions.targets[:, k]
+        scores = predictions.scores[:, k]
         found[name] = {}
         for kind, rows, sign in (
             ("missed", np.flatnonzero(y == 1), 1),
             ("false_alarms", np.flatnonzero(y == 0), -1),
         ):
-            rows = rows[np.argsort(sign * p[rows], kind="stable")][:WORST]
+            rows = rows[np.argsort(sign * scores[rows], kind="stable")][:WORST]
             found[name][kind] = [
                 {"image": predictions.image_ids.iloc[r], "probability": float(p[r]), "row": int(r)}
                 | {c: ids[c].iloc[r] for c in ("study_id", "subject_id", "view") if c in ids}
@@ -520,9 +580,10 @@ def collect(evaluation, options, against=(), seeds=()):
         "metrics": further_metrics(test),
         "study": studies(test, options),
         "groups": by_group(test, cluster, weights, options),
-        "thresholds": operating_points(evaluation, cluster, weights, options),
+        "thresholds": operating_points(evaluation, cluster, options),
     }  # fmt: skip
     if against:
+        check_apart("--against", [evaluation, *against])
         report["against"] = {e.given: compare(measured, e, test, cluster, weights) for e in against}
     if seeds:
         report["seeds"] = between_seeds([evaluation, *seeds], measured, cluster, weights)

@@ -8,9 +8,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit, logit, stdtrit
 
 CHUNK = 64  # resamples at a time: the cumulative sums of 5,000 images then stay in the processor's cache
 FEW = 10  # below so many positive patients neither the bootstrap nor the clustered variance is to be trusted
+LEVEL = 0.95
+GROUPS = 300  # of patients that the jackknife leaves out in turn, at most
 
 
 def draw(patients, resamples, seed):
@@ -98,12 +101,94 @@ def mean_defined(values):
         return np.where(known, values, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 
-def interval(draws, level=0.95):
-    """Percentile interval (low, high) of the draws [B] that are defined; (None, None) if none is."""
+def interval(draws):
+    """Percentile interval (low, high) of the draws [B] that are defined; (None, None) if none is.
+
+    Also (None, None) where all draws are equal: a bootstrap that never varies says nothing about uncertainty.
+    """
     defined = draws[~np.isnan(draws)]
-    if not len(defined):
+    if not len(defined) or np.ptp(defined) < 1e-12:
         return None, None
-    return tuple(float(v) for v in np.percentile(defined, [50 * (1 - level), 50 * (1 + level)]))
+    return tuple(float(v) for v in np.percentile(defined, [50 * (1 - LEVEL), 50 * (1 + LEVEL)]))
+
+
+def leave_out(patients):
+    """Weights [P, G] of the jackknife: all patients but one group of them, at random; one patient a group up to GROUPS.
+
+    G is 0 for a single patient.
+    """
+    groups = min(patients, GROUPS) if patients > 1 else 0
+    of = np.random.default_rng(0).permutation(patients) % max(groups, 1)
+    return (of[:, None] != np.arange(groups)).astype(np.int32)
+
+
+def precision_interval(values, left_out, positives):
+    """(low, high, bias) of the mean of L average precisions; L is 1 for a single label.
+
+    values: [L]; left_out: [L, G], of :func:`leave_out`; positives: patients that have each label, [L]. (None, None,
+    None) where a group holds all positives of a label.
+
+    An average precision is too high, since each positive counts in its own precision. With m positives and an average
+    precision p the bias is proportional to log(1 + x) / m, x = m / p (integrate 1 / (1 + m u / p) over the recall u).
+    The jackknife (Quenouille 1956) is exact for 1 / m and sees of this the share 1 - x / (1 + x) / log(1 + x). The
+    interval is Student's t on the logit scale around the corrected value, its degrees of freedom the positive patients
+    less one; of a mean, in which the patients with the most images count in all labels at once, the effective number of
+    patients (their squared contributions: the square of the sum over the sum of the squares). Coverage:
+    benchmarks/README.md.
+    """
+    groups = left_out.shape[1]
+    if groups == 0 or np.isnan(left_out).any():
+        return None, None, None
+    x = positives / values
+    share = 1 - x / (1 + x) / np.log1p(x)
+    bias = float(((groups - 1) * (left_out.mean(1) - values) / share).mean())
+    value, deviations = float(values.mean()), left_out.mean(0) - left_out.mean()
+    error = math.sqrt((groups - 1) / groups * (deviations @ deviations))
+    if error < 1e-12:
+        return None, None, None
+    corrected = min(max(value - bias, value / 3), 1 - (1 - value) / 3)
+    freedom = positives[0] - 1 if len(values) == 1 else (deviations @ deviations) ** 2 / (deviations**4).sum()
+    half = stdtrit(max(freedom, 1), (1 + LEVEL) / 2) * error / (corrected * (1 - corrected))
+    return *(float(expit(logit(corrected) + sign * half)) for sign in (-1, 1)), bias
+
+
+def wilson(hits, totals):
+    """(low, high) of the proportion sum(hits) / sum(totals), both by patient [P]; (None, None) with fewer than two.
+
+    Wilson 1927, on an effective number: images over the design effect of patients, at most all images (Korn and
+    Graubard 1998). At 0 and 1, where no design effect can be estimated, the images of a patient count as one (Kish's
+    number); with fewer than five hits or misses, part of the way.
+    """
+    counted = totals > 0
+    n, patients = int(totals.sum()), int(counted.sum())
+    if patients < 2:
+        return None, None
+    p, fewest = hits.sum() / n, min(hits.sum(), n - hits.sum())
+    number = kish = n**2 / float(totals @ totals)
+    if fewest:
+        residuals = (hits - p * totals)[counted]
+        variance = patients / (patients - 1) * float(residuals @ residuals) / n**2
+        number = min(n, p * (1 - p) / variance) if variance else kish
+        number = min(number, kish + (number - kish) * min(fewest, 5) / 5)
+    t2 = float(stdtrit(patients - 1, (1 + LEVEL) / 2)) ** 2
+    middle, half = p + t2 / (2 * number), math.sqrt(t2 * (p * (1 - p) / number + t2 / (4 * number**2)))
+    low, high = ((middle + sign * half) / (1 + t2 / number) for sign in (-1, 1))
+    return float(max(low, 0)), float(min(high, 1))
+
+
+def largest_gap(values, draws):
+    """(p, reach) of the largest difference between groups' AUROCs, whichever two groups that is.
+
+    values: [G]; draws: [G, B], of the same resamples. p: how often resamples, each group moved to a common AUROC, have
+    a gap as large (which two was not chosen beforehand, so the largest of all pairs is compared with the largest).
+    value +- reach: holds the difference between these two with 95%, as it does for all pairs at once. (None, None)
+    where no resample has all groups.
+    """
+    draws = draws[:, ~np.isnan(draws).any(0)] - values[:, None]
+    if not draws.shape[1] or np.ptp(draws) < 1e-12:
+        return None, None
+    ranges = np.ptp(draws, axis=0)
+    return float((1 + (ranges >= np.ptp(values)).sum()) / (len(ranges) + 1)), float(np.quantile(ranges, LEVEL))
 
 
 @dataclass
@@ -121,6 +206,17 @@ class Placements:
     with_positive: int
     with_negative: int
     patients: int
+    pairs: int
+
+    @property
+    def bound(self):
+        """Of classes that the scores separate: the one-sided 95% bound of the AUROC, as (low, high); else None.
+
+        pairs: of a positive and a negative image, no patient in two of them, so independent. All are in the right
+        order (or all in the wrong one), which has the probability AUROC ** pairs.
+        """
+        bound = (1 - LEVEL) ** (1 / self.pairs) if self.pairs else 0.0
+        return {1.0: (bound, 1.0), 0.0: (0.0, 1 - bound)}.get(self.auroc)
 
     @property
     def share(self):
@@ -144,15 +240,18 @@ def placements(scores, targets, cluster):
     v10, v01 = above(x, y), 1 - above(y, x)
     auroc = float(v10.mean())
     of = {c: cluster[positive == c] for c in (True, False)}
+    with_positive, with_negative = (np.unique(of[c]) for c in (True, False))
+    with_any = len(np.union1d(with_positive, with_negative))
     return Placements(
         auroc=auroc,
         positive=np.bincount(of[True], v10 - auroc, patients),
         negative=np.bincount(of[False], v01 - auroc, patients),
         positives=len(x),
         negatives=len(y),
-        with_positive=len(np.unique(of[True])),
-        with_negative=len(np.unique(of[False])),
-        patients=len(np.unique(cluster)),
+        with_positive=len(with_positive),
+        with_negative=len(with_negative),
+        patients=with_any,
+        pairs=min(len(with_positive), len(with_negative), with_any // 2),
     )
 
 

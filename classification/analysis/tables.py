@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from analysis import statistics
 
-STAGES = {"before": "as predicted", "temperature": "after temperature scaling", "platt": "after Platt scaling"}
+STAGES = {"before": "as predicted", "calibrated": "as --calibrated applies it",
+          "temperature": "after temperature scaling", "platt": "after Platt scaling"}  # fmt: skip
 SPLIT_NAMES = {"train": "train", "validate": "validation", "test": "test"}
 COUNTED = {
     "zeros": "counted as negative", "ones": "counted as positive", "ignore": "left out", "smooth": "left out",
@@ -84,15 +85,14 @@ def _between(low, high, digits, sign=""):
 
 
 def figure(found, digits=3, line=False):
-    """'0.812 (0.790–0.830)'."""
+    """'0.812 (0.790–0.830)'; of a one-sided bound '1.000 (≥ 0.861)'."""
     value, low, high = found["value"], found["low"], found["high"]
     if value is None:
         return Cell(DASH, None)
-    return Cell(
-        number(value, digits) + _between(low, high, digits),
-        value,
-        (value, low, high) if line and low is not None else None,
-    )
+    between = _between(low, high, digits)
+    if found.get("one_sided"):
+        between = f" (≥ {low:.{digits}f})" if value == high else f" (≤ {high:.{digits}f})"
+    return Cell(number(value, digits) + between, value, (value, low, high) if line and low is not None else None)
 
 
 def signed(found):
@@ -122,13 +122,19 @@ def policy_text(report):
     return f"Labels: uncertain (-1) {one(policy['uncertain'])}, blank {one(policy['missing'])}.{read}"
 
 
+OTHER_INTERVALS = (
+    " (AUPRC: jackknife, corrected for its bias; rates: Wilson's; slope and intercept: clustered standard errors)"
+)
+
+
 def unit_text(report):
     b = report["bootstrap"]
+    text = f"95% intervals: bootstrap over {b['units']:,} {b['unit']}s, {b['resamples']:,} resamples{OTHER_INTERVALS}"
     if b["unit"] == "patient":
-        return f"95% intervals: bootstrap over {b['units']:,} patients, {b['resamples']:,} resamples."
+        return text + "."
     return (
-        f"95% intervals: bootstrap over {b['units']:,} images, {b['resamples']:,} resamples; the predictions have no "
-        "subject_id, and where a patient has several images these intervals are too narrow."
+        f"{text}; the predictions have no subject_id, and where a patient has several images these intervals are too "
+        "narrow."
     )
 
 
@@ -159,7 +165,7 @@ def label_remarks(labels):
     """'Fracture: one class only' of every label that has something to be said."""
     said = {}
     for name, found in labels.items():
-        for key in ("left_out", "warning"):
+        for key in ("left_out", "warning", "remark"):
             if key in found:
                 said.setdefault(found[key], []).append(name)
     return [f"{', '.join(names)}: {reason}" for reason, names in said.items()]
@@ -193,7 +199,10 @@ def _by_label(report, key, title, section):
         rows.append(row(name, found, counts))
     if section["mean"]["auroc"]["value"] is not None:
         rows.append(row(f"mean of {section['mean']['labels']}", section["mean"], [Cell("")] * (len(columns) - 4)))
-    remarks = [*label_remarks(section["labels"]), *_undefined(section["labels"], report["bootstrap"]["resamples"])]
+    remarks = [
+        *label_remarks(section["labels"] | {"mean": section["mean"]}),
+        *_undefined(section["labels"], report["bootstrap"]["resamples"]),
+    ]
     return Table(key, title, note(report), BARS, columns, rows, remarks, total=1)
 
 
@@ -248,7 +257,7 @@ def _seeds(report):
     text = (
         f"The deviation between the {len(runs)} runs is that of training alone; the interval within one is that of the "
         "test patients."
-    )
+    ) + (f" Not checked: {seeds['remark']}." if seeds["remark"] else "")
     columns = ["run", "seed", "mean AUROC (95% CI)"]
     return [
         Table("seeds", "Runs of the same configuration", note(report), BARS, columns, runs),
@@ -265,13 +274,13 @@ def _group(report, k, name, section):
     for g, found in groups.items():
         people = f", {found['patients']:,} patients" if found["patients"] is not None else ""
         columns.append(f"{g} ({found['images']:,} images{people})")
-    columns.append("largest gap (95% CI)")
+    columns += ["largest gap (95% CI)", "p", "p (Holm)"]
 
-    def gap_cell(found):
+    def gap_cells(found):
+        ps = [p_value(found["p"]), p_value(found.get("p_holm"))]
         if found["value"] is None:
-            return Cell(DASH, None)
-        cell = figure(found)
-        return Cell(f"{cell.text} {found['best']} over {found['worst']}", found["value"])
+            return [Cell(DASH, None), *ps]
+        return [Cell(f"{figure(found).text} {found['best']} over {found['worst']}", found["value"]), *ps]
 
     def cell(found):
         """AUROC, and how many positive images and patients it rests on; marked where they are too few."""
@@ -282,44 +291,79 @@ def _group(report, k, name, section):
         return Cell(figure(found["auroc"]).text + rests + (" *" if "warning" in found else ""), found["auroc"]["value"])
 
     rows = [
-        [Cell(n, n), *(cell(found["labels"][n]) for found in groups.values()), gap_cell(gap["labels"][n])]
+        [Cell(n, n), *(cell(found["labels"][n]) for found in groups.values()), *gap_cells(gap["labels"][n])]
         for n in report["label_names"]
     ]
     if section["mean_of"]:
+        means = [found["mean"]["auroc"] for found in groups.values()]
         rows.append([
-            Cell(f"mean of {len(section['mean_of'])}"), *(figure(found["mean"]["auroc"]) for found in groups.values()),
-            gap_cell(gap["mean"]),
+            Cell(f"mean of {len(section['mean_of'])}"),
+            *(Cell(f"{DASH} *") if mean["value"] is None else figure(mean) for mean in means), *gap_cells(gap["mean"]),
         ])  # fmt: skip
     unit = report["bootstrap"]["unit"]
     text = (
-        f"AUROC; in brackets the positive images{' and patients' if unit == 'patient' else ''}. The gap "
-        "is that of the two groups found furthest apart, so its interval says how sure their difference is, not that "
-        f"the choice was made beforehand. * fewer than {statistics.FEW} {unit}s of a class: too few to judge, and not "
-        "counted in the gap."
+        f"AUROC; in brackets the positive images{' and patients' if unit == 'patient' else ''}. The gap is that of the "
+        "two groups found furthest apart. Its p compares it with the largest gap that chance gives between so many "
+        "groups, its interval holds for all pairs at once, and Holm's adjustment is over the labels of this table. * "
+        f"fewer than {statistics.FEW} {unit}s of a class: too few to judge, and not counted in the gap."
     )
     remarks = [f"{g}: {found['warning']}" for g, found in groups.items() if "warning" in found]
     if section["unknown"]:
         remarks.append(f"{section['unknown']:,} images of unknown {name} are in no group")
     if section["mean_of"]:
         remarks.append(f"the mean is over the labels that every group can judge: {', '.join(section['mean_of'])}")
+        remarks += [f"{g} * has no mean: it {found['mean']['auroc']['left_out']}" for g, found in groups.items()
+                    if found["mean"]["auroc"]["value"] is None]  # fmt: skip
+    remarks += [section["remark"]] if "remark" in section else []
     total = int(bool(section["mean_of"]))
     return Table(slug(f"group-{k}-{name}"), f"By {name}", note(report), text, columns, rows, remarks, total)
 
 
+def _on(found):
+    """' [40/12]': positive images, and patients where they are known, of the validation split."""
+    patients = found["positive_patients"]
+    return f"[{found['positives']:,}" + (f"/{patients:,}]" if patients is not None else "]")
+
+
 def _thresholds(report, rule, section):
-    columns = ["label", "threshold", "TP", "FP", "FN", "TN", "sensitivity", "specificity", "PPV", "NPV"]
-    rows = []
+    columns = ["label", "threshold", "TP", "FP", "FN", "TN", "sensitivity", "specificity", "PPV", "NPV",
+               "in validation"]  # fmt: skip
+    rows, missed = [], []
     for name, t in section["labels"].items():
+        on = t["fitted_on"]
         if t["threshold"] is None:
-            rows.append([Cell(name, name), *[Cell(DASH)] * 9])
+            rows.append([Cell(name, name), *[Cell(DASH)] * 9, Cell(_on(on))])
             continue
         rates = [figure(t[rate]) for rate in ("sensitivity", "specificity", "ppv", "npv")]
-        rows.append(
-            [Cell(name, name), plain(t["threshold"], 4), *(count(t[k]) for k in ("tp", "fp", "fn", "tn")), *rates]
-        )
-    text = f"Thresholds chosen on the validation split ({section['rule']}) and applied to the test split."
+        reached = Cell(f"{number(on['sensitivity'])}, {number(on['specificity'])} {_on(on)}", on["sensitivity"])
+        counts = [count(t[k]) for k in ("tp", "fp", "fn", "tn")]
+        rows.append([Cell(name, name), plain(t["threshold"], 4), *counts, *rates, reached])
+        missed += [f"{name} ({number(t[rule]['value'])})"] if t["missed"] else []
+    patients = next((t["fitted_on"]["patients"] for t in section["labels"].values()), None)
+    people = "" if patients is None else f" of {patients:,} patients"
+    text = (
+        f"Thresholds chosen on the validation split{people} ({section['rule']}) and applied to the test split. In "
+        f"validation: sensitivity and specificity there, [positive images{'/patients' * bool(people)}]. PPV and NPV "
+        "hold at the prevalence of this test split, not at another."
+    )
     remarks, title = label_remarks(section["labels"]), f"Operating points: {section['rule']}"
+    remarks += [f"missed in the test split ({section['rule']}): {', '.join(missed)}"] if missed else []
     return Table(f"threshold-{rule}", title, note(report), text, columns, rows, remarks, folded=rule == "f1")
+
+
+def _chosen(report):
+    """What --calibrated applies to each label, and why."""
+    fitted, rows = report["calibration"]["fitted"], []
+    for name, found in fitted["chosen"].items():
+        losses = [plain(found["log_loss"][method], 4) for method in ("none", "temperature", "platt")]
+        rows.append([Cell(name, name), Cell(found["method"]), Cell(_on(fitted["labels"][name])), *losses,
+                     Cell(found["why"], wide=True)])  # fmt: skip
+    text = (
+        f"Fitted on {fitted['images']:,} validation images; in brackets the positive ones and their patients. Log "
+        "loss: cross-validated over the patients of the validation split."
+    )
+    columns = ["label", "method", "positive", "log loss as predicted", "temperature", "Platt", "reason"]
+    return Table("calibration-chosen", "What --calibrated applies", note(report), text, columns, rows)
 
 
 def _calibration(report, stage, section):
@@ -344,7 +388,7 @@ def _calibration(report, stage, section):
     )
     return Table(
         f"calibration-{stage}", f"Calibration {STAGES[stage]}", note(report), text, columns, rows,
-        label_remarks(section["labels"]), total=1, folded=stage == "temperature",
+        label_remarks(section["labels"]), total=1, folded=stage in ("temperature", "platt"),
     )  # fmt: skip
 
 
@@ -449,7 +493,8 @@ def sections(report):
     tables = [] if "left_out" in points else [_thresholds(report, r, s) for r, s in points.items()]
     found.append(("thresholds", "Operating points", tables, points.get("left_out")))
     stages = report["calibration"]
-    tables = [_calibration(report, s, stages[s]) for s in STAGES if s in stages and "left_out" not in stages[s]]
+    tables = [_chosen(report)] if "fitted" in stages else []
+    tables += [_calibration(report, s, stages[s]) for s in STAGES if s in stages and "left_out" not in stages[s]]
     reason = stages.get("left_out") and f"after scaling: {stages['left_out']}"
     if "left_out" in stages.get("temperature", {}):
         reason = f"temperature scaling: {stages['temperature']['left_out']}"

@@ -5,7 +5,7 @@ An image is called positive where its probability is at or above the threshold.
 
 import numpy as np
 
-from analysis.statistics import Ranking
+from analysis.statistics import Ranking, wilson
 
 RULES = {
     "youden": "largest sensitivity + specificity",
@@ -37,21 +37,20 @@ def choose(probabilities, targets, sensitivity=0.9, specificity=0.9):
     return {rule: None if at[rule] is None else float(ranking.thresholds[at[rule]]) for rule in RULES}
 
 
-def apply(threshold, probabilities, targets, cluster, weights, interval):
+def apply(threshold, probabilities, targets, cluster):
     """Counts and rates of one label, [N], at a threshold: tp, fp, fn, tn, and each of RATES with its interval.
 
-    weights: [P, B] of :func:`analysis.statistics.draw`; interval: draws [B] -> (low, high). A rate whose denominator
-    is 0 is None.
+    A rate whose denominator is 0 is None.
     """
     known = ~np.isnan(targets)
     called, positive, cluster = probabilities[known] >= threshold, targets[known] == 1, cluster[known]
     kinds = {"tp": called & positive, "fp": called & ~positive, "fn": ~called & positive, "tn": ~called & ~positive}
-    total = {kind: int(rows.sum()) for kind, rows in kinds.items()}
-    drawn = {kind: np.bincount(cluster[rows], minlength=len(weights)) @ weights for kind, rows in kinds.items()}
+    patients = int(cluster.max(initial=-1)) + 1
+    by_patient = {kind: np.bincount(cluster[rows], minlength=patients) for kind, rows in kinds.items()}
+    total = {kind: int(counts.sum()) for kind, counts in by_patient.items()}
     found = {"threshold": threshold, **total}
     for rate, hit, miss in zip(RATES, ("tp", "tn", "tp", "tn"), ("fn", "fp", "fp", "fn")):
         whole = total[hit] + total[miss]
-        with np.errstate(invalid="ignore"):
-            low, high = interval(drawn[hit] / (drawn[hit] + drawn[miss]))
+        low, high = wilson(by_patient[hit], by_patient[hit] + by_patient[miss])
         found[rate] = {"value": total[hit] / whole if whole else None, "low": low, "high": high}
     return found

@@ -41,7 +41,7 @@ def write_report(evaluation, options, folder, against=(), seeds=(), with_images=
     with_images: with the worst errors, their images and ids; share: without them and without paths, to be passed on.
     """
     if not options.tables:
-        options = replace(options, tables=_patients_table(evaluation))
+        options = replace(options, tables=_patients_tables(evaluation))
     report, fitted = results.collect(evaluation, options, against, seeds)
     report = {"headline": tables.headline(report), **report}
     named = without_paths([report, fitted], [evaluation, *against, *seeds], options.tables)
@@ -78,17 +78,20 @@ def write_comparison(report, folder, evaluations, share=False):
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
 
 
-def _patients_table(evaluation):
-    """patients.csv.gz of MIMIC-IV beside the evaluation's images, if it is there and knows its patients."""
+def _patients_tables(evaluation):
+    """patients.csv.gz of MIMIC-IV and, for the studies' dates, metadata.csv.gz of MIMIC-CXR, if they are beside the
+    evaluation's images and know its patients."""
     data = evaluation.config.get("DATA", {})
     root = "" if data.get("SOURCES") else data.get("DATA_PATH")  # several sources: its ids are those of one
     folders = [Path(root).expanduser(), Path(root).expanduser().parent] if root else []
-    for path in (folder / name for folder in folders for name in ("patients.csv.gz", "patients.csv")):
-        if path.is_file():
+    found = []
+    for pattern in ("patients.csv*", "mimic-cxr-*-metadata.csv*"):
+        for path in (path for folder in folders for path in sorted(folder.glob(pattern))):
             try:
                 read_table(path, evaluation.test)
             except UserError as error:
                 print(f"not used: {error}")
                 continue
-            return (path,)
-    return ()
+            found.append(path)
+            break
+    return tuple(found)

@@ -15,7 +15,7 @@ from common.errors import UserError
 from test_report import table
 
 LABELS = ("Edema", "Lung Lesion", "Fracture", "Pneumonia")  # the helper makes the last two negative throughout
-RESAMPLES = 150
+RESAMPLES = 200
 PLACES = {"mimic_cxr": {"seed": 0, "first": 0}, "nih": {"seed": 5, "first": 900_000, "images": 150, "patients": 40}}
 NIH = {
     "Lung Lesion": {"from": ["Mass", "Nodule"], "kind": "approximate"},
@@ -214,7 +214,7 @@ def test_tables_of_predictions_alone_and_a_model_with_other_labels(four, tmp_pat
 
 
 def test_the_default_folder_is_new_and_faults_leave_none(four):
-    report.main([str(four[0]), "--resamples", "10", str(four[2])])
+    report.main([str(four[0]), "--resamples", "200", str(four[2])])
     (made,) = four[0].parent.glob("comparison_*")
     assert {p.name for p in made.iterdir()} == {
         "report.html", "report.json", "summary.md", "tables.tex", "per_label.csv", "figures",
@@ -261,5 +261,5 @@ def test_mistakes_are_named(four, tmp_path):
         ([a, b, "--output", a], "--output .*a_mimic is one of the evaluations"),
     ):
         with pytest.raises(UserError, match=message) as found:
-            report.main([*map(str, argv), "--resamples", "10"])
+            report.main([*map(str, argv), "--resamples", "200"])
         assert "\n" not in str(found.value)

@@ -247,3 +247,10 @@ def test_validation_and_test_give_what_is_promised_and_each_source():
     assert found["by_source"]["y"]["auc"]["a"] == roc_auc_score(targets[3:, 0], logits[3:, 0])
     known = ~targets[3:, 1].isnan()
     assert found["by_source"]["y"]["auc"]["b"] == roc_auc_score(targets[3:, 1][known], logits[3:, 1][known])
+
+
+def test_ranking_metrics_take_logits_whose_probabilities_are_all_one():
+    logits = np.linspace(39.9, 43, 40, dtype=np.float32)[:, None]
+    targets = (np.arange(40) >= 25).astype(np.float32)[:, None]
+    found = measure(logits, targets, ["a"])
+    assert found["auc"]["a"] == found["average_precision"]["a"] == 1

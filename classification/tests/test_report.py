@@ -10,6 +10,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import report
+from analysis import applied
 from analysis.evaluation import read_evaluation, write_predictions
 from common.errors import UserError
 from conftest import ROOT
@@ -65,7 +66,7 @@ report.main(sys.argv[1:])
 assert not {"torch", "torchvision", "timm"} & set(sys.modules)
 """
     argv = [predictions, "--validate", validate, "--groups", tmp_path / "patients.csv.gz", "--against", other]
-    argv += ["--output", tmp_path / "out", "--resamples", "100"]
+    argv += ["--output", tmp_path / "out", "--resamples", "200"]
     subprocess.run([sys.executable, "-c", command, *map(str, argv)], cwd=ROOT, check=True)
     found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     figures = {f"figures/{n}.{s}" for n in ("auroc", "roc", "precision_recall", "calibration", "cooccurrence")
@@ -126,14 +127,23 @@ def test_frontal_maximum_by_study(predictions):
     assert r["study"]["labels"]["Edema"]["auroc"]["value"] == pytest.approx(truth, abs=1e-12)
 
 
-def test_the_same_model_against_itself_and_a_worse_one(predictions, tmp_path):
+def test_a_worse_model(predictions, tmp_path):
     worse = table(tmp_path / "worse.csv", noise=6.0)
-    r = run(predictions, "--against", predictions, worse)
-    same, other = r["against"][str(predictions)], r["against"][str(worse)]
-    assert same["mean"]["difference"] == 0 and same["mean"]["p"] == 1 and same["labels"]["Edema"]["p"] == 1
+    other = run(predictions, "--against", worse)["against"][str(worse)]
     assert other["primary"] == "mean AUROC" and other["mean"]["difference"] > 0 and other["mean"]["p"] < 0.05
     edema = other["labels"]["Edema"]
     assert edema["low"] < edema["difference"] < edema["high"] and edema["p_holm"] >= edema["p"]
+
+
+@pytest.mark.parametrize("option", ["--against", "--seeds-of", "--ensemble"])
+def test_one_evaluation_twice_is_refused(predictions, tmp_path, option):
+    """By its path, and by its probabilities under another name and in another order."""
+    (tmp_path / "copy").mkdir()
+    copy, other = tmp_path / "copy" / "same.csv", table(tmp_path / "copy" / "other.csv", noise=1.5)
+    pd.read_csv(predictions)[::-1].to_csv(copy, index=False)
+    for given in ([predictions], [copy], [other, other]):
+        with pytest.raises(UserError, match=rf"{option}: .* is the same evaluation as .* \(every probability is equal"):
+            run(predictions, option, *given, "--output", tmp_path / "copy" / "out")
 
 
 def test_thresholds_and_scalings_come_from_validation_alone(predictions, validate, tmp_path):
@@ -145,8 +155,24 @@ def test_thresholds_and_scalings_come_from_validation_alone(predictions, validat
     called = rows["Edema_probability"] >= t["threshold"]
     assert t["tp"] == (called & (rows["Edema_target"] == 1)).sum()
     assert t["tp"] + t["fp"] + t["fn"] + t["tn"] == 180
+    edema = held_out["Edema_target"] == 1
+    assert t["fitted_on"] == {
+        "patients": held_out.subject_id.nunique(), "positive_patients": held_out.subject_id[edema].nunique(),
+        "images": 150, "positives": edema.sum(),
+        "sensitivity": pytest.approx((held_out["Edema_probability"][edema] >= t["threshold"]).mean()),
+        "specificity": pytest.approx((held_out["Edema_probability"][~edema] < t["threshold"]).mean()),
+    }  # fmt: skip
+    assert t["fitted_on"]["sensitivity"] >= 0.9 and t["missed"] is bool(t["sensitivity"]["value"] < 0.9)
+    assert r["thresholds"]["youden"]["labels"]["Edema"]["missed"] is None  # it has no target
     fitted = json.loads((tmp_path / "calibration.json").read_text())
     assert fitted["platt"]["Edema"]["slope"] > 0 and fitted["platt"]["Fracture"] is None and fitted["temperature"] > 0
+    assert "one class only" in fitted["chosen"]["Fracture"]["why"]
+    # What the report calls calibrated is what predict.py --calibrated applies.
+    adjust, fitted_for = applied.read_calibration(tmp_path, LABELS)
+    probabilities = rows[[f"{name}_probability" for name in LABELS]].to_numpy()
+    brier = ((adjust(probabilities)[:, 0] - rows["Edema_target"]) ** 2).mean()
+    assert r["calibration"]["calibrated"]["labels"]["Edema"]["brier"]["value"] == pytest.approx(brier)
+    assert fitted_for == r["fitted_for"] == fitted["fitted_for"]
     r = run(predictions)
     assert "validation" in r["thresholds"]["left_out"] and "validation" in r["calibration"]["left_out"]
     assert not (tmp_path / "calibration.json").exists()
@@ -178,13 +204,59 @@ def test_seeds_and_ensemble(predictions, tmp_path):
         "mean": pytest.approx(np.mean(values)),
         "sd": pytest.approx(np.std(values, ddof=1)),
     }
-    report.main([str(predictions), "--ensemble", str(other), "--output", str(tmp_path / "both"), "--resamples", "50"])
+    report.main([str(predictions), "--ensemble", str(other), "--output", str(tmp_path / "both"), "--resamples", "200"])
     joint = pd.read_csv(tmp_path / "both" / "predictions.csv")
     mean = (a["Edema_probability"] + b["Edema_probability"]) / 2
     np.testing.assert_allclose(joint["Edema_probability"], mean, rtol=1e-6)
     metrics = json.loads((tmp_path / "both" / "metrics.json").read_text())
     assert metrics["auc"]["Edema"] == pytest.approx(roc_auc_score(a["Edema_target"], mean), abs=1e-6)
     assert read_evaluation(tmp_path / "both").test.label_names == LABELS
+
+
+def test_images_are_ranked_by_logits_where_probabilities_are_all_one(predictions, tmp_path):
+    """Perfectly ranked logits from 39.9 to 43; read, by study, in an ensemble, and with the files of before."""
+    names, images = ("Edema",), 40
+    z = np.linspace(39.9, 43, images, dtype=np.float32)[:, None]
+    targets = (np.arange(images) >= 15).astype(float)[:, None]
+    ids = {"dicom_id": np.arange(images), "study_id": np.arange(images) // 2, "subject_id": np.arange(images) // 2}
+    probabilities = 1 / (1 + np.exp(-z.astype(float)))
+    for name, shift in (("a", 0), ("b", 0.5)):
+        (tmp_path / name).mkdir()
+        write_predictions(tmp_path / name / "p.csv", ids, names, targets, probabilities, logits=z + np.float32(shift))
+    r = run(tmp_path / "a" / "p.csv")
+    edema = r["labels"]["Edema"]["auroc"]
+    assert edema["value"] == 1 and edema["one_sided"] and edema["low"] == pytest.approx(0.05 ** (1 / 8))
+    assert "separate the classes" in r["labels"]["Edema"]["remark"] and r["labels"]["Edema"]["auprc"]["low"] is None
+    assert r["study"]["labels"]["Edema"]["auroc"]["value"] == 1
+    assert read_evaluation(tmp_path / "a" / "p.csv").test.logits.astype(np.float32).tolist() == z.tolist()
+    report.main([*(str(tmp_path / n / "p.csv") for n in "a"), "--ensemble", str(tmp_path / "b" / "p.csv"),
+                 "--output", str(tmp_path / "both")])  # fmt: skip
+    assert json.loads((tmp_path / "both" / "metrics.json").read_text())["auc"]["Edema"] == 1
+    joint = read_evaluation(tmp_path / "both").test.logits
+    np.testing.assert_allclose(joint, z - np.log((1 + np.exp(-0.5)) / 2), atol=1e-5)  # of the mean of 1 - probability
+    rows = pd.read_csv(tmp_path / "a" / "p.csv")
+    assert rows["Edema_probability"].nunique() == 1
+    rows.drop(columns="Edema_logit").to_csv(tmp_path / "before.csv", index=False)
+    assert run(tmp_path / "before.csv")["labels"]["Edema"]["auroc"]["value"] == 0.5
+    rows.assign(Edema_logit=np.where(rows.index == 3, np.inf, 1)).to_csv(tmp_path / "odd.csv", index=False)
+    with pytest.raises(UserError, match="Edema_logit is 'inf' in data row 4; expected a finite number"):
+        run(tmp_path / "odd.csv")
+
+
+def test_intervals_at_the_end_of_the_scale_have_a_width(tmp_path, validate):
+    """A label whose scores separate the classes: no figure of it is certain."""
+    path = table(tmp_path / "p.csv", patients=60)
+    rows = pd.read_csv(path)
+    rows["Edema_probability"] = 0.2 + 0.6 * rows["Edema_target"] + rows.index / 1000
+    rows.to_csv(path, index=False)
+    r = run(path, "--validate", validate)
+    auroc, point = r["labels"]["Edema"]["auroc"], r["thresholds"]["youden"]["labels"]["Edema"]
+    assert 0.5 < auroc["low"] < 0.99 and auroc["high"] == 1 == auroc["value"] and auroc["se"] is None
+    assert "Edema add no uncertainty" in r["mean"]["remark"]
+    rates = [point[rate] for rate in ("sensitivity", "specificity", "ppv", "npv")]
+    assert any(rate["value"] in (0, 1) for rate in rates)
+    for rate in rates:
+        assert rate["low"] is None or rate["high"] - rate["low"] > 0.01
 
 
 def test_without_patients_and_with_one(predictions, tmp_path):
@@ -272,8 +344,9 @@ def test_faulty_companions_are_named(predictions, validate, tmp_path):
         report.main([str(tmp_path / "empty")]) if (tmp_path / "empty").mkdir() is None else None
     with pytest.raises(UserError, match="does not exist"):
         report.main([str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match="--resamples is 0"):
-        report.main([str(predictions), "--resamples", "0"])
+    for few in ("0", "1", "199"):  # an interval of one resample has no width
+        with pytest.raises(UserError, match=f"--resamples is {few}; 95% intervals need at least 200"):
+            report.main([str(predictions), "--resamples", few])
 
 
 def test_a_folder_whose_files_do_not_belong_together(predictions, tmp_path):
@@ -298,7 +371,7 @@ def test_seeds_of_another_configuration_are_refused(predictions, tmp_path):
     for k, rate in enumerate((1e-4, 1e-3)):
         folder = tmp_path / f"evaluation_{k}"
         folder.mkdir()
-        (folder / "predictions.csv").write_bytes(predictions.read_bytes())
+        table(folder / "predictions.csv", noise=1 + k / 10)
         config = {"SEED": k, "TRAIN": {"BASE_LR": rate}}
         (folder / "metrics.json").write_text(json.dumps({"images": 180, "config": config}))
         folders.append(folder)
@@ -312,15 +385,81 @@ def test_seeds_of_another_configuration_are_refused(predictions, tmp_path):
             assert len(run(folders[0], "--seeds-of", folders[1])["seeds"]["runs"]) == 2
     with pytest.raises(UserError, match="DATA.SOURCES differ"):
         run(folders[0], "--seeds-of", folders[1])
+    other = table(tmp_path / "other.csv", noise=1.5)  # of which nobody knows the configuration
+    for pair in ((folders[0], other), (other, folders[0])):
+        with pytest.raises(UserError, match="--seeds-of: .*other.csv does not record its configuration"):
+            run(pair[0], "--seeds-of", pair[1])
+    for folder in folders:  # the same checkpoint evaluated on two machines: no second seed
+        (folder / "metrics.json").write_text(
+            json.dumps({"images": 180, "config": {"TRAIN": {"BASE_LR": 1e-4}}, "checkpoint_sha256": "a" * 64})
+        )
+    with pytest.raises(UserError, match="evaluation_1 is of the same checkpoint as .*evaluation_0"):
+        run(folders[0], "--seeds-of", folders[1])
 
 
-def test_groups_of_few_patients_are_warned_of_and_do_not_make_the_gap(predictions, tmp_path):
-    rows = pd.read_csv(predictions)
-    sites = np.where(np.arange(30) < 3, "small", np.where(np.arange(30) % 2, "A", "B"))
-    pd.DataFrame({"subject_id": 10_000_000.0 + np.arange(30), "site": sites}).to_csv(tmp_path / "site.csv", index=False)
+def test_groups_of_few_patients_are_warned_of_and_do_not_make_the_gap(tmp_path):
+    predictions = table(tmp_path / "many.csv", patients=60, images=300)
+    rows, patients = pd.read_csv(predictions), np.arange(60)
+    sites = np.where(patients < 3, "small", np.where(patients % 2, "A", "B"))
+    pd.DataFrame({"subject_id": 10_000_000.0 + patients, "site": sites}).to_csv(tmp_path / "site.csv", index=False)
     site = run(predictions, "--groups", tmp_path / "site.csv")["groups"]["site"]
     assert "too few patients" in site["groups"]["small"]["warning"]
     assert site["groups"]["small"]["patients"] == 3
     gap = site["gap"]["labels"]["Edema"]
-    assert {gap.get("best"), gap.get("worst")} in ({"A", "B"}, {None})
+    assert {gap["best"], gap["worst"]} == {"A", "B"} and gap["p"] <= gap["p_holm"] <= 1
+    values = [site["groups"][g]["labels"]["Edema"]["auroc"]["value"] for g in "AB"]
+    assert gap["value"] == pytest.approx(abs(values[0] - values[1]))
+    assert (gap["low"] > 0) == (gap["p"] < 0.05) or gap["p"] == pytest.approx(0.05, abs=0.01)
     assert sum(g["images"] for g in site["groups"].values()) == len(rows)
+
+
+def test_a_group_that_judges_few_labels_has_no_mean(tmp_path):
+    """Of three labels it can judge one: that one is no mean, and does not make the others' mean one of one label."""
+    rng, names = np.random.default_rng(0), ("Edema", "Lung Lesion", "Pneumonia")
+    cluster = np.repeat(np.arange(90), 4)
+    targets = (rng.random((360, 3)) < 0.4).astype(float)
+    targets[cluster >= 60, 1:] = 0
+    ids = {"dicom_id": np.arange(360), "subject_id": cluster, "site": np.array(["A", "B", "C"])[cluster // 30]}
+    p = 1 / (1 + np.exp(-(targets + rng.normal(size=(360, 3)))))
+    write_predictions(tmp_path / "p.csv", {k: v for k, v in ids.items() if k != "site"}, names, targets, p)
+    pd.DataFrame({k: ids[k] for k in ("subject_id", "site")}).drop_duplicates().to_csv(tmp_path / "s.csv", index=False)
+    site = run(tmp_path / "p.csv", "--groups", tmp_path / "s.csv")["groups"]["site"]
+    assert site["mean_of"] == list(names)
+    means = {g: found["mean"]["auroc"] for g, found in site["groups"].items()}
+    assert means["C"]["value"] is None and means["C"]["left_out"] == "judges 1 of 3 labels"
+    assert {site["gap"]["mean"]["best"], site["gap"]["mean"]["worst"]} == {"A", "B"} and means["A"]["value"] > 0.5
+
+
+def test_ages_at_the_study_and_columns_of_one_name(predictions, tmp_path):
+    """MIMIC-IV's anchor_age is the age in anchor_year; a study of ten years later is of a patient ten years older."""
+    rows = pd.read_csv(predictions)
+    patients = pd.DataFrame({"subject_id": rows.subject_id.unique()})
+    patients = patients.assign(gender="F", anchor_age=35, anchor_year=2150, anchor_year_group="2008 - 2010", dod="")
+    patients.to_csv(tmp_path / "patients.csv.gz", index=False)
+    age = run(predictions, "--groups", tmp_path / "patients.csv.gz")["groups"]["age band"]
+    assert list(age["groups"]) == ["18-39"] and "180 images by anchor_age" in age["remark"]
+    late = rows.dicom_id.isin(rows.dicom_id[:70])
+    metadata = rows[["dicom_id", "subject_id", "study_id"]].assign(
+        PerformedProcedureStepDescription="CHEST", StudyDate=np.where(late, 21600101, 21500101), StudyTime=120000.0
+    )
+    metadata.iloc[:170].to_csv(tmp_path / "mimic-cxr-2.0.0-metadata.csv.gz", index=False)
+    found = run(
+        predictions, "--groups", tmp_path / "patients.csv.gz", tmp_path / "mimic-cxr-2.0.0-metadata.csv.gz"
+    )["groups"]  # fmt: skip
+    assert {g: part["images"] for g, part in found["age band"]["groups"].items()} == {"18-39": 110, "40-59": 70}
+    assert "10 images by anchor_age" in found["age band"]["remark"] and set(found) == {"view", "sex", "age band"}
+    odd = rows[["dicom_id"]].assign(view="mine", site="A", age=["-3", *["018M"] * 179], Sex="M")
+    odd.to_csv(tmp_path / "one.csv", index=False)
+    odd[["dicom_id"]].assign(site="B").to_csv(tmp_path / "two.csv", index=False)
+    found = run(predictions, "--groups", tmp_path / "one.csv", tmp_path / "two.csv")["groups"]
+    assert set(found["view"]["groups"]) == {"AP", "PA", "lateral"}
+    assert set(found["view (one.csv)"]["groups"]) == {"mine"}
+    assert "there is a view already, so the column view of" in found["view (one.csv)"]["remark"]
+    assert set(found["site"]["groups"]) == {"A"} and set(found["site (two.csv)"]["groups"]) == {"B"}
+    assert list(found["age band"]["groups"]) == ["0-17"] and found["age band"]["unknown"] == 1
+    assert "1 images have no age that can be read, such as '-3'" in found["age band"]["remark"]
+    (tmp_path / "twice.csv").write_text("dicom_id,site,site\nimage0,A,B\n")
+    with pytest.raises(UserError, match="column 'site' is there more than once"):
+        run(predictions, "--groups", tmp_path / "twice.csv")
+    with pytest.raises(UserError, match=r"there is a site \(two.csv\) already; rename the column"):
+        run(predictions, "--groups", tmp_path / "two.csv", tmp_path / "two.csv", tmp_path / "two.csv")

@@ -27,7 +27,7 @@ class Task:
     validate(model, loader, world, amp, label_names=, metric=, sources=) -> utils_multilabel.Validation; sources: the
         name of that of each image of the dataset, or None
     test(model, loader, world, amp, label_names=, sources=) -> {"loss", metrics, `images` (how many)}, and the arrays
-        `probabilities`, `targets` [N, L] and `rows` [N] (which of the dataset)
+        `probabilities`, `targets` [N, L] (of labels also `logits`) and `rows` [N] (which of the dataset)
     table(metrics) -> text
     report: whether an evaluation ends with one (intervals, thresholds, calibration of labels)
     """

@@ -91,7 +91,7 @@ def test_split(tested, split, config, world, log):
 
 def describe(tested, dataset, config, world, *, seconds, found, warnings):
     """metrics.json: what was tested on what, and the metrics `found`, which took so many seconds."""
-    metrics = {k: v for k, v in found.items() if k not in ("probabilities", "targets", "rows")}
+    metrics = {k: v for k, v in found.items() if k not in ("logits", "probabilities", "targets", "rows")}
     processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
     _, dtype = autocast(config, world.device)
     about = {
@@ -101,6 +101,8 @@ def describe(tested, dataset, config, world, *, seconds, found, warnings):
         "trained_on": sorted(tested.origin.get("patients", {})),
         "checkpoint": str(tested.path),
         "checkpoint_sha256": tested.sha256,
+        # None: the file holds the EMA alone, so --ema of predict.py changes nothing.
+        "ema": None if tested.origin.get("weights") == "model_ema" else config.TEST.EMA,
         "backbone": config_module.backbone_name(config),
         "parameters": sum(p.numel() for p in tested.model.parameters()),
         "gmacs": round(count_gmacs(tested.model, config.DATA.IMG_SIZE), 3),
