@@ -259,6 +259,10 @@ KNOBS = {
                                  flag="--use-checkpoint"),
     "TRAIN.COMPILE": Knob(False, "(new) torch.compile: fewer passes over memory; the first update takes minutes, once"),
     "TRAIN.AUTO_RESUME": Knob(True, "resume from the run's last checkpoint"),
+    "TRAIN.STOP_AFTER": Knob(0, "(new) early stopping: end after so many epochs without a better score (BEST_BY) of "
+                             "the model or its EMA; 0: never", at_least(0)),
+    "TRAIN.FREEZE": Knob([], "(new) modules that do not train, such as [patch_embed, levels.0]; their norms "
+                         "and drop path run as in evaluation"),
     "TRAIN.LOSS": Knob("bce", "(new) loss of multi-label tasks, a row of utils_multilabel.LOSSES", takes_effect=XRAYS),
     "TRAIN.LOSS_OPTIONS": Knob({}, "(new) parameters of the loss, such as {gamma: 2.0}", takes_effect=XRAYS,
                                mapping=True),
@@ -322,6 +326,7 @@ KNOBS = {
     "RESULTS": Knob("", "(new) evaluations are written to RESULTS/evaluation_<timestamp>; empty: results/<dataset>"),
     "TAG": Knob("default", "name of this run", run_folder, flag="--tag"),
     "SAVE_FREQ": Knob(1, "epochs between ckpt_epoch_N.pth; last_ckpt.pth is written after every epoch", at_least(1)),
+    "SAVE_KEEP": Knob(0, "(new) how many ckpt_epoch_N.pth to keep, the newest; 0: all", at_least(0)),
     "LOG.TENSORBOARD": Knob(False, "(new) write epochs and a batch for TensorBoard too, which must be installed"),
     "PRINT_FREQ": Knob(10, "updates between lines of the log", at_least(1)),
     "SEED": Knob(0, "of all random numbers", between(0, 2**32 - 1)),

@@ -50,16 +50,19 @@ def train(config, world, folder, log):
                 run = build_run(config, world, folder, log, stop)
             if world.is_main:
                 write_whole(folder / "config.json", json.dumps(config_module.to_dict(config), indent=2) + "\n")
-            if run.position.epoch >= config.TRAIN.EPOCHS:
+            if run.is_finished():
                 log.info(f"already finished: {run.position.epoch} of {config.TRAIN.EPOCHS} epochs (TRAIN.EPOCHS)")
-            while run.position.epoch < config.TRAIN.EPOCHS:
+            while not run.is_finished():
                 train_epoch(run, stop)
                 finish_epoch(run)
         except distributed.Stopped as stopped:
             return end_stopped(run, stopped.number, world, log)
-    if world.is_main:
-        plot_training(folder, run.task.metrics())
     distributed.report_outcome(world, "finished")
+    if world.is_main:
+        try:
+            plot_training(folder, run.task.metrics())
+        except OSError as error:
+            log.warning(f"{folder / 'training.png'} could not be written ({error.strerror})")
     if run.best.value is None:
         log.warning(
             "no label has both classes in the validation split, so there is no best checkpoint; "
@@ -75,7 +78,7 @@ def train_epoch(run, stop):
     first, sums = position.update, run.position.sums
     started, seconds_before = time.time(), sums.seconds
     line_at, waited_before, checked = started, sums.waited, first  # of the last line of the log
-    run.step.model.train()
+    run.step.train()
     remaining = range(first, position.updates)
     for update in progress(remaining, run.world, desc=f"epoch {position.epoch + 1}", unit="update"):
         lr = run.schedule(position.epoch * position.updates + update)
@@ -119,7 +122,6 @@ def finish_epoch(run):
     """Validate, log, and write every checkpoint that is due. A stop within it costs the validation alone."""
     position, config, score = run.position, run.config, run.metric.key
     validated = validate(run, run.step.model)
-    is_best, is_ema_best = run.best.beaten_by(validated[score]), False
     done, sums, last = position.epoch + 1, position.sums, (position.epoch + 1) * position.updates - 1
     record = {
         "epoch": done,
@@ -127,14 +129,15 @@ def finish_epoch(run):
         "lr": run.schedule(last),
         "grad_norm": sums.norm.item() / sums.updates,
         **validated,
-        f"best_{score}": validated[score] if is_best else run.best.value,
     }
     if run.step.ema is not None:
-        validated = validate(run, run.step.ema.module)
-        is_ema_best = run.ema_best.beaten_by(validated[score])
-        record["ema"] = {**validated, "best": validated[score] if is_ema_best else run.ema_best.value}
-        run.ema_best.value = record["ema"]["best"]
-    run.best.value = record[f"best_{score}"]
+        record["ema"] = validate(run, run.step.ema.module)
+    # Only now, since a stop may end either validation.
+    is_best = run.best.take(record[score], done)
+    record[f"best_{score}"] = run.best.value
+    is_ema_best = run.step.ema is not None and run.ema_best.take(record["ema"][score], done)
+    if run.step.ema is not None:
+        record["ema"]["best"] = run.ema_best.value
     images, waited = position.images_per_update * sums.updates, distributed.gather(sums.waited, run.world)
     record["skipped"] = sum(distributed.gather(sums.skipped, run.world))
     record |= {"seconds": round(sums.seconds, 1), "images_per_s": round(images / sums.seconds, 1)}
@@ -153,11 +156,13 @@ def finish_epoch(run):
     position.next_epoch()
     # LAST comes last: killed before it, the run validates again and writes the others again.
     names = [checkpoint.BEST] if is_best else []
-    if done % config.SAVE_FREQ == 0 or done == config.TRAIN.EPOCHS:
+    if done % config.SAVE_FREQ == 0 or run.is_finished():
         names.append(f"ckpt_epoch_{done}.pth")
     if is_ema_best:
         run.save([checkpoint.EMA_BEST], weights="model_ema")
     run.save([*names, checkpoint.LAST])
+    if run.world.is_main:
+        checkpoint.remove_old(run.folder, config.SAVE_KEEP)
 
 
 def validate(run, model):

@@ -4,6 +4,7 @@ import contextlib
 import json
 
 from analysis.text import number, undefined_note
+from common.files import write_whole
 
 
 def read_metrics(path):
@@ -18,9 +19,7 @@ def read_metrics(path):
 def append_metrics(path, record):
     """Add an epoch's line to metrics.jsonl, in place of what an interrupted run wrote from it on."""
     lines = [json.dumps(e) for e in read_metrics(path) if e["epoch"] < record["epoch"]]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
-    temporary.replace(path)
+    write_whole(path, "\n".join([*lines, json.dumps(record)]) + "\n")
 
 
 def chosen_by(epochs):

@@ -1,5 +1,8 @@
 """The loop: what a run leaves behind, exact resume, ranks, precision, and clear errors."""
 
+import dataclasses
+import errno
+import hashlib
 import json
 import logging
 import os
@@ -21,11 +24,17 @@ from sklearn.metrics import roc_auc_score
 
 import config as config_module
 import main
+import utils_multilabel as multilabel
+from common import files
 from common.errors import UserError
 from conftest import ROOT, edit_csv, epochs
+from dataset.build import Loader
 from dataset.labels import LABELS
 from training import checkpoint, distributed, faults
+from training import compiling as compiling_module
+from training import run as run_module
 from training.step import Step
+from training.tasks import TASKS
 
 LOG = logging.getLogger("test")
 
@@ -802,3 +811,212 @@ def test_tensorboard_gets_the_lines_of_the_log_and_a_batch(run_main, monkeypatch
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         run_main(LOG__TENSORBOARD=True, out="other")
+
+
+# --------------------------------------------------------------------------------- a run loses nothing
+def signalled(monkeypatch, target, name, at, number=signal.SIGTERM):
+    """The `at`-th call of target.name is preceded by a signal to this process."""
+    original, calls = getattr(target, name), []
+
+    def called(*a, **k):
+        calls.append(0)
+        if len(calls) == at:
+            os.kill(os.getpid(), number)
+        return original(*a, **k)
+
+    monkeypatch.setattr(target, name, called)
+    return calls
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_stop_within_validation_keeps_the_epoch(finished, run_main, monkeypatch, number):
+    """In the model's validation of epoch 2 (3 batches), or its EMA's; the resumed run validates and ends the same."""
+    at = {signal.SIGTERM: 7, signal.SIGHUP: 10, signal.SIGINT: 12}[number]  # batches are moved once in training too
+    calls = signalled(monkeypatch, Loader, "_send", 9 + 6 + 9 + at - 6, number)
+    folder = run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
+    assert run_main.status == number
+    state = checkpoint.read(folder / checkpoint.LAST)
+    assert (state["epoch"], state["update"], state["lr_scheduler"]["update"]) == (1, 9, 18)
+    before = len(calls)
+    run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
+    assert len(calls) == before + 6 + 9 + 6  # validation of epoch 2, and all of epoch 3
+    assert_same_run(folder, finished / "out" / "tiny" / "default")
+
+
+def test_an_unreadable_validation_image_costs_nothing_but_validation(finished, own_tree, run_main, monkeypatch):
+    split = pd.read_csv(next(own_tree.glob("*-split.csv.gz")))
+    path = next(own_tree.rglob(f"{split[split.split == 'validate'].iloc[-1].dicom_id}.jpg"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:300])
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{path}: cannot be read"):
+            run_main(data=own_tree, TRAIN__EPOCHS=3, SAVE_FREQ=2)
+    path.write_bytes(whole)
+    calls = signalled(monkeypatch, torch.optim.AdamW, "step", 0)
+    folder = run_main(data=own_tree, TRAIN__EPOCHS=3, SAVE_FREQ=2)
+    assert len(calls) == 18  # epoch 1 was trained once
+    assert_same_run(folder, finished / "out" / "tiny" / "default")
+
+
+def test_a_stop_before_the_first_update_is_one_line(run_main, monkeypatch, tmp_path):
+    signalled(monkeypatch, run_module, "build_model", 1)
+    folder = run_main(TRAIN__EPOCHS=1)
+    assert run_main.status == signal.SIGTERM and not list(folder.glob("*.pth"))
+    assert "stopped by SIGTERM; the same command continues from here" in (folder / "log_rank0.txt").read_text()
+
+
+def test_a_stop_while_the_step_compiles_is_heeded_at_once(run_main, monkeypatch):
+    def compiling(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(Step, "__call__", compiling)
+    monkeypatch.setattr(compiling_module, "compile_model", lambda model: model)
+    folder = run_main(TRAIN__COMPILE=True)
+    assert run_main.status == signal.SIGTERM
+    assert "compiling the model: the first update takes minutes" in (folder / "log_rank0.txt").read_text()
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with distributed.StopRequest(distributed.World(0, 1, torch.device("cpu"))) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.agreed() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_file_system_without_locks_and_flushes(run_main, monkeypatch):
+    def refuses(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    flush = os.fsync
+
+    def no_folders(number):
+        if os.path.isdir(f"/proc/self/fd/{number}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(number)
+
+    monkeypatch.setattr(distributed.fcntl, "flock", refuses)
+    monkeypatch.setattr(os, "fsync", no_folders)
+    files.warn_once.cache_clear()
+    folder = run_main(TRAIN__EPOCHS=1)
+    log = (folder / "log_rank0.txt").read_text()
+    assert log.count("this file system has no locks") == log.count("cannot flush a folder") == 1
+    assert (folder / "best_ckpt.pth").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_full_disk_is_one_line(run_main, monkeypatch, tmp_path, name):
+    write = Path.write_text
+
+    def full(path, text, **k):
+        if path.name.startswith(name):
+            write(path, text[:10], **k)
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", str(path))
+        return write(path, text, **k)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=f"{name} could not be written .Disk quota exceeded.; make room"):
+        run_main(TRAIN__EPOCHS=1)
+    assert not [p.name for p in (tmp_path / "out" / "tiny" / "default").iterdir() if name in p.name]
+
+
+def test_too_little_space_is_named_at_start(run_main, monkeypatch):
+    usage = types.SimpleNamespace(free=20_000_000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    folder = run_main(TRAIN__EPOCHS=1, TRAIN__STOP_AFTER=1)
+    assert re.search(r"WARNING .* has 0.0 GB free, and 6 checkpoints take", (folder / "log_rank0.txt").read_text())
+    usage.free = 1_000_000
+    with pytest.raises(UserError, match="GB free, a checkpoint takes 0.0 GB and is written beside the one before"):
+        run_main(out="b")
+
+
+def test_another_run_resumed_under_a_new_tag_has_a_best_of_its_own(finished, run_main):
+    last = finished / "out" / "tiny" / "default" / "last_ckpt.pth"
+    folder = run_main("--resume", last, TRAIN__EPOCHS=4)
+    log = (folder / "log_rank0.txt").read_text()
+    assert f"{folder / 'best_ckpt.pth'} does not exist, so best_ckpt.pth restarts" in log
+    assert checkpoint.read(folder / "best_ckpt.pth")["epoch"] == 4
+
+
+def test_another_seed_or_optimizer_within_an_epoch_is_said(run_main, monkeypatch):
+    calls = signalled(monkeypatch, torch.optim.AdamW, "step", 4)
+    folder = run_main(TRAIN__EPOCHS=1)
+    run_main(TRAIN__EPOCHS=1, SEED=8)
+    assert "with other training images or another order of them (SEED" in (folder / "log_rank0.txt").read_text()
+    assert len(calls) == 4 + 9
+    for name in ("sgd", "adamw"):
+        run_main(TRAIN__EPOCHS=2 if name == "sgd" else 3, SEED=8, TRAIN__OPTIMIZER__NAME=name)
+        log = (folder / "log_rank0.txt").read_text()
+        assert log.count("another TRAIN.OPTIMIZER.NAME: its moments restart at zero") == (1 if name == "sgd" else 2)
+
+
+def test_the_newest_checkpoints_are_kept_and_early_stopping_resumes(run_main, monkeypatch):
+    """Scores that fall from epoch 2 on: stopped after epoch 4, whether or not the run was interrupted."""
+    scores = iter([0.5, 0.6, 0.4, 0.3, 0.2, 0.2])
+    validate = multilabel.validate_multilabel
+
+    def scored(*a, **k):
+        found = validate(*a, **k)
+        value = next(scores)
+        return dataclasses.replace(found, score=value, record={**found.record, "mean_auc": value})
+
+    monkeypatch.setitem(TASKS, "multilabel", dataclasses.replace(TASKS["multilabel"], validate=scored))
+    options = dict(TRAIN__STOP_AFTER=2, TRAIN__EMA__ENABLE=False, SAVE_KEEP=2)
+    folder = run_main(TRAIN__EPOCHS=3, **options)
+    run_main(TRAIN__EPOCHS=9, **options)
+    assert [line["epoch"] for line in epochs(folder)] == [1, 2, 3, 4]
+    assert {p.name for p in folder.glob("ckpt_epoch_*")} == {"ckpt_epoch_3.pth", "ckpt_epoch_4.pth"}
+    run_main(TRAIN__EPOCHS=9, **options)
+    assert len(epochs(folder)) == 4 and "already finished: 4 of 9" in (folder / "log_rank0.txt").read_text()
+
+
+def test_frozen_levels_do_not_change_and_end_the_backward_pass(run_main, monkeypatch):
+    seen = []
+    step = Step.__call__
+
+    def looked_at(self, *a, **k):
+        seen.append([m.training for name, m in self.model.named_modules() if name.startswith("levels.0")])
+        return step(self, *a, **k)
+
+    monkeypatch.setattr(Step, "__call__", looked_at)
+    start = run_main(TRAIN__EPOCHS=1)
+    seen.clear()
+    folder = run_main("--pretrained", start / "last_ckpt.pth", TRAIN__EPOCHS=1, out="frozen",
+                      TRAIN__FREEZE="[patch_embed, levels.0]")  # fmt: skip
+    assert seen and not any(any(modes) for modes in seen)
+    a, b = (checkpoint.read(f / "last_ckpt.pth")["model"] for f in (start, folder))
+    for name in a:
+        frozen = name.startswith(("patch_embed.", "levels.0."))
+        assert torch.equal(a[name], b[name]) == frozen or "num_batches" in name, name
+    groups = checkpoint.read(folder / "last_ckpt.pth")["optimizer"]["param_groups"]
+    assert not [n for g in groups for n in g["names"] if n.startswith(("patch_embed.", "levels.0."))]
+    with pytest.raises(UserError, match="TRAIN.FREEZE: the model has no part 'level.0' .did you mean levels.0"):
+        run_main(TRAIN__FREEZE="[level.0]")
+
+
+def test_an_evaluation_of_other_pixels_than_in_training_is_warned_about(finished, run_main):
+    best = finished / "out" / "tiny" / "default" / "best_ckpt.pth"
+    folder = run_main("--eval", "--resume", best, DATA__IMG_SIZE=48, DATA__RESIZE="pad")
+    metrics = json.loads(next((folder.parents[1] / "results").glob("*/metrics.json")).read_text())
+    for key, value in (("DATA.IMG_SIZE", "32"), ("DATA.RESIZE", "squeeze")):
+        assert any(f"was trained with {key} {value}" in text for text in metrics["warnings"])
+    assert metrics["checkpoint_sha256"] == hashlib.sha256(best.read_bytes()).hexdigest()
+
+
+def test_the_digest_is_that_of_the_bytes_that_were_loaded(finished, tmp_path, monkeypatch):
+    """A training that replaces the file in the meantime changes nothing."""
+    path = tmp_path / "c.pth"
+    shutil.copy(finished / "out" / "tiny" / "default" / "best_ckpt.pth", path)
+    wanted, load = hashlib.sha256(path.read_bytes()).hexdigest(), torch.load
+
+    def replaced(*a, **k):
+        (tmp_path / "new").write_bytes(b"another")
+        os.replace(tmp_path / "new", path)
+        return load(*a, **k)
+
+    monkeypatch.setattr(torch, "load", replaced)
+    state, sha256 = checkpoint.read_with_digest(path)
+    assert sha256 == wanted and state["epoch"]

@@ -55,6 +55,40 @@ def save(state, folder, names):
         ) from error
 
 
+def remove_old(folder, keep):
+    """Delete all but the newest `keep` of ckpt_epoch_N.pth; 0 keeps all."""
+    for path in numbered(folder)[keep:] if keep else []:
+        path.unlink()
+
+
+def numbered(folder):
+    """ckpt_epoch_N.pth of a run, the largest N first: file dates change when a folder is copied."""
+    found = [(int(m[1]), p) for p in Path(folder).glob("ckpt_epoch_*.pth") if (m := re.search(r"_(\d+)\.pth$", p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def check_space(config, folder, size, log):
+    """Warn where the disk has less room than the checkpoints of a run need; size: bytes of one.
+
+    Raises:
+        UserError: there is no room for one.
+    """
+    free, written = shutil.disk_usage(folder).free, len(list(Path(folder).glob("*.pth")))
+    if free < 2 * size and written < 2:
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB free, a checkpoint takes {size / 1e9:.1f} GB and is written "
+            "beside the one before; make room, or choose another --output"
+        )
+    every = -(-config.TRAIN.EPOCHS // config.SAVE_FREQ)
+    files = 4 + config.TRAIN.EMA.ENABLE + min(every, config.SAVE_KEEP or every)  # last, its previous, best, a new one
+    needed = max(0, files - written) * size
+    if free < needed:
+        log.warning(
+            f"{folder} has {free / 1e9:.1f} GB free, and {files} checkpoints take {needed / 1e9:.1f} GB more; make "
+            "room, or keep fewer with SAVE_FREQ and SAVE_KEEP"
+        )
+
+
 class _Inert:
     """Stands in for a class or function that a foreign checkpoint names (a yacs CfgNode, say).
 
@@ -142,12 +176,10 @@ def _what_is_wrong(path, error):
 def find_last(folder, log):
     """(path, state) of the newest whole checkpoint of a run, or None.
 
-    The order is that of the epochs in the names, not of file dates: copying changes those. A file that
-    cannot be read is named in a warning, and the next one is tried.
+    A file that cannot be read is named in a warning, and the next one is tried.
     """
     folder = Path(folder)
-    numbered = [(int(m[1]), p) for p in folder.glob("ckpt_epoch_*.pth") if (m := re.search(r"_(\d+)\.pth$", p.name))]
-    candidates = [folder / LAST, folder / PREVIOUS, *(p for _, p in sorted(numbered, reverse=True)), folder / BEST]
+    candidates = [folder / LAST, folder / PREVIOUS, *numbered(folder), folder / BEST]
     there = [path for path in candidates if path.is_file()]
     for path in there:
         try:

@@ -58,8 +58,13 @@ def _compilation(found, config, world):
     )
 
 
+def _full(found, config, world):
+    return f"no space is left ({found[0]}); make room, or choose another --output and RESULTS. Checkpoints are intact"
+
+
 # What the exception's class and text match, in this order -> what it means. A worker's exception quotes its own.
 FAULTS = (
+    (r"(?:No space left on device|Disk quota exceeded)(?:: .*)?", _full),
     (r"(\S+) does not have a deterministic implementation", _not_deterministic),
     (r"(dcnv3: DCNV3_[A-Z]+=.*)", _kernel),  # one asked for by name
     (r"^torch\._(?:dynamo|inductor)\S*: (.*)", _compilation),

@@ -25,6 +25,8 @@ def parameter_groups(model, config, criterion=None):
     undecayed = getattr(model, "undecayed", ())
     groups = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # frozen
+            continue
         plain = parameter.ndim <= 1 or name.endswith("bias") or name in undecayed
         decay = 0.0 if plain else config.TRAIN.WEIGHT_DECAY
         scale = _lr_scale(name, config, layer_scales)

@@ -64,6 +64,12 @@ class Run:
     to_compile: bool = False
     last_images: torch.Tensor = None
 
+    def is_finished(self):
+        """Whether all epochs are done, or TRAIN.STOP_AFTER of them since the last better score."""
+        done, patience = self.position.epoch, self.config.TRAIN.STOP_AFTER
+        since_best = done - max(self.best.epoch, self.ema_best.epoch)
+        return done >= self.config.TRAIN.EPOCHS or (patience > 0 and since_best >= patience)
+
     def batches(self):
         """The batches of the epoch from the next update on. Adds to its sums the seconds waited and images skipped."""
         sampler, sums = self.train_loader.batch_sampler, self.position.sums
@@ -192,6 +198,8 @@ def _log_start(run):
     log.info(f"the best checkpoint is chosen by {run.metric.key}, {run.metric.direction} (TRAIN.BEST_BY)")
     for line in config_module.doubtful(config, config.TRAIN.EPOCHS * run.position.updates, worker_count(config)):
         log.warning(line)
+    if run.world.is_main:
+        checkpoint.check_space(config, run.folder, step.saved_bytes(), log)
     if config.TRAIN.COMPILE:
         log.info(
             "compiling the model: the first update takes minutes. What is made is kept in "

@@ -239,7 +239,7 @@ class Best:
     """The best score so far of one set of weights on the validation split; None before there is one.
 
     key: of the checkpoint. metric: what is compared. validation: fingerprint of its images and labels. file: what holds
-    those weights.
+    those weights. epoch: how many were done at the best score.
     """
 
     key: str
@@ -248,15 +248,20 @@ class Best:
     file: Path
     log: object
     value: float = None
+    epoch: int = 0
 
-    def beaten_by(self, value):
-        """Whether a score is better; None (no label has a value) never is."""
+    def take(self, value, epoch):
+        """Keep the score of a finished epoch if it is better; whether it is. None (no label has a value) never is."""
         if value is None or self.value is None:
-            return value is not None
-        return value > self.value if self.metric.higher_is_better else value < self.value
+            better = value is not None
+        else:
+            better = value > self.value if self.metric.higher_is_better else value < self.value
+        if better:
+            self.value, self.epoch = value, epoch
+        return better
 
     def saved(self):
-        return {self.key: self.value, "best_by": self.metric.key}
+        return {self.key: self.value, f"{self.key}_epoch": self.epoch, "best_by": self.metric.key}
 
     def restore(self, state, path):
         before = state[self.key]
@@ -270,7 +275,7 @@ class Best:
         elif not self.file.exists():
             why = f"has its best beside it, and {self.file} does not exist"
         else:
-            self.value = before
+            self.value, self.epoch = before, state.get(f"{self.key}_epoch", 0)
             return
         self.log.warning(f"{path} {why}, so {self.file.name} restarts (best before: {best_by} {before:.4f})")
 

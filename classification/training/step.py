@@ -8,6 +8,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from common.errors import UserError, did_you_mean
 from training import compiling, distributed
 from training.inference import autocast
 from training.optimizer import build_optimizer, set_lr
@@ -21,10 +22,14 @@ def unmarked():
 class Step:
     """Forward and backward passes over `accumulation` batches, then one step of the optimizer and of the EMA.
 
-    model: what validation, the EMA and checkpoints use. trained: what is called, the same parameters, perhaps compiled
-    and wrapped for several ranks. criterion(logits, targets) -> mean over the known terms. known(targets, batch_size)
-    -> their share of those of a full batch. batch_size: of a full batch; a compiled model runs smaller ones uncompiled.
-    mix(images, targets) -> the same, mixed, or None. clip: largest norm of the gradient, 0 for any.
+    model: what validation, the EMA and checkpoints use.
+    trained: what is called, the same parameters, perhaps compiled and wrapped for several ranks.
+    criterion(logits, targets) -> mean over the known terms.
+    known(targets, batch_size) -> their share of those of a full batch.
+    batch_size: of a full batch; a compiled model runs smaller ones uncompiled.
+    clip: largest norm of the gradient, 0 for any.
+    mix(images, targets) -> the same, mixed, or None.
+    frozen: modules that stay in evaluation mode.
     """
 
     model: nn.Module
@@ -41,10 +46,23 @@ class Step:
     clip: float = 0.0
     compiled: bool = False
     mix: object = None
+    frozen: list[nn.Module] = ()
     scaler: torch.amp.GradScaler = None
 
     def __post_init__(self):
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.dtype == torch.float16)
+
+    def saved_bytes(self):
+        """About what a checkpoint of it takes: weights, EMA, and AdamW's two moments of what trains."""
+        weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+        moments = sum(2 * p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        return weights * (1 + (self.ema is not None)) + moments
+
+    def train(self):
+        """The model in training mode, but for what is frozen."""
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
 
     def __call__(self, batches, lr, mark=unmarked):
         """One update at rate `lr` over the next batches (images, targets, ...) of an iterator: (loss, norm), tensors.
@@ -87,8 +105,26 @@ class Step:
         return total * whole, norm.double()
 
 
+def freeze(model, names):
+    """Keep the modules of these names as they are; returns them. Autograd ends before the first module that trains.
+
+    Raises:
+        UserError: the model has no such module, or nothing is left to train.
+    """
+    modules, known = dict(model.named_modules()), [name for name, _ in model.named_children()]
+    for name in names:
+        if name not in modules or not name:
+            near = did_you_mean(name, modules)
+            raise UserError(f"TRAIN.FREEZE: the model has no part {name!r}{near}; its parts are {', '.join(known)}")
+        modules[name].requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"TRAIN.FREEZE {', '.join(names)} leaves nothing to train; leave out {model.classifier}")
+    return [modules[name] for name in names]
+
+
 def build_step(config, model, criterion, known, world, mix=None):
     """The step of a configuration over `model`, which is on its device."""
+    frozen = freeze(model, config.TRAIN.FREEZE)
     trained = compiling.compile_model(model) if config.TRAIN.COMPILE else model
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
@@ -109,4 +145,5 @@ def build_step(config, model, criterion, known, world, mix=None):
         clip=config.TRAIN.CLIP_GRAD,
         compiled=config.TRAIN.COMPILE,
         mix=mix,
+        frozen=frozen,
     )
