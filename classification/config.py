@@ -67,9 +67,9 @@ def block_numbers(value):
     return None if good else "it must be a list of different whole numbers, counted from 0"
 
 
-def column_names(value):
+def names(value):
     if not all(isinstance(name, str) and name.strip() for name in value):
-        return "it must be a list of column names"
+        return "it must be a list of names"
     twice = next((name for name in value if value.count(name) > 1), None)
     return f"{twice} is in it twice" if twice else None
 
@@ -159,7 +159,7 @@ KNOBS = {
     "DATA.VIEWS": Knob("all", "(new) which views; if the view is blank, the texts of the metadata decide",
                        one_of("all", "frontal", "AP", "PA", "lateral"), takes_effect=XRAYS),
     "DATA.LABELS": Knob([], "(new) label columns, also those that only this release has; empty: the 14 of CheXpert",
-                        column_names, takes_effect=XRAYS),
+                        names, takes_effect=XRAYS),
     "DATA.APPROXIMATE_LABELS": Knob(True, "(new) False: labels with only an approximate counterpart in the release "
                                     "are unknown",
                                     takes_effect=DATA),
@@ -262,7 +262,7 @@ KNOBS = {
     "TRAIN.STOP_AFTER": Knob(0, "(new) early stopping: end after so many epochs without a better score (BEST_BY) of "
                              "the model or its EMA; 0: never", at_least(0)),
     "TRAIN.FREEZE": Knob([], "(new) modules that do not train, such as [patch_embed, levels.0]; their norms "
-                         "and drop path run as in evaluation"),
+                         "and drop path run as in evaluation", names),
     "TRAIN.LOSS": Knob("bce", "(new) loss of multi-label tasks, a row of utils_multilabel.LOSSES", takes_effect=XRAYS),
     "TRAIN.LOSS_OPTIONS": Knob({}, "(new) parameters of the loss, such as {gamma: 2.0}", takes_effect=XRAYS,
                                mapping=True),
