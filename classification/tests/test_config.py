@@ -25,7 +25,7 @@ from config import (
     without_effect,
 )
 from conftest import epochs
-from dataset.build import own_values
+from dataset.build import build_datasets, own_values, worker_count
 from dataset.transforms import photo_transform
 from predicting import trained
 from training import checkpoint
@@ -381,6 +381,32 @@ def test_another_backbone_forgets_what_a_file_below_said_of_the_first(tmp_path):
     assert config.MODEL.INTERN_IMAGE.CHANNELS == 48  # said beside the backbone: a mistake, which a warning names
     config = get_config(parse_args(["--cfg", str(base), "--opts", "MODEL.INTERN_IMAGE.CHANNELS", "64"]))
     assert config.MODEL.INTERN_IMAGE.GROUPS == [7, 14, 28, 56]
+
+
+def test_options_of_tables_and_files_that_are_not_read_have_no_effect(own_tree, layouts, tiny):
+    """A table that is found unasked, JPGs, DICOMs."""
+
+    def used(root, *opts):
+        config = load("--data-path", str(root), "--opts", "DATA.SPLIT_SEED", "0", *opts, cfg=tiny)
+        (dataset,) = build_datasets(config, "train")
+        keys = ("DATA.LABELER", "DATA.IMAGE_FORMAT", "DATA.DICOM_RECIPE", "DATA.DICOM_WINDOW")
+        return [key in dataset.uses for key in keys], dataset
+
+    seen, dataset = used(own_tree)
+    assert seen == [True, True, False, False]
+    for path in own_tree.glob("*.csv*"):
+        path.unlink()
+    rows = [f"{path.decode()},train,{k % 2}\n" for k, path in enumerate(dataset.table.path)]
+    (own_tree / "mine.csv").write_text("path,split,Edema\n" + "".join(rows))
+    assert used(own_tree, "MODEL.NUM_CLASSES", "1")[0] == [False] * 4
+    assert used(layouts("vindr"), "DATA.DATASET", "vindr")[0] == [False, True, True, True]
+
+
+def test_no_more_loading_processes_than_cpus(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6))
+    assert [worker_count(load("--opts", "DATA.NUM_WORKERS", n)) for n in ("0", "4", "8")] == [0, 4, 6]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [worker_count(load("--opts", "DATA.NUM_WORKERS", n)) for n in ("0", "1", "8")] == [0, 1, 1]
 
 
 def test_a_run_and_its_checkpoints_outlive_files_and_knobs(run_main, tiny, tree, tmp_path):
