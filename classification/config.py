@@ -511,9 +511,11 @@ def _merge_file(config, path, above=()):
     if not isinstance(content, dict):
         raise UserError(f"config file {path} has no keys")
     bases = content.pop("BASE", None) or []
-    for base in [bases] if isinstance(bases, str) else bases:
-        if base:
-            _merge_file(config, path.parent / base, (*above, path.resolve()))
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"config file {path}: BASE is {bases!r}; it must be a list of YAML files")
+    for base in filter(None, bases):
+        _merge_file(config, path.parent / base, (*above, path.resolve()))
     config.CFG = ""  # of a base
     _override(config, _flatten(content, path), path)
 

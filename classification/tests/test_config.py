@@ -143,6 +143,10 @@ def test_bad_files(tmp_path):
         UserError, match="bad.yaml is not valid YAML: TRAIN is given twice in .*bad.yaml|TRAIN is given twice"
     ):
         load(cfg=bad)
+    for base in ("3", "[3]", "{a.yaml: 1}"):
+        bad.write_text(f"BASE: {base}")
+        with pytest.raises(UserError, match="bad.yaml: BASE is .*; it must be a list of YAML files"):
+            load(cfg=bad)
     bad.write_text("BASE: bad.yaml")
     with pytest.raises(UserError, match="bad.yaml: BASE leads back to the file itself"):
         load(cfg=bad)
