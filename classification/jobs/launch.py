@@ -87,7 +87,10 @@ def _run(arguments):
     def forward(number, _frame):
         again = number == signal.SIGINT in received  # Ctrl-C twice: at once
         received.append(number)
-        for process in _children():
+        processes = list(_children())
+        if not processes:  # none has started, as where other nodes are waited for: there is nothing to save
+            os._exit(128 + number)
+        for process in processes:
             os.kill(process, signal.SIGKILL if again else FORWARDED[number])
 
     for number in FORWARDED:

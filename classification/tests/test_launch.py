@@ -146,6 +146,19 @@ def test_a_signal_to_the_launcher_lets_the_processes_save(tmp_path):
         assert bool(warned) == (seen < 2)
 
 
+def test_a_launcher_that_waits_for_other_nodes_ends_at_once(tmp_path):
+    """Of two nodes the second does not come."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MIMIC"))}
+    environment |= {"SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "MASTER_ADDR": "localhost"}
+    code = f"""
+import os, signal, sys, threading
+from jobs import launch
+launch.run.main = lambda _: (os.kill(os.getpid(), signal.SIGTERM), threading.Event().wait())
+launch.main([{str(tmp_path)!r}])
+"""
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, timeout=60).returncode == 128 + 15
+
+
 def test_a_process_that_fails_is_not_buried(tmp_path):
     """Its own line is the last, and its status that of the launcher."""
     (tmp_path / "rank.py").write_text("import sys\nprint('error: why', file=sys.stderr)\nsys.exit(2)\n")
