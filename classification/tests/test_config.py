@@ -116,7 +116,7 @@ def test_numbers_in_the_ways_people_write_them(tmp_path):
         ),
         (["DATA.SOURCES", "{dataset: nih, path: A}"], r"DATA.SOURCES must be of type list, in brackets: \[...\], got"),
         (["DATA.LABELS", "[Edema, Edema]"], r"DATA.LABELS is \['Edema', 'Edema'\]; Edema is in it twice"),
-        (["DATA.LABELS", "[No, Edema]"], "it must be a list of column names"),
+        (["DATA.LABELS", "[No, Edema]"], "it must be a list of names"),
         (["MODEL.INTERN_IMAGE.LEVEL2_POST_NORM_BLOCK_IDS", "[5, 5]"], "it must be a list of different whole numbers"),
         (["MODEL.INTERN_IMAGE.LEVEL2_POST_NORM_BLOCK_IDS", "[a]"], "it must be a list of different whole numbers"),
         (["TRAIN.EPOCHS"], "--opts takes pairs KEY VALUE; 'TRAIN.EPOCHS' has no partner"),
