@@ -358,7 +358,7 @@ def parse_args(argv=None):
     """The flags of main.py: those of the knobs, `--cfg` and `--opts`."""
     parser = Parser(description="InternImage on chest X-rays: training and evaluation.", allow_abbrev=False)
     add = parser.add_argument
-    add("--cfg", required=True, metavar="FILE", help="YAML file of the experiment")
+    add("--cfg", metavar="FILE", help="YAML file of the experiment; --eval --resume takes that of the checkpoint")
     add("--opts", nargs="+", action="extend", metavar="KEY VALUE", help="config keys to change, e.g. TRAIN.EPOCHS 10")
     for key, knob in KNOBS.items():
         if knob.flag:
@@ -366,7 +366,10 @@ def parse_args(argv=None):
             kind = {"action": "store_true"} if knob.default is False else value
             add(knob.flag, default=None, help=f"{knob.meaning} ({key})", **kind)
     add("--local-rank", "--local_rank", type=int, help="accepted for old launchers; unused")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.cfg and not (args.eval and args.resume):
+        parser.error("the following arguments are required: --cfg (only --eval --resume CHECKPOINT goes without)")
+    return args
 
 
 # --------------------------------------------------------------------------------------- writing
@@ -550,36 +553,44 @@ def _pairs(opts):
     return [(key, _value(key, text)) for key, text in zip(opts[::2], opts[1::2])]
 
 
-def get_config(args, *own_values):
+def get_config(args, *own_values, saved=None):
     """The config that parsed arguments describe, validated and frozen.
 
     args needs `cfg`; `opts` (a list KEY VALUE ...) and the flags (by argparse's names) count where they are not None.
+    saved: what :func:`to_dict` made, in place of the file `cfg`, and what it is of: (content, path).
     own_values: functions config -> {key: default} of its data and of its backbone (`dataset.build.own_values`,
         `models.own_values`).
     """
-    config = _checked(_with_arguments(_defaults(), args))
+    config = _checked(_with_arguments(_defaults(), args, saved))
     own = [pair for values in own_values for pair in values(config).items()]
     if own:
         defaults = _defaults()
         _set(defaults, own, "default")
-        config = _checked(_with_arguments(defaults, args))
+        config = _checked(_with_arguments(defaults, args, saved))
     return config
 
 
-def _with_arguments(config, args):
-    """`config` with the file and the other arguments written over it."""
-    _merge_file(config, args.cfg)
+def _with_arguments(config, args, saved):
+    """`config` with the file, or the saved config, and the other arguments written over it."""
+    if saved:
+        _set(config, _known_pairs(*saved), saved[1])
+    else:
+        _merge_file(config, args.cfg)
     _override(config, _pairs(getattr(args, "opts", None) or []), "--opts")
     flags = {k: getattr(args, knob.flag.strip("-").replace("-", "_"), None) for k, knob in KNOBS.items() if knob.flag}
     _override(config, {key: value for key, value in flags.items() if value is not None}, "command line")
     config.MODEL.NAME = config.MODEL.NAME or Path(args.cfg).stem
     config.RESULTS = config.RESULTS or f"results/{data_name(config)}"
-    config.CFG = config.CFG or Path(args.cfg).name
+    config.CFG = config.CFG or Path(args.cfg or "").name
     return config
 
 
 def _saved_pairs(content, source):
     return [(key, value) for key, value in _flatten(content, source) if key != "BASE"]
+
+
+def _known_pairs(content, source):
+    return [(key, value) for key, value in _saved_pairs(content, source) if key in KNOBS]
 
 
 def from_dict(content, source):
@@ -592,7 +603,7 @@ def from_dict(content, source):
         UserError: names the key, and `source`, the file it came from.
     """
     config = _defaults()
-    _set(config, [(key, value) for key, value in _saved_pairs(content, source) if key in KNOBS], source)
+    _set(config, _known_pairs(content, source), source)
     return _checked(config, f"{source}: ")
 
 

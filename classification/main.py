@@ -28,7 +28,7 @@ from analysis.results import Options
 from analysis.writing import write_report
 from common import logger
 from common.errors import UserError, run_command
-from common.files import write_whole
+from common.files import reserve, write_whole
 from dataset.build import build_datasets, build_loader, worker_count
 from dataset.build import own_values as data_values
 from models import own_values
@@ -205,7 +205,9 @@ def evaluate(config, world, folder, log):
     warnings = testing.warnings_of(tested, dataset, config)
     for text in warnings:
         log.warning(text)
-    target = new_evaluation(config.RESULTS) if world.is_main else None
+    if world.is_main:  # before an hour of work whose results find no room
+        target = new_evaluation(config.RESULTS)
+        room = reserve(target, testing.expected_bytes(dataset, held_out))
     tested.model.to(world.device)
     limit_threads(config, world)
 
@@ -220,6 +222,7 @@ def evaluate(config, world, folder, log):
         return None
     found = predicted[TEST][1]
     metrics = testing.describe(tested, dataset, config, world, seconds=seconds, found=found, warnings=warnings)
+    room.unlink(missing_ok=True)
     write_evaluation(target, metrics, predicted, tested.path.parent / "metrics.jsonl")
     log.info("test split\n" + task.table(metrics))
     if metrics["skipped"]:
@@ -284,7 +287,10 @@ def open_run(config, world):
 
 def main(argv=None):
     """Run one command line; returns 0, or the number of the signal that stopped training."""
-    config = config_module.get_config(config_module.parse_args(argv), data_values, own_values)
+    args, saved = config_module.parse_args(argv), None
+    if not args.cfg:  # test a checkpoint as it was trained
+        saved = checkpoint.read_config(args.resume), args.resume
+    config = config_module.get_config(args, data_values, own_values, saved=saved)
     with distributed.session() as world:
         folder, log = open_run(config, world)
         try:

@@ -15,7 +15,6 @@ metrics.jsonl               the training run's epochs
 
 import contextlib
 import json
-import shutil
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +24,7 @@ import pandas as pd
 
 from analysis.metrics import METRICS, label_metrics
 from common.errors import UserError
+from common.files import write_whole
 from dataset.tables import need_columns, read_csv
 
 TEST, VALIDATE = "predictions.csv", "predictions_validate.csv"
@@ -58,7 +58,6 @@ def write_evaluation(folder, metrics, predicted, epochs=None):
     and, where they are of labels, `logits`).
     epochs: metrics.jsonl of the training run, kept if it is there.
     """
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     for name, (dataset, found) in predicted.items():
         rows = found["rows"]
         columns = dataset.ids() | getattr(dataset, "descriptions", dict)()
@@ -70,7 +69,9 @@ def write_evaluation(folder, metrics, predicted, epochs=None):
             found.get("logits"),
         )  # fmt: skip
     if epochs is not None and epochs.is_file():
-        shutil.copyfile(epochs, folder / "metrics.jsonl")
+        write_whole(folder / "metrics.jsonl", epochs.read_text())
+    # Last: a folder that has it is whole.
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def write_predictions(path, ids, label_names, targets, probabilities, labels=None, logits=None):
@@ -87,7 +88,7 @@ def write_predictions(path, ids, label_names, targets, probabilities, labels=Non
             columns[f"{name}_logit"] = [f"{z:.9g}" for z in logits[:, k]]
         if labels is not None:
             columns[f"{name}_label"] = labels[:, k]
-    pd.DataFrame(columns).to_csv(path, index=False, float_format="%.8g")
+    write_whole(path, pd.DataFrame(columns).to_csv(index=False, float_format="%.8g"))
 
 
 # ------------------------------------------------------------------------------------------- read

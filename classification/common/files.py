@@ -52,6 +52,26 @@ def write_whole(path, text):
         ) from error
 
 
+def reserve(folder, size):
+    """Keep `size` bytes of the disk free for what is written later: delete the file that is returned before it.
+
+    Raises:
+        UserError: there is no room for them.
+    """
+    path = Path(folder) / ".room"
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno not in REFUSED:
+            raise UserError(
+                f"{folder} has no room for about {size / 1e6:.0f} MB ({error.strerror}); make room, or choose "
+                "another folder"
+            ) from error
+    return path
+
+
 def sha256(file):
     """SHA-256 of an open binary file from where it is read next, in hex."""
     found = hashlib.sha256()

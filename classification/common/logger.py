@@ -1,5 +1,6 @@
 """One logger: lines on the terminal, with the level if it is not INFO, and all of it in `log_rank<r>.txt`."""
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -15,6 +16,21 @@ class _Short(logging.Formatter):
         return super().formatMessage(record)
 
 
+class _File(logging.FileHandler):
+    """On a full disk, one line on the terminal instead of a traceback for every line of the log."""
+
+    full = False
+
+    def handleError(self, record):
+        if not self.full:
+            self.full = True
+            print(f"warning: {self.baseFilename} cannot be written ({sys.exc_info()[1]})", file=sys.stderr)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def build_logger(folder, rank=0):
     """Logger of this rank; rank 0 also writes to the terminal. The file is appended to."""
     logger = logging.getLogger("internimage")
@@ -26,7 +42,7 @@ def build_logger(folder, rank=0):
         stamp = colored("%(asctime)s", "green") if sys.stdout.isatty() else "%(asctime)s"
         console.setFormatter(_Short(f"{stamp} %(level)s%(message)s", "%H:%M:%S"))
         logger.addHandler(console)
-    file = logging.FileHandler(Path(folder) / f"log_rank{rank}.txt")
+    file = _File(Path(folder) / f"log_rank{rank}.txt")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
     return logger

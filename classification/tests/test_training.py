@@ -30,7 +30,7 @@ from common.errors import UserError
 from conftest import ROOT, edit_csv, epochs
 from dataset.build import Loader
 from dataset.labels import LABELS
-from training import checkpoint, distributed, faults
+from training import checkpoint, distributed, faults, testing
 from training import compiling as compiling_module
 from training import run as run_module
 from training.step import Step
@@ -1004,6 +1004,33 @@ def test_an_evaluation_of_other_pixels_than_in_training_is_warned_about(finished
     for key, value in (("DATA.IMG_SIZE", "32"), ("DATA.RESIZE", "squeeze")):
         assert any(f"was trained with {key} {value}" in text for text in metrics["warnings"])
     assert metrics["checkpoint_sha256"] == hashlib.sha256(best.read_bytes()).hexdigest()
+
+
+def test_a_checkpoint_is_evaluated_as_it_was_trained(finished, run_main, tree, tmp_path):
+    """Without --cfg: the same predictions as with the training's own file, whatever the defaults are."""
+    best = finished / "out" / "tiny" / "default" / "best_ckpt.pth"
+    argv = ["--eval", "--resume", str(best), "--data-path", str(tree), "--output", str(tmp_path / "o")]
+    assert main.main([*argv, "--opts", "RESULTS", str(tmp_path / "r")]) == 0
+    (folder,) = (tmp_path / "r").iterdir()
+    (before,) = (finished / "results").iterdir()
+    assert (folder / "predictions.csv").read_bytes() == (before / "predictions.csv").read_bytes()
+    assert json.loads((folder / "metrics.json").read_text())["warnings"] == []
+    assert not (folder / ".room").exists()
+    with pytest.raises(UserError, match="arguments are required: --cfg .only --eval --resume CHECKPOINT goes without"):
+        main.main(["--data-path", str(tree)])
+    torch.save({"model": {}}, tmp_path / "bare.pth")
+    with pytest.raises(UserError, match="bare.pth is not a checkpoint of this project: it has no config"):
+        main.main(["--eval", "--resume", str(tmp_path / "bare.pth"), "--data-path", str(tree)])
+
+
+def test_an_evaluation_without_room_ends_before_its_work(finished, run_main, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(testing, "test_split", None)
+    with pytest.raises(UserError, match="has no room for about .* MB .No space left on device."):
+        run_main("--eval", "--resume", finished / "out" / "tiny" / "default" / "best_ckpt.pth")
 
 
 def test_the_digest_is_that_of_the_bytes_that_were_loaded(finished, tmp_path, monkeypatch):

@@ -47,11 +47,14 @@ def save(state, folder, names):
             if name == LAST and source.exists():
                 rename(source, folder / PREVIOUS)
             rename(temporary, source)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
+        full = isinstance(error, RuntimeError)  # so torch reports a full disk, in words of its own
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        reason = "no space left, most likely" if full else error.strerror
         raise UserError(
-            f"{folder / name}: the checkpoint could not be written ({error}); earlier ones are intact"
+            f"{folder / name}: the checkpoint could not be written ({reason}); make room: earlier checkpoints are "
+            "intact, and the same command continues from them"
         ) from error
 
 
@@ -108,6 +111,14 @@ def read(path):
         UserError: missing, truncated, damaged, or not a checkpoint.
     """
     return _read(path, lambda file: None)[0]
+
+
+def read_config(path):
+    """The config in one of our checkpoints, a dictionary."""
+    state = read(path)
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise UserError(f"{path} is not a checkpoint of this project: it has no config; name the experiment with --cfg")
+    return state["config"]
 
 
 def read_with_digest(path):

@@ -68,6 +68,11 @@ def build_test_sets(config, log):
     return test_set, held_out if TASKS[test_set.task].report else None
 
 
+def expected_bytes(*splits):
+    """About what an evaluation of these splits (None: without) and its report take on the disk."""
+    return 4_000_000 + sum(len(split) * (250 + 60 * len(split.label_names)) for split in splits if split is not None)
+
+
 def warnings_of(tested, dataset, config):
     """What makes the model's scores lower here than where it was trained, a line each."""
     found = [domain_warning(tested.origin.get("domain"), getattr(dataset, "domain", ""))]
