@@ -19,8 +19,10 @@ from common.errors import UserError, did_you_mean
 from config import at_least, between
 from training.inference import predict
 
-
 # ----------------------------------------------------------------------------------------- losses
+Power, Share = Annotated[float, at_least(0)], Annotated[float, between(0, 1)]
+
+
 def _mean_over_known(log_likelihoods, logits, targets, pos_weight):
     """Mean over the known labels of -log-likelihood.
 
@@ -39,7 +41,7 @@ def bce(logits, targets, pos_weight=None):
     return _mean_over_known(lambda x: (F.logsigmoid(x), F.logsigmoid(-x)), logits, targets, pos_weight)
 
 
-def focal(logits, targets, pos_weight=None, gamma: Annotated[float, at_least(0)] = 2.0):
+def focal(logits, targets, pos_weight=None, gamma: Power = 2.0):
     """Focal loss (Lin et al. 2017, equation 4), for each label: what is already right counts less."""
 
     def terms(x):
@@ -51,12 +53,7 @@ def focal(logits, targets, pos_weight=None, gamma: Annotated[float, at_least(0)]
 
 
 def asymmetric(
-    logits,
-    targets,
-    pos_weight=None,
-    gamma_positive: Annotated[float, at_least(0)] = 0.0,
-    gamma_negative: Annotated[float, at_least(0)] = 4.0,
-    margin: Annotated[float, between(0, 1)] = 0.05,
+    logits, targets, pos_weight=None, gamma_positive: Power = 0.0, gamma_negative: Power = 4.0, margin: Share = 0.05
 ):
     """Asymmetric loss (Ridnik et al. 2021, equation 7): easy negatives count less, and below `margin` nothing."""
 
@@ -71,7 +68,7 @@ def asymmetric(
     return _mean_over_known(terms, logits, targets, pos_weight)
 
 
-def smooth_bce(logits, targets, pos_weight=None, smoothing: Annotated[float, between(0, 1)] = 0.1):
+def smooth_bce(logits, targets, pos_weight=None, smoothing: Share = 0.1):
     """Binary cross-entropy with label smoothing (Szegedy et al. 2016): 1 becomes 1 - smoothing/2, 0 smoothing/2."""
     return bce(logits, targets * (1 - smoothing) + smoothing / 2, pos_weight)
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from common.errors import UserError, did_you_mean
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -42,22 +40,6 @@ METRICS = [
     Metric("auc", "AUROC", roc_auc_score, of_ranks=True),  # Hanley and McNeil 1982
     Metric("average_precision", "AP", average_precision_score, of_ranks=True),
 ]
-
-
-def choose_metric(metrics, best_by, default):
-    """The row of `metrics` whose key is TRAIN.BEST_BY; the first row where `best_by` is the `default` of the option and
-    the task has no such metric.
-
-    Raises:
-        UserError: no such metric.
-    """
-    by_key = {metric.key: metric for metric in metrics}
-    if best_by in by_key:
-        return by_key[best_by]
-    if best_by != default:
-        choices = f"choose one of {', '.join(by_key)}{did_you_mean(best_by, by_key)}"
-        raise UserError(f"TRAIN.BEST_BY is {best_by!r}; {choices}")
-    return metrics[0]
 
 
 def per_label(function, probabilities, targets):

@@ -1,6 +1,8 @@
 """Loss and metrics against scikit-learn and torch; the learning rate against its formula."""
 
 import contextlib
+from dataclasses import replace
+from pathlib import Path
 
 import common.torchvision_shim  # noqa: F401  (before torchvision)
 
@@ -11,11 +13,14 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.ops import sigmoid_focal_loss
 
 import utils_multilabel as multilabel
-from analysis.metrics import Best, Metric, choose_metric, per_label
+from analysis.metrics import Metric, per_label
 from analysis.text import label_table
 from common.errors import UserError
+from conftest import epochs
 from training.distributed import World
 from training.lr_scheduler import Schedule
+from training.state import Best
+from training.tasks import TASKS
 
 
 @pytest.fixture
@@ -79,6 +84,28 @@ def test_schedule():
     assert [steps(k) for k in (0, 29, 30, 60, 99)] == pytest.approx([1, 1, 0.1, 0.05, 0.05])
 
 
+def test_an_update_is_the_mean_over_its_known_labels(run_main, monkeypatch):
+    """Every known label of its two batches counts alike, and no other: of their mean logit the bias has a gradient
+    whose sum is 1."""
+    found, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def mean_logit(logits, targets):
+        known = ~targets.isnan()
+        mean = logits.where(known, 0).sum() / known.sum()
+        return mean - mean.detach() + 1
+
+    def watched(parameters, *limit):
+        found.append(next(p for p in parameters if p.shape == (14,)).grad.sum().item())
+        return clip(parameters, *limit)
+
+    monkeypatch.setitem(multilabel.LOSSES, "mean_logit", mean_logit)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    policy = dict(DATA__UNCERTAIN="ignore", DATA__MISSING="ignore")
+    folder = run_main("--batch-size", 8, "--accumulation-steps", 2, TRAIN__LOSS="mean_logit", TRAIN__EPOCHS=1, **policy)
+    assert len(found) > 3 and found == pytest.approx([1] * len(found))
+    assert epochs(folder)[0]["train_loss"] == pytest.approx(1)
+
+
 def test_losses_against_their_formulas():
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(40, 3, generator=generator, dtype=torch.float64) * 3
@@ -120,8 +147,8 @@ def test_options_of_a_loss_come_from_the_config():
         ("focal", {"gamma": float("nan")}, "gamma is nan; expected a number"),
         ("focal", {"gamma": -2}, "gamma is -2; it must be at least 0"),
         ("asymmetric", {"gamma_positive": -0.1}, "gamma_positive is -0.1; it must be at least 0"),
-        ("asymmetric", {"margin": 1.5}, "margin is 1.5; it must lie between 0 and 1"),
-        ("smooth_bce", {"smoothing": 5}, "smoothing is 5; it must lie between 0 and 1"),
+        ("asymmetric", {"margin": 1.5}, "margin is 1.5; it must be between 0 and 1"),
+        ("smooth_bce", {"smoothing": 5}, "smoothing is 5; it must be between 0 and 1"),
     ):
         with pytest.raises(UserError, match=message):
             multilabel.build_loss(name, options)
@@ -195,22 +222,29 @@ def test_a_loss_is_computed_in_float32_within_autocast():
     assert seen == [(torch.float32, torch.float32)]
 
 
-def test_the_best_score_has_a_direction():
-    up, down = (Best(Metric("x", "X", None, higher_is_better=higher), 0.5) for higher in (True, False))
-    assert up.is_beaten_by(0.6) and not up.is_beaten_by(0.4) and not up.is_beaten_by(0.5) and not up.is_beaten_by(None)
-    assert down.is_beaten_by(0.4) and not down.is_beaten_by(0.6) and not down.is_beaten_by(0.5)
-    assert Best(up.metric).is_beaten_by(0.0) and not Best(down.metric).is_beaten_by(None)
+@pytest.mark.parametrize("higher, better, worse", [(True, 0.6, 0.4), (False, 0.4, 0.6)])
+def test_the_best_score_has_a_direction(higher, better, worse):
+    best = Best("max_accuracy", Metric("x", "X", None, higher_is_better=higher), "", Path(), None)
+    for epoch, (score, taken) in enumerate([(None, False), (0.5, True), (0.5, False), (worse, False), (better, True)]):
+        assert best.take(score, epoch) == taken
+    assert not best.take(None, 5) and (best.value, best.epoch) == (better, 4)
 
 
 def test_the_metric_that_chooses_is_named():
-    a, b = Metric("a", "A", None), Metric("brier", "B", None)
-    assert choose_metric([a, b], "mean_brier", "mean_a") is b
-    assert choose_metric([b, a], "mean_a", "mean_a") is a  # in any order
-    assert choose_metric([b], "mean_a", "mean_a") is b  # the default, where its row is gone
+    auc, brier = Metric("auc", "A", None), Metric("brier", "B", None)
+
+    def choose(best_by, *rows):
+        return replace(TASKS["multilabel"], metrics=lambda: rows).best_metric(best_by)
+
+    assert choose("mean_brier", auc, brier) is brier
+    assert choose("mean_auc", brier, auc) is auc  # in any order
+    assert choose("mean_auc", brier) is brier  # the default, where its row is gone
+    assert TASKS["single_label"].best_metric("mean_auc").key == "acc1"
+    assert TASKS["single_label"].best_metric("acc5").key == "acc5"
     with pytest.raises(
-        UserError, match=r"TRAIN.BEST_BY is 'mean_brie'; .* mean_a, mean_brier \(did you mean mean_brier"
+        UserError, match=r"TRAIN.BEST_BY is 'mean_brie'; .* mean_auc, mean_brier \(did you mean mean_brier"
     ):
-        choose_metric([a, b], "mean_brie", "mean_a")
+        choose("mean_brie", auc, brier)
 
 
 def test_a_value_that_is_not_finite_is_none():
@@ -221,6 +255,8 @@ def test_positive_weights_are_negatives_by_positives_and_capped():
     targets = np.array([[1, 0, 1, 0.7], [0, 0, 1, 0], [0, 0, np.nan, 0], [0, 0, 0, 1]], np.float32)
     positives, negatives, known = multilabel.count_labels(targets, np.ones(4))
     assert (positives.tolist(), negatives.tolist(), known.tolist()) == ([1, 0, 2, 1], [3, 4, 1, 2], [4, 4, 3, 4])
+    sampled = multilabel.count_labels(targets, np.array([0, 2, 1, 0.5]))
+    assert [c.tolist() for c in sampled] == [[0, 0, 2, 0.5], [3.5, 3.5, 0.5, 3], [3.5, 3.5, 2.5, 3.5]]
     assert multilabel.pos_weights(positives, negatives, 10.0).tolist() == [3, 4, 0.5, 2]
     assert multilabel.pos_weights(positives, negatives, 2.5).tolist() == [2.5, 2.5, 0.5, 2]
     assert multilabel.pos_weights(positives, negatives, 0.0) is None

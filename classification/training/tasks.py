@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import utils_multilabel as multilabel
-from analysis.metrics import METRICS, Metric, choose_metric
+from analysis.metrics import METRICS, Metric
 from analysis.text import label_table, number
+from common.errors import UserError, did_you_mean
 from config import KNOBS
 from training.inference import predict
 
@@ -41,8 +42,16 @@ class Task:
     report: bool
 
     def best_metric(self, best_by):
-        """The row of the metrics that TRAIN.BEST_BY names; left at its default, that or the task's first."""
-        return choose_metric(self.metrics(), best_by, KNOBS["TRAIN.BEST_BY"].default)
+        """The row of the metrics that TRAIN.BEST_BY names; the first where the task does not have the option's default.
+
+        Raises:
+            UserError: no such metric.
+        """
+        rows = {metric.key: metric for metric in self.metrics()}
+        if best_by not in rows and best_by != KNOBS["TRAIN.BEST_BY"].default:
+            choices = f"choose one of {', '.join(rows)}{did_you_mean(best_by, rows)}"
+            raise UserError(f"TRAIN.BEST_BY is {best_by!r}; {choices}")
+        return rows.get(best_by, self.metrics()[0])
 
 
 # ----------------------------------------------------------------------------- labels, each 0 or 1
