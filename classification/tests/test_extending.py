@@ -169,7 +169,7 @@ def test_a_metric_of_which_less_is_better_chooses_the_best(run_main, rows, monke
     # Under another metric the best restarts.
     run_main(TRAIN__EPOCHS=4)
     assert (
-        "by mean_brier (0.2), now TRAIN.BEST_BY is mean_auc: the best checkpoint restarts"
+        "by mean_brier, now TRAIN.BEST_BY is mean_auc, so best_ckpt.pth restarts (best before: mean_brier 0.2000)"
         in (folder / "log_rank0.txt").read_text()
     )
     line = epochs(folder)[-1]
