@@ -179,7 +179,7 @@ def test_a_metric_of_which_less_is_better_chooses_the_best(run_main, rows, monke
     capsys.readouterr()
     found = next(folder.parents[1].glob("results/evaluation_*"))
     report.main(
-        [str(found), "--ensemble", str(found), "--output", str(found / "both"), "--resamples", "20", "--no-images"]
+        [str(found), "--ensemble", str(found), "--output", str(found / "both"), "--resamples", "200", "--no-images"]
     )
     predictions = pd.read_csv(found / "predictions.csv")
     edema = np.mean((predictions["Edema_target"] - predictions["Edema_probability"]) ** 2)
@@ -204,7 +204,7 @@ def test_a_metric_less(run_main, rows, capsys):
     assert line["best_mean_average_precision"] == line["mean_average_precision"] and "mean_auc" not in line
     run_main("--eval")
     found = next(folder.parents[1].glob("results/evaluation_*"))
-    report.main([str(found), "--resamples", "20", "--no-images"])
+    report.main([str(found), "--resamples", "200", "--no-images"])
     assert "mean_auc" not in json.loads((found / "metrics.json").read_text()) and (found / "report.html").is_file()
     with pytest.raises(UserError, match="TRAIN.BEST_BY is 'mean_auk'; choose one of mean_average_precision"):
         run_main(TRAIN__BEST_BY="mean_auk", out="b")
