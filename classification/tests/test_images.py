@@ -341,7 +341,7 @@ def test_the_order_of_the_stages():
         shown = [linear(v, center, width) for v in range(0, 2400, 100)]
         take_warnings()
         assert_shows(image(RAMP, *windows), shown, window=index)
-        said = [f"window {index} is not there, or not valid: window 1 is taken"] if index in (0, 3) else []
+        said = [f"window {index} is missing or not valid: window 1 is used"] if index in (0, 3) else []
         assert [text for _, text, _ in take_warnings()] == said
 
 
@@ -441,7 +441,7 @@ HUGE = jpg(np.zeros((8, 8), np.uint8)).replace(b"\x00\x08\x00\x08", b"\xff\xfe\x
         (dicom(RAMP, PixelData=None), "x.dcm", "the DICOM has no PixelData"),
         (dicom(RAMP, Rows=None), "x.dcm", "the DICOM has no Rows"),
         (dicom(RAMP, Rows=60000, Columns=60000), "x.dcm", f"at most {MAX_PIXELS:,} are read"),
-        (dicom(RAMP, NumberOfFrames=3), "x.dcm", "not a single grey image"),
+        (dicom(RAMP, NumberOfFrames=3), "x.dcm", "not a single grayscale image"),
         (dicom(RAMP, PhotometricInterpretation="PALETTE COLOR"), "x.dcm", "'PALETTE COLOR'; expected MONOCHROME1"),
         (dicom(RAMP).replace(b"1.2.840.10008.1.2.1\x00", b"1.2.840.10008.1.2.1.99"[:20]), "x.dcm", "not supported"),
     ],
@@ -488,7 +488,7 @@ def test_a_compressed_frame_larger_than_the_header_is_refused_before_it_is_decod
     sizes = (64, 48) if syntax == JPEGBaseline8Bit else (48, 64)
     before = struct.pack(numbers, *sizes)
     assert data.count(before) >= 1
-    with pytest.raises(ImageError, match=r"the pixels are \(60000, 60000\), the header says \(64, 48\)"):
+    with pytest.raises(ImageError, match=r"the pixels are \(60000, 60000\), the header has \(64, 48\)"):
         decode(data.replace(before, struct.pack(numbers, 60000, 60000), 1), "a.dcm")
 
 
@@ -567,7 +567,7 @@ def test_an_uncompressed_file_cut_short_is_called_so(syntax):
     for length in range(start, len(data)):
         with pytest.raises(ImageError, match="cut short"):
             decode(data[:length], "a")
-    with pytest.raises(ImageError, match=r"the header is wrong: 48 of 4,800 bytes of pixels are there\)$"):
+    with pytest.raises(ImageError, match=r"the header is wrong: 48 of 4,800 bytes of pixels exist\)$"):
         decode(image(RAMP, ("Rows", "US", 400)), "a")
 
 
@@ -715,7 +715,11 @@ def test_garbage_is_no_data_set():
         (b"\x1f\x8b\x08", "compressed by gzip", True),
         (bytes(5000), "zeros, as of a download that was not finished", True),
         (b"\xff\xd8\xff\xe0", "cut short", True),
-        (image(RAMP, ("SamplesPerPixel", "US", 3)), r"not a single grey image: 1 frame\(s\), 3 sample\(s\)", False),
+        (
+            image(RAMP, ("SamplesPerPixel", "US", 3)),
+            r"not a single grayscale image: 1 frame\(s\), 3 sample\(s\)",
+            False,
+        ),
         (image(RAMP, ("BitsAllocated", "US", 12)), "16 of 12 bits a pixel; all of 1, 8, 16 or 32 are read", False),
         (image(RAMP, ("BitsStored", "US", 0)), "0 of 16 bits a pixel", False),
         (image(RAMP, ("BitsStored", "US", None)), "the DICOM has no BitsStored", False),
@@ -725,10 +729,10 @@ def test_garbage_is_no_data_set():
         (image(RAMP, ("PhotometricInterpretation", "CS", "")), "PhotometricInterpretation is ''; expected", False),
         (image(RAMP * 0, ("PixelPaddingValue", "US", 0)), "all pixels are padding", False),
         (image(RAMP, syntax="1.2.840.10008.1.2.4.103"), "transfer syntax MPEG-4 AVC/H.264 .* is not supported", False),
-        (image((encapsulated(b"abc"), 4, 6)), "the pixels are compressed, the transfer syntax says Explicit VR", False),
+        (image((encapsulated(b"abc"), 4, 6)), "the pixels are compressed, the transfer syntax is Explicit VR", False),
         (
             image(RAMP, syntax="1.2.840.10008.1.2.5"),
-            "the pixels are not compressed, the transfer syntax says RLE",
+            "the pixels are not compressed, the transfer syntax is RLE",
             False,
         ),
     ],

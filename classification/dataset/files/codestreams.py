@@ -1,7 +1,7 @@
-"""What a compressed image says of itself before it is decoded: its size, and whether it is whole.
+"""The size of a compressed image, and whether it is complete, before it is decoded.
 
-Decoders make room for the size that the data state, whatever else a file says, and several of them invent what is
-missing from data that end early. Runs without torch.
+Decoders allocate memory for the size in the compressed data, whatever the file's header has. Several of them invent
+pixels for data that end early. Runs without torch.
 """
 
 import re
@@ -17,7 +17,7 @@ END = b"\xff\xd9"  # of JPEG, JPEG-LS and JPEG 2000 alike; it cannot occur withi
 
 
 class Unusable(ValueError):
-    """What is wrong with an image, where another copy of the file would not mend it."""
+    """A fault of an image that another copy of the file would not mend."""
 
 
 class Codestream(NamedTuple):
@@ -31,9 +31,9 @@ class Codestream(NamedTuple):
 
 
 def check_size(height, width):
-    """Raises where an image is empty or too large to read."""
+    """Raises Unusable for an image that is empty or too large to read."""
     if height < 1 or width < 1 or height * width > MAX_PIXELS:
-        raise Unusable(f"the header says {height} x {width} pixels; at most {MAX_PIXELS:,} are read")
+        raise Unusable(f"the header has {height} x {width} pixels; at most {MAX_PIXELS:,} are read")
 
 
 def read_jpeg(data):
@@ -86,7 +86,7 @@ def _check_end(data, start, what):
 
 
 def check_png(data):
-    """Raises a ValueError where a PNG file (ISO 15948) is cut short or its pixels are damaged."""
+    """Raises a ValueError if a PNG file (ISO 15948) is cut short or its pixels are damaged."""
     position = 8
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)

@@ -1,7 +1,7 @@
-"""DICOM file -> stored values -> grey uint8 [H, W], by one of two recipes (`dataset.files.display`). Without torch.
+"""DICOM file -> stored values -> grayscale uint8 [H, W], by one of two recipes (`dataset.files.display`). No torch.
 
 pydicom parses the header and decodes frames; what it or its decoders would take on trust is looked at before.
-A fault of the file is whatever exception; `codestreams.Unusable` where another copy would not mend it.
+A fault of the file can be any exception; it is `codestreams.Unusable` if another copy would not mend it.
 """
 
 import io
@@ -74,7 +74,7 @@ class _File(io.BytesIO):
 
 
 def begins_as_dicom(data):
-    """Whether a file is a DICOM: it says so, or it is a data set without preamble whose first elements make sense."""
+    """Whether a file is a DICOM: by its preamble, or as a data set without one whose first elements make sense."""
     if data[128:132] == b"DICM":
         return True
     position, last = 0, 0
@@ -103,7 +103,7 @@ def _is_vr(letters):
 
 
 def _read(data):
-    """(header, transfer syntax, (VR, length as written, bytes) of PixelData), once it is sure that all are there."""
+    """(header, transfer syntax, (VR, length as written, bytes) of PixelData), once all are known to be present."""
     file = _File(data)
     file.seek(132 if data[128:132] == b"DICM" else 0)
     try:
@@ -150,11 +150,11 @@ def _integer(dataset, name, default):
 
 
 def _check_kind(dataset):
-    """Raises where the header describes something else than one grey image of whole numbers."""
+    """Raises Unusable if the header describes anything but one grayscale image of whole numbers."""
     check_size(dataset.Rows, dataset.Columns)
     frames, samples = (_integer(dataset, name, 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
     if frames > 1 or samples != 1:
-        raise Unusable(f"the DICOM is not a single grey image: {frames} frame(s), {samples} sample(s) a pixel")
+        raise Unusable(f"the DICOM is not a single grayscale image: {frames} frame(s), {samples} sample(s) a pixel")
     kind = photometric(dataset)
     if kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise Unusable(f"PhotometricInterpretation is {kind!r}; expected MONOCHROME1 or MONOCHROME2")
@@ -164,13 +164,13 @@ def _check_kind(dataset):
 
 # ----------------------------------------------------------------------------------------------- the pixels
 def _stored_values(dataset, syntax, pixels):
-    """Integers [H, W], signed as the header says."""
+    """Integers [H, W], signed or not as in the header."""
     if syntax in UNCOMPRESSED:
         words, precision = _uncompressed(dataset, syntax, *pixels), dataset.BitsAllocated
     else:
         words, precision = _decompressed(dataset, syntax, *pixels)
     words = words.view(f"{'i' if _integer(dataset, 'PixelRepresentation', 0) == 1 else 'u'}{words.itemsize}")
-    # PS3.5 8.1.1: the value lies in some bits of the word, up to HighBit; the others may hold anything.
+    # PS3.5 8.1.1: the value is in some bits of the word, up to HighBit; the others may hold anything.
     bits = min(dataset.BitsStored, precision)
     end = _integer(dataset, "HighBit", bits - 1) + 1
     if precision == bits or not bits <= end <= precision:
@@ -187,9 +187,9 @@ def _uncompressed(dataset, syntax, vr, length, data):
     count, bits = dataset.Rows * dataset.Columns, dataset.BitsAllocated
     needed = -(-count * bits // 8)
     if length == 0xFFFFFFFF:
-        raise Unusable(f"the pixels are compressed, the transfer syntax says {syntax.name}")
+        raise Unusable(f"the pixels are compressed, the transfer syntax is {syntax.name}")
     if len(data) < needed:
-        what = f"{len(data):,} of {needed:,} bytes of pixels are there"
+        what = f"{len(data):,} of {needed:,} bytes of pixels exist"
         raise ValueError(f"cut short: {what}") if len(data) < length else Unusable(f"the header is wrong: {what}")
     if bits == 1:
         words = np.unpackbits(np.frombuffer(data, np.uint8, needed), count=count, bitorder="little")
@@ -204,21 +204,21 @@ def _uncompressed(dataset, syntax, vr, length, data):
 def _decompressed(dataset, syntax, _vr, _length, data):
     """(words [H, W] of 8, 16 or 32 bits, of how many of these the decoder makes use)."""
     if bytes(data[:4]) != b"\xfe\xff\x00\xe0":
-        raise Unusable(f"the pixels are not compressed, the transfer syntax says {syntax.name}")
-    # One image: all fragments are of one frame, whatever the table of offsets before them says.
+        raise Unusable(f"the pixels are not compressed, the transfer syntax is {syntax.name}")
+    # One image: all fragments are of one frame, whatever the table of offsets before them has.
     _, *fragments = generate_fragments(bytes(data))
     frame = b"".join(fragments)
     if not frame.strip(b"\0"):
-        raise ValueError("cut short: there are no compressed pixels")
+        raise ValueError("cut short: it has no compressed pixels")
     bits, signed = dataset.BitsAllocated, False
     if syntax != "1.2.840.10008.1.2.5":
         read = read_jpeg2000 if syntax.startswith("1.2.840.10008.1.2.4.9") else read_jpeg
         stream = read(frame)
         size = stream.height, stream.width
         if size != (dataset.Rows, dataset.Columns):
-            raise ValueError(f"the pixels are {size}, the header says {(dataset.Rows, dataset.Columns)}")
+            raise ValueError(f"the pixels are {size}, the header has {(dataset.Rows, dataset.Columns)}")
         if stream.components != 1:
-            raise Unusable(f"the DICOM is not a single grey image: {stream.components} samples a pixel")
+            raise Unusable(f"the DICOM is not a single grayscale image: {stream.components} samples a pixel")
         bits, signed = stream.precision, stream.signed
     try:
         words, _ = get_decoder(syntax).as_array(

@@ -1,4 +1,4 @@
-"""Stored values of a DICOM -> grey uint8 in which bright means dense, by one of two recipes. Runs without torch.
+"""Stored values of a DICOM -> grayscale uint8 in which bright means dense, by one of two recipes. Runs without torch.
 
 `window` is the display pipeline of the standard (PS3.4, annex N), in this order:
 
@@ -8,7 +8,7 @@
                  -> inverted for MONOCHROME1
                  -> padding black              `_padding`    PS3.3 C.7.5.1.1.2
 
-What the header says and cannot be used is left out with a warning (`warnings.warn`), which the caller collects.
+Unusable elements of the header are left out with a warning (`warnings.warn`), which the caller collects.
 """
 
 import math
@@ -28,7 +28,7 @@ LARGEST = 1e30  # of a number in the header: beyond it float64 overflows on the 
 
 
 def window(stored, dataset, index):
-    """The image as the header says that it is displayed.
+    """The image as it is displayed by its header.
 
     The whole output of the window or table becomes 0 to 255, so that a wide window stays wide; without one, the
     image's own range does. Padding is left out of that range and becomes black.
@@ -36,7 +36,7 @@ def window(stored, dataset, index):
     Args:
         stored: integers [H, W].
         dataset: the header, a pydicom Dataset.
-        index: which VOI LUT or window where there are several; the first that is valid where that one is not.
+        index: which of several VOI LUTs or windows; if it is not valid, the first valid one.
     """
     padding = _padding(stored, dataset)
     seen = stored if padding is None else stored[~padding]
@@ -90,9 +90,9 @@ def is_inverted(dataset):
 
 
 def _each_value_once(grey, stored, low, high):
-    """grey(values) -> uint8 for every pixel, worked out once a stored value where these are few.
+    """grey(values) -> uint8 for every pixel, computed once per stored value if these are few.
 
-    A quarter of the time of working it out for each pixel. What lies out of low to high (padding) becomes anything.
+    A quarter of the time of computing it for each pixel. Values outside low to high (padding) become anything.
     """
     image = np.empty(stored.shape, np.uint8)
     pixels, out = stored.reshape(-1), image.reshape(-1)
@@ -199,7 +199,7 @@ def _chosen(valid, index):
     """The VOI LUT or window `index` of those that are valid, or else their first, and a warning."""
     first = min(valid)
     if index not in valid:
-        warnings.warn(f"window {index} is not there, or not valid: window {first} is taken", stacklevel=2)
+        warnings.warn(f"window {index} is missing or not valid: window {first} is used", stacklevel=2)
     return valid.get(index, valid[first])
 
 
@@ -216,7 +216,7 @@ def _ramp(low, high):
     return lambda values: (values > low).astype(np.float64)
 
 
-# ---------------------------------------------------------------------------------- what the header says
+# ---------------------------------------------------------------------------------- the header
 # Read from the bytes of the elements: pydicom refuses some of what is readable, such as a decimal comma.
 def _items(dataset, name):
     value = dataset.get(name)
@@ -228,7 +228,7 @@ def _numbers(dataset, name):
     element = dataset.get_item(name)
     if element is None or not element.value:
         return []
-    if element.VR in ("FL", "FD", "US", "SS", "UL", "SL"):  # not what the standard says, but clear
+    if element.VR in ("FL", "FD", "US", "SS", "UL", "SL"):  # not the standard's, but clear
         return [float(value) for value in np.atleast_1d(dataset[name].value)]
     texts = element.value.decode("latin-1").strip(" \0").split("\\")
     return [_number(text) for text in texts] if texts != [""] else []

@@ -1,8 +1,8 @@
-"""Which kind of grey values images have: another kind than in training costs a model much of its score.
+"""The image source: images from another source than in training cost a model much of its score.
 
     pictures            JPG, PNG, ... as they are stored, such as the JPG release of MIMIC-CXR
     dicom window        DICOM as displayed (DATA.DICOM_RECIPE window)
-    dicom mimic_jpg     DICOM made into what the JPG release holds (DATA.DICOM_RECIPE mimic_jpg)
+    dicom mimic_jpg     DICOM converted as the JPG release was made (DATA.DICOM_RECIPE mimic_jpg)
 
 Runs without torch.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from dataset.files.images import SUFFIXES, ImageError, sniff
 
 SAMPLE = 8  # images that are looked at
-COPY_RECIPE = "recipe.json"  # beside a copy of prepare_mimic.py: pictures, but of the domain that they were made of
+COPY_RECIPE = "recipe.json"  # in a copy of prepare_mimic.py: pictures, but with the image source that they were made of
 
 
 def copied_name(path):
@@ -38,21 +38,21 @@ def image_domain(store, paths, recipe):
         try:
             found.add(f"dicom {recipe}" if sniff(store.read(path)) == "dcm" else "pictures")
         except ImageError:
-            pass  # whoever loads the image says so
+            pass  # the loader reports it
     return " and ".join(sorted(found))
 
 
 def kinds(domain):
-    """The kinds of grey values in a domain, those that a model cannot tell apart as one."""
+    """The image sources in a domain; those that a model cannot distinguish count as one."""
     alike = {"dicom mimic_jpg": "pictures"}  # which that recipe makes
     return {alike.get(kind, kind) for kind in domain.split(" and ")} if domain else set()
 
 
 def domain_warning(trained, here):
-    """One line for the user where images are `here` of another domain than a model was `trained` on; else empty."""
+    """One line for the user if images are from another source (`here`) than a model was `trained` on; else empty."""
     if not trained or kinds(here) <= kinds(trained):
         return ""
-    said = f"the model was trained on {trained}, these images are {here}: its scores are lower on another kind of image"
+    text = f"the model was trained on {trained}, these images are {here}: its scores are lower on another kind of image"
     if here.startswith("dicom ") and " and " not in trained:
-        return f"{said}; use DATA.DICOM_RECIPE {'window' if trained == 'dicom window' else 'mimic_jpg'}"
-    return f"{said}, and no DATA.DICOM_RECIPE makes pictures into DICOM; train on the kind that is to be read"
+        return f"{text}; use DATA.DICOM_RECIPE {'window' if trained == 'dicom window' else 'mimic_jpg'}"
+    return f"{text}, and no DATA.DICOM_RECIPE makes pictures into DICOM; train on the kind that is to be read"
