@@ -803,6 +803,8 @@ def test_loading_says_what_is_odd_once_a_kind(workers, capfd):
     from dataset.build import EvalSampler, Loader
 
     class Images(torch.utils.data.Dataset):
+        task = "multilabel"
+
         def __len__(self):
             return 16
 
