@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import statistics
-from analysis.evaluation import IMAGE_IDS, aligned
+from analysis.evaluation import IMAGE_IDS, aligned, same_scores
 from analysis.results import LEVEL, Measured, about, difference, drawn_from
 from common.errors import UserError
 
@@ -113,7 +113,7 @@ def _check_apart(members, tables, models):
     """No two of the evaluations [M] of one test set are the same, or bear one name."""
     for k, (e, table) in enumerate(zip(members, tables)):
         for j in range(k):
-            if np.array_equal(table.probabilities, tables[j].probabilities):
+            if same_scores(table, tables[j]):
                 raise UserError(
                     f"{e.given} is the same evaluation as {members[j].given}: every probability is equal; "
                     "leave one of them out"

@@ -505,13 +505,21 @@ def learned_by(config, prefix=""):
                 yield prefix + key, value
 
 
+def same_scores(one, other):
+    """Whether two tables, image by image, have the same probabilities, and the same logits if both have some."""
+    both = one.logits is not None and other.logits is not None
+    return np.array_equal(one.probabilities, other.probabilities) and (
+        not both or np.array_equal(one.logits, other.logits)
+    )
+
+
 def check_apart(option, evaluations):
     """UserError where two of the evaluations are one: the same file, or every probability is equal."""
     for k, other in enumerate(evaluations):
         for one in evaluations[:k]:
             same = one.test.path.resolve() == other.test.path.resolve()
             if not same and set(one.test.label_names) == set(other.test.label_names):
-                same = np.array_equal(one.test.scores, aligned(one.test, other.test).scores)
+                same = same_scores(one.test, aligned(one.test, other.test))
             if same:
                 raise UserError(
                     f"{option}: {other.given} is the same evaluation as {one.given} (every probability is equal); "

@@ -203,7 +203,8 @@ def difference(measured, theirs, name):
         low, high = statistics.interval(draws)
         mean = {
             "difference": float(measured.auroc[defined].mean() - theirs.auroc[defined].mean()),
-            "low": low, "high": high, "p": statistics.bootstrap_p(draws), "other": theirs.mean()["auroc"],
+            "low": low, "high": high, "p": None if low is None else statistics.bootstrap_p(draws),
+            "other": theirs.mean()["auroc"],
         }  # fmt: skip
     return {"name": name, "primary": "mean AUROC", "mean": mean, "labels": labels}
 

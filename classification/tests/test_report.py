@@ -162,6 +162,8 @@ def test_thresholds_and_scalings_come_from_validation_alone(predictions, validat
         "sensitivity": pytest.approx((held_out["Edema_probability"][edema] >= t["threshold"]).mean()),
         "specificity": pytest.approx((held_out["Edema_probability"][~edema] < t["threshold"]).mean()),
     }  # fmt: skip
+    missed = f"missed in the test split (sensitivity of at least 0.9): Edema ({t['sensitivity']['value']:.3f})"
+    assert (missed in (tmp_path / "summary.md").read_text()) == t["missed"]
     assert t["fitted_on"]["sensitivity"] >= 0.9 and t["missed"] is bool(t["sensitivity"]["value"] < 0.9)
     assert r["thresholds"]["youden"]["labels"]["Edema"]["missed"] is None  # it has no target
     fitted = json.loads((tmp_path / "calibration.json").read_text())
@@ -253,6 +255,9 @@ def test_intervals_at_the_end_of_the_scale_have_a_width(tmp_path, validate):
     auroc, point = r["labels"]["Edema"]["auroc"], r["thresholds"]["youden"]["labels"]["Edema"]
     assert 0.5 < auroc["low"] < 0.99 and auroc["high"] == 1 == auroc["value"] and auroc["se"] is None
     assert "Edema add no uncertainty" in r["mean"]["remark"]
+    summary = (tmp_path / "summary.md").read_text()
+    assert f"1.000 (≥ {auroc['low']:.3f})" in summary and "one-sided bound from" in summary
+    assert "What --calibrated applies" in summary and "PPV and NPV hold at the prevalence of this test split" in summary
     rates = [point[rate] for rate in ("sensitivity", "specificity", "ppv", "npv")]
     assert any(rate["value"] in (0, 1) for rate in rates)
     for rate in rates:
