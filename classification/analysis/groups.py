@@ -75,14 +75,16 @@ def _grouped(name, column):
     return quarters.astype("string").fillna("").to_numpy(object), None
 
 
-def _read(path):
-    """A CSV as text, with the columns that are of use of the two tables that are recognised."""
+def _version(path):
+    """What changes when a file is written anew."""
     stat = Path(path).stat() if Path(path).is_file() else None
-    return _read_once(path, stat and (stat.st_mtime_ns, stat.st_size))
+    return stat and (stat.st_mtime_ns, stat.st_size)
 
 
-@functools.lru_cache(maxsize=8)  # the report asks for the groups of several tables of predictions
-def _read_once(path, _version):
+# The report asks for the groups of several tables of predictions; a metadata.csv.gz has 377,110 rows.
+@functools.lru_cache(maxsize=8)
+def _read(path, _version):
+    """A CSV as text, with the columns that are of use of the two tables that are recognised."""
     frame = read_csv(path, ())
     need_columns(frame, frame.columns, path)
     keys = [key for key in KEYS if key in frame]
@@ -93,20 +95,10 @@ def _read_once(path, _version):
     return frame
 
 
-def _joined(path, predictions, required):
-    """The rows of a CSV for each image, [N]: a table of its columns but the keys, blank where it has no such row.
-
-    Raises:
-        UserError: no key, several rows a key, or none of the images' patients where `required`.
-    """
-    frame = _read(path)
-    key = next((k for k in KEYS if k in frame and k in predictions.ids), None)
-    if key is None:
-        raise UserError(
-            f"{path}: no column to join it to the predictions by; expected one of "
-            f"{', '.join(k for k in KEYS if k in predictions.ids) or ', '.join(KEYS)} "
-            f"(the file has: {', '.join(frame.columns)})"
-        )
+@functools.lru_cache(maxsize=8)
+def _read_by(key, path, version):
+    """The same with one row a key, and no other keys."""
+    frame = _read(path, version)
     wanted = [c for c in frame if c not in KEYS]
     if not wanted:
         raise UserError(f"{path}: no column besides {key}; nothing to group by")
@@ -114,12 +106,31 @@ def _joined(path, predictions, required):
     if frame[key].duplicated().any():
         row = frame[key][frame[key].duplicated()].iloc[0]
         raise UserError(f"{path}: {key} {row} has several rows that differ; give one row each")
-    rows = pd.Index(frame[key]).get_indexer(predictions.ids[key])
+    return frame.set_index(key)
+
+
+def _joined(path, predictions, required):
+    """The rows of a CSV for each image, [N]: a table of its columns but the keys, blank where it has no such row.
+
+    Raises:
+        UserError: no key, several rows a key, or none of the images' patients where `required`.
+    """
+    version = _version(path)
+    frame = _read(path, version)
+    key = next((k for k in KEYS if k in frame and k in predictions.ids), None)
+    if key is None:
+        raise UserError(
+            f"{path}: no column to join it to the predictions by; expected one of "
+            f"{', '.join(k for k in KEYS if k in predictions.ids) or ', '.join(KEYS)} "
+            f"(the file has: {', '.join(frame.columns)})"
+        )
+    frame = _read_by(key, path, version)
+    rows = frame.index.get_indexer(predictions.ids[key])
     if (rows < 0).all() and required:
         raise UserError(
             f"{path}: none of the {predictions.ids[key].nunique():,} values of {key} in {predictions.path} is there"
         )
-    found = frame[wanted].iloc[rows].reset_index(drop=True)
+    found = frame.iloc[rows].reset_index(drop=True)
     found[rows < 0] = ""
     return found
 
