@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def same(a, b):
 def assert_same_run(a, b):
     """Two runs ended alike: weights, EMA, moments, metrics."""
     x, y = (checkpoint.read(folder / checkpoint.LAST) for folder in (a, b))
-    for key in ("model", "model_ema", "optimizer", "epoch", "max_accuracy", "max_ema_accuracy", "rng"):
+    for key in ("model", "model_ema", "optimizer", "epoch", "max_accuracy", "max_ema_accuracy", "rng", "amp"):
         assert same(x[key], y[key]), key
     assert epochs(a) == epochs(b)
     for name in (checkpoint.BEST, checkpoint.EMA_BEST):
@@ -125,6 +126,8 @@ def test_the_evaluation_agrees_with_its_own_predictions(finished, tree):
             assert metrics["auc"][name] is None
         assert metrics["positives"][name] + metrics["negatives"][name] == len(rows)
     assert metrics["mean_auc"] == pytest.approx(np.mean(values), abs=1e-6)
+    held_out = pd.read_csv(folder / "predictions_validate.csv")
+    assert set(held_out.dicom_id) == set(split[split.split == "validate"].dicom_id)
     p = np.clip(rows[[f"{n}_probability" for n in LABELS]].to_numpy(), 1e-7, 1 - 1e-7)
     t = rows[[f"{n}_target" for n in LABELS]].to_numpy()
     assert metrics["loss"] == pytest.approx(-(t * np.log(p) + (1 - t) * np.log(1 - p)).mean(), rel=1e-4)
@@ -149,6 +152,46 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, run_main, monkey
     run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
     assert run_main.status == 0
     assert_same_run(folder, whole)
+
+
+def test_float16_resumes_with_its_scale(run_main, monkeypatch):
+    """The scale grows every third update: resumed from the start it would be another."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, growth_interval=3))
+    options = dict(TRAIN__EPOCHS=1, AMP_OPT_LEVEL="O1", AMP_DTYPE="float16")
+    whole = run_main(out="whole", **options)
+    assert checkpoint.read(whole / "last_ckpt.pth")["amp"]["scale"] == 2.0 ** (16 + 9 // 3)
+    signalled(monkeypatch, torch.optim.AdamW, "step", 5)
+    folder = run_main(**options)
+    run_main(**options)
+    assert_same_run(folder, whole)
+
+
+def test_the_ema_of_buffers_is_that_of_their_values(run_main, monkeypatch):
+    seen, step = [], Step.__call__
+    name = "conv_head.1.0.running_var"
+
+    def looked_at(self, *a, **k):
+        seen.append(seen or self.model.state_dict()[name].double().clone())
+        result = step(self, *a, **k)
+        seen.append(self.model.state_dict()[name].double().clone())
+        return result
+
+    monkeypatch.setattr(Step, "__call__", looked_at)
+    folder = run_main(TRAIN__EPOCHS=1)
+    expected = seen[0]
+    for value in seen[1::2]:
+        expected = 0.9 * expected + 0.1 * value
+    found = checkpoint.read(folder / "last_ckpt.pth")["model_ema"][name]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    assert not torch.equal(found, checkpoint.read(folder / "last_ckpt.pth")["model"][name])
+
+
+def test_a_checkpoint_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
+    events, flush, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda n: (events.append(os.readlink(f"/proc/self/fd/{n}")), flush(n))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"-> {b}"), replace(a, b))[1])
+    checkpoint.save({"model": {}}, tmp_path, [checkpoint.LAST])
+    assert events == [str(tmp_path / "checkpoint.tmp"), f"-> {tmp_path / checkpoint.LAST}", str(tmp_path)]
 
 
 @pytest.mark.parametrize("where", ["update", "write", "rename"])
@@ -325,7 +368,8 @@ import torch
 import main
 # BatchNorm in eval mode: otherwise each rank normalises by its own half of the batch.
 plain = torch.nn.BatchNorm2d.train
-torch.nn.BatchNorm2d.train = lambda self, mode=True: plain(self, False)
+if "BATCHNORM" not in os.environ:
+    torch.nn.BatchNorm2d.train = lambda self, mode=True: plain(self, False)
 if "STOP_AT" in os.environ:
     step, steps = torch.optim.AdamW.step, []
     def counted(self, *a, **k):
@@ -370,6 +414,16 @@ def test_two_ranks_train_as_one_and_resume_within_an_epoch(finished, tree, tmp_p
     stopped = checkpoint.read(tmp_path / "stopped" / "tiny" / "default" / "last_ckpt.pth")
     assert (stopped["epoch"], stopped["update"]) == (0, 4)
     assert_same_run(ranks("stopped"), two)
+
+    # With statistics of its own on each rank, validation is that of the checkpoint: rank 0's, for all images.
+    monkeypatch.undo()
+    folder = ranks("normalised", BATCHNORM="1")
+    evaluation = [*arguments("normalised"), "4", "RESULTS", str(tmp_path / "results")]
+    assert main.main([*evaluation, "--eval", "--resume", str(folder / "last_ckpt.pth")]) == 0
+    table = pd.read_csv(next((tmp_path / "results").glob("*/predictions_validate.csv")))
+    p, t = (torch.tensor(table[[f"{n}_{kind}" for n in LABELS]].to_numpy()) for kind in ("probability", "target"))
+    loss = torch.nn.functional.binary_cross_entropy(p[~t.isnan()], t[~t.isnan()])
+    assert epochs(folder)[0]["val_loss"] == pytest.approx(float(loss), rel=2e-6)
 
 
 def test_a_half_set_environment_is_named(run_main, monkeypatch):
@@ -661,6 +715,11 @@ def test_the_average_inside_a_checkpoint_is_evaluated(finished, run_main, tmp_pa
         (path,) = (tmp_path / str(k) / "results").glob("evaluation_*/predictions.csv")
         predictions.append(path.read_text())
     assert predictions[0] == predictions[1] != predictions[2]
+    held_out = pd.read_csv(next((tmp_path / "0" / "results").glob("evaluation_*/predictions_validate.csv")))
+    logged = epochs(last.parent)[-1]["ema"]["auc"]
+    for name, value in logged.items():
+        if value is not None:
+            assert value == pytest.approx(roc_auc_score(held_out[f"{name}_target"], held_out[f"{name}_probability"]))
     torch.save(state | {"model_ema": None}, tmp_path / "none.pth")
     with pytest.raises(UserError, match="none.pth has no EMA weights"):
         run_main("--eval", "--ema", "--resume", tmp_path / "none.pth")
