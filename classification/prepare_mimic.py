@@ -51,30 +51,31 @@ def main(argv=None):
     for name, least, most in (("workers", 1, 1024), ("size", 8, 100_000), ("quality", 1, 100)):
         if not least <= getattr(args, name, least) <= most:
             raise UserError(f"--{name} is {getattr(args, name)}; it must lie between {least} and {most}")
-    if args.command == "audit":
-        problems = auditing.audit(
-            args.data_path,
-            args.output,
-            dataset=args.dataset,
-            csv=args.csv,
-            image_format=args.image_format,
-            workers=args.workers,
-        )
-        return 1 if len(problems) else 0
-    faults = cache.make_copy(
-        args.data_path,
-        args.output,
-        dataset=args.dataset,
-        csv=args.csv,
-        image_format=args.image_format,
-        size=args.size,
-        quality=args.quality,
-        in_zip=args.zip,
-        dicom_recipe=args.dicom_recipe,
-        allow_missing=args.allow_missing,
-        skip_bad=args.skip_bad,
-        workers=args.workers,
+    try:
+        return _audit(args) if args.command == "audit" else _build(args)
+    except OSError as error:  # of a disk that is full, say, while the work goes on
+        raise UserError(f"{error.filename or args.output}: {error.strerror}; mend it and run again") from error
+
+
+def _audit(args):
+    given = {name: getattr(args, name) for name in ("dataset", "csv", "image_format", "workers")}
+    return 1 if len(auditing.audit(args.data_path, args.output, **given)) else 0
+
+
+def _build(args):
+    names = (
+        "dataset",
+        "csv",
+        "image_format",
+        "size",
+        "quality",
+        "dicom_recipe",
+        "allow_missing",
+        "skip_bad",
+        "workers",
     )
+    given = {name: getattr(args, name) for name in names}
+    faults = cache.make_copy(args.data_path, args.output, in_zip=args.zip, **given)
     if faults:
         path, fault = next(iter(faults.items()))
         print(f"{len(faults)} images cannot be read, all in {Path(args.output) / cache.BAD}; the first: {fault}")

@@ -401,7 +401,7 @@ def _check_validate(test, validate):
             shared = set(test.ids[column]) & set(validate.ids[column])
             if shared:
                 raise UserError(
-                    f"{len(shared):,} {what} of {validate.path} are in {test.path} too, such as {min(shared)}: "
+                    f"{validate.path} and {test.path} share {what} ({len(shared):,}), such as {min(shared)}: "
                     "thresholds and calibration are never fitted on the test split"
                 )
 

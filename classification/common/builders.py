@@ -33,6 +33,13 @@ def find(package, name, key):
         module = _with_build(f"{package}.{name}") or _with_build(name)
     except ModuleNotFoundError as error:
         raise UserError(f"{key} {name} cannot be imported: {error}") from error
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        raise UserError(
+            f"{key} {name} cannot be imported ({error}): write `import common.torchvision_shim` in it before timm and "
+            "torchvision"
+        ) from error
     if module is None:
         files = [file.name for file in pkgutil.iter_modules(importlib.import_module(package).__path__)]
         known = [file for file in files if _with_build(f"{package}.{file}")]

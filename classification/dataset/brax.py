@@ -14,7 +14,8 @@ MAPPING = {name: exact(name) for name in LABELS}
 
 def read(folder):
     """The release in a :class:`dataset.releases.Folder` as a :class:`dataset.releases.Reading`."""
-    source = folder.needed("master_spreadsheet*.csv", why="the table of BRAX")
+    newest, any_version = "master_spreadsheet_update.csv", "master_spreadsheet*.csv"  # the update replaces the other
+    source = folder.needed(newest, any_version, why="the table of BRAX")
     frame = tables.read_csv(source, ("PatientID", "AccessionNumber", "ViewPosition"))
     given = [column for column in PATHS if column in frame and (frame[column].str.strip() != "").all()]
     if not given:

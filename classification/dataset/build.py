@@ -21,7 +21,7 @@ from config import KNOBS, source_configs
 from dataset.files.images import ImageError, take_warnings, warning_kind
 from dataset.preparing import normalize
 from dataset.samplers import EvalSampler, TrainSampler, sampling_weights
-from dataset.sources import Sources, check_alike, check_folders
+from dataset.sources import Sources, check_alike, check_folders, check_patients
 from dataset.tables import EmptySplit
 
 
@@ -33,6 +33,7 @@ class Dataset(Protocol):
     `labels` [N, L] as in the label file (1, 0, -1 uncertain, NaN blank), by which a report tries other policies;
     `descriptions()`, further columns of a table of predictions (view, path); `root`, the folder of these paths;
     `cohort`, see `tables.Table.cohort`, what a report says of all splits; `label_mapping`, see `tables.Table`;
+    `patients`, {split: names}, of all splits, by which two sources of one release are compared;
     `sources`, the name of each image's source [N], by which metrics are told apart; `uses`, config keys that it uses
     beside those of every dataset of its task.
     """
@@ -117,7 +118,9 @@ def build_datasets(config, *splits):
             raise type(error)(f"DATA.SOURCES {name}: {error}") from error
         if missing:
             warnings.append(f"DATA.SOURCES {name} has no part in {', '.join(splits[len(built[name]) :])}: {missing}")
-    check_alike({name: datasets[0] for name, datasets in built.items()})
+    first = {name: datasets[0] for name, datasets in built.items()}
+    check_alike(first)
+    check_patients(configs, first)
     found = []
     for k, split in enumerate(splits):
         parts = {name: datasets[k] for name, datasets in built.items() if k < len(datasets)}

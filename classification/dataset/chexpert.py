@@ -1,8 +1,12 @@
 """CheXpert (DATA.DATASET chexpert), either size: train.csv, valid.csv and, where it is there, groundtruth.csv.
 
+The full size is unpacked into four folders `CheXpert-v1.0 batch N (...)`, in some of which `train/` is missing.
+
 groundtruth.csv has one row a study of the test set, `CheXpert-v1.0/test/patient64741/study1`; which images a study has
 is told by its folder.
 """
+
+import itertools
 
 import numpy as np
 import pandas as pd
@@ -36,6 +40,20 @@ def _tops(folder, path):
     return [f"{top}/" if top else "" for top in dict.fromkeys(["", path.strip("/").split("/")[0], *below])]
 
 
+BATCHES = "CheXpert-v1.0 batch *"
+
+
+def _in_batches(folder, images):
+    """The paths of images in the folders BATCHES; no such paths where there are none."""
+    where = {}
+    for batch in folder.folders("", BATCHES):
+        for split, below in (("train", "/train"), ("valid", "/valid"), ("train", "")):
+            where |= {f"{split}/{name}": f"{batch}{below}/{name}" for name in folder.folders(batch + below, "patient*")}
+    if where:
+        patient = images.str.extract("^([^/]+/[^/]+)")[0]
+        yield patient.map(where).fillna(patient) + images.str.extract("^[^/]+/[^/]+(/.*)")[0]
+
+
 def _test_images(folder, path, tops):
     """groundtruth.csv with a row an image instead of a study."""
     frame = tables.read_csv(path, ("Study",))
@@ -55,8 +73,10 @@ def _test_images(folder, path, tops):
 
 def read(folder):
     """The release in a :class:`dataset.releases.Folder` as a :class:`dataset.releases.Reading`."""
-    files = {"train": folder.needed("train.csv", why="the training split of CheXpert")}
-    files["validate"] = folder.needed("valid.csv", why="the validation split of CheXpert")
+    files = {
+        split: folder.needed(f"{name}.csv", f"{BATCHES}/{name}.csv", why=f"the {what} split of CheXpert")
+        for split, name, what in (("train", "train", "training"), ("validate", "valid", "validation"))
+    }
     frames = {split: tables.read_csv(path, COLUMNS) for split, path in files.items()}
     tops = _tops(folder, frames["train"]["Path"].iloc[0])
     test = folder.table("groundtruth.csv", "test/groundtruth.csv") or Folder(folder.root.parent).table(
@@ -70,7 +90,7 @@ def read(folder):
     view = views(sides["AP/PA"]).astype(object)
     frontal = sides["Frontal/Lateral"].str.strip() == "Frontal"
     view[~frontal.to_numpy()] = "lateral"
-    view[frontal.to_numpy() & (view == "")] = "frontal"
+    view[frontal.to_numpy() & ~np.isin(view, ("AP", "PA"))] = "frontal"
 
     def finding(name):
         return np.concatenate([tables.label_values(frame, (name,), files[s])[:, 0] for s, frame in frames.items()])
@@ -81,7 +101,7 @@ def read(folder):
         subject=parts.str[1],
         study=parts.str[1] + "/" + parts.str[2],
         view=view.astype(str),
-        paths=(top + images for top in tops),
+        paths=itertools.chain((top + images for top in tops), _in_batches(folder, images)),
         finding=finding,
         names=LABELS,
         split=np.repeat(list(frames), [len(frame) for frame in frames.values()]),
@@ -89,5 +109,5 @@ def read(folder):
     )
 
 
-RELEASE = Release("chexpert", SIGNS, MAPPING, read)
+RELEASE = Release("chexpert", SIGNS, MAPPING, read, parts=BATCHES)
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

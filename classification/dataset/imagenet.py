@@ -1,5 +1,6 @@
 """ImageNet-style folders for single-label classification (DATA.DATASET imagenet)."""
 
+import os
 from pathlib import Path
 
 import common.torchvision_shim  # noqa: F401
@@ -32,14 +33,14 @@ class ImageNetDataset(ImageFolder):
 
     def __init__(self, root, split, transform=None):
         folder = Path(root) / FOLDERS[split]
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(
                 f"{folder} is not a folder; --data-path must hold train/ and val/ with a folder per class"
                 f"{use_instead(root, 'imagenet')}"
             )
         try:
             super().__init__(str(folder), transform, loader=_load)
-        except FileNotFoundError as error:  # no class folders, or an empty one
+        except OSError as error:  # no class folders, an empty one, or one that cannot be read
             raise UserError(str(error)) from error
         self.label_names = tuple(self.classes)
         self.summary, self.warnings = f"{split}: {len(self):,} images in {len(self.classes):,} classes", []

@@ -4,6 +4,7 @@ The formats are those of MIMIC-CXR-JPG 2.1.0 (physionet.org): `-split` has one r
 study with 1.0, 0.0, -1.0 or nothing per label. Columns are read by name: their order differs between releases.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -27,20 +28,15 @@ RADIOLOGIST = "test-set-labeled"  # mimic-cxr-2.1.0-test-set-labeled.csv: read f
 
 def find_folders(root):
     """(folder holding `files/`, folders in which the CSVs may lie); root is a release or its `files/`."""
-    root = Path(root).expanduser().absolute()
-    if not root.is_dir():
-        raise UserError(f"data path {root} is not a folder; give the release folder with --data-path")
+    root = releases.data_folder(root)
     base = root.parent if root.name == "files" else root
     return base, list(dict.fromkeys((root, base, base / "files", base.parent)))
 
 
 def find_csv(folders, kind):
-    """Path of the official table of a kind (split, chexpert, ...), or None."""
-    for folder in folders:
-        for pattern in (f"mimic-cxr-*-{kind}.csv", f"mimic-cxr-*-{kind}.csv.gz"):
-            for path in sorted(folder.glob(pattern)):
-                return path
-    return None
+    """Path of the official table of a kind (split, chexpert, ...), or None; the first of `folders` that has one."""
+    tables_there = (releases.Folder(folder).table(f"mimic-cxr-*-{kind}.csv") for folder in folders)
+    return next(filter(None, tables_there), None)
 
 
 def needed_csv(folders, kind):
@@ -67,15 +63,17 @@ def _find_suffix(stems, base, suffixes, allow_missing):
     """
     probes = stems[np.linspace(0, len(stems) - 1, min(len(stems), 20)).astype(int)]
 
-    def there(stems):
-        return [s for s in suffixes if any((base / (stem + s)).is_file() for stem in stems)]
+    def there(stems, suffixes):
+        return [s for s in suffixes if any(os.path.isfile(base / (stem + s)) for stem in stems)]
 
-    hits = there(probes) or (there(stems) if allow_missing else [])
+    hits = there(probes, suffixes) or (there(stems, suffixes) if allow_missing else [])
     if not hits:
         raise UserError(
             f"no image found: looked for {base / probes[0]} with {', '.join(s or 'no suffix' for s in suffixes)} "
             f"(and {len(stems if allow_missing else probes) - 1} others); --data-path must be the folder that holds "
-            "files/" + ("" if allow_missing else ", and a part of the images needs DATA.ALLOW_MISSING True")
+            "files/"
+            + ("" if allow_missing else ", and a part of the images needs DATA.ALLOW_MISSING True")
+            + releases.other_images(base, False, [s for s in SUFFIXES if s not in suffixes and there(probes, [s])])
         )
     if len(hits) > 1:
         raise UserError(
@@ -169,8 +167,9 @@ def find_own_csv(root, csv=""):
     base, folders = find_folders(root)
     if csv:
         path = base / Path(csv).expanduser()
-        if not path.is_file():
-            raise UserError(f"DATA.CSV: {path} does not exist")
+        if not os.path.isfile(path):
+            fault = "is a folder; name the table in it" if os.path.isdir(path) else "does not exist"
+            raise UserError(f"DATA.CSV: {path} {fault}")
         _refuse_cxr_lt(path)
         return path
     if find_csv(folders, "split") is not None:

@@ -5,6 +5,7 @@ own, and a `read` that turns its tables into a :class:`Reading`. All that comes 
 Runs without torch.
 """
 
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -147,10 +148,20 @@ class Folder:
         self.root, self.store = root, ZipStore(root) if in_zip else FileStore(root)
 
     def table(self, *patterns, columns=()):
-        """Path of the first table of these names, plain or gzipped, with these columns; None where there is none."""
+        """Path of the table of the first of these names that is there, with these columns; None without any.
+
+        A plain one comes before the same one gzipped.
+
+        Raises:
+            UserError: several tables of a pattern fit.
+        """
         for pattern in patterns:
-            for path in _having(self.root, pattern, columns):
-                return path
+            found = {path.name.removesuffix(".gz"): path for path in reversed(_having(self.root, pattern, columns))}
+            if len(found) > 1:
+                several = ", ".join(sorted(path.name for path in found.values()))
+                raise UserError(f"{self.root} holds several tables {pattern} ({several}); keep the one to read there")
+            if found:
+                return next(iter(found.values()))
         return None
 
     def needed(self, *patterns, why, columns=()):
@@ -164,8 +175,26 @@ class Folder:
         """Names of the files in a folder below the root, without those of its own folders."""
         if isinstance(self.store, ZipStore):
             return self._members.get(where, [])
-        place = self.root / where
-        return sorted(os.listdir(place)) if place.is_dir() else []
+        return [entry.name for entry in self._entries(where)]
+
+    def folders(self, where, pattern):
+        """Names of the folders of this pattern in a folder below the root."""
+        if isinstance(self.store, ZipStore):
+            above = f"{where}/" if where else ""
+            there = {path[len(above) :].partition("/")[0] for path in self._members if path.startswith(above)}
+        else:
+            there = [entry.name for entry in self._entries(where) if entry.is_dir()]
+        return sorted(name for name in there if fnmatch.fnmatchcase(name, pattern))
+
+    def _entries(self, where):
+        """What a folder below the root holds, by name; nothing where there is no such folder."""
+        try:
+            with os.scandir(self.root / where) as entries:
+                return sorted(entries, key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise UserError(f"{self.root / where}: the folder cannot be read ({error.strerror})") from error
 
     @functools.cached_property
     def _members(self):
@@ -174,6 +203,25 @@ class Folder:
             where, _, name = path.decode().rpartition("/")
             found.setdefault(where, []).append(name)
         return found
+
+
+def data_folder(given):
+    """The data folder as an absolute path, once it is sure that it can be read.
+
+    Raises:
+        UserError: it is no folder, or this user may not list and enter it.
+    """
+    folder = Path(given).expanduser().absolute()
+    try:
+        os.listdir(folder)
+        os.stat(os.path.join(folder, "."))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"data path {folder} is not a folder; give the release folder with --data-path") from error
+    except OSError as error:
+        raise UserError(
+            f"data path {folder} cannot be read ({error.strerror}); you need the rights to list and to enter it"
+        ) from error
+    return folder
 
 
 def _roots(folder, signs):
@@ -214,9 +262,7 @@ def use_instead(folder, name):
 
 def find_root(given, name, signs):
     """The folder that holds the tables of a release; `given` is it, one above or one below it."""
-    folder = Path(given).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"data path {folder} is not a folder; give the release folder with --data-path")
+    folder = data_folder(given)
     roots = _roots(folder, signs)
     if not roots:
         other = use_instead(folder, name)
@@ -229,21 +275,31 @@ def find_root(given, name, signs):
     return roots[0]
 
 
+def other_images(root, in_zip, suffixes):
+    """The end of an error on images that are not found: what there is instead.
+
+    suffixes: of images that are there but not asked for.
+    """
+    if suffixes:
+        return f"; it has {' and '.join(suffixes)} images: use DATA.IMAGE_FORMAT auto"
+    shards = [] if in_zip else sorted(root.glob("*.zip"))
+    return f"; {root} has {shards[0].name}: to read images from zip files use --zip" if shards else ""
+
+
 def _find_paths(candidates, folder, image_format, allow_missing):
     """That array of paths whose images are there, as bytes [N]: an even sample of each is looked for.
 
     Where images may be missing and none of the sample is there, all are looked for.
     """
-    copied, tried = (folder.root / COPY_RECIPE).is_file(), []
+    copied, tried, others = (folder.root / COPY_RECIPE).is_file(), [], []
     for paths in candidates:
         paths = np.asarray(paths, dtype=object)
         if copied:
             paths = np.array([copied_name(path) for path in paths], dtype=object)
         elif image_format != "auto" and Path(paths[0]).suffix.lower() not in ENDINGS[image_format]:
+            others.append(paths)
             continue
         tried.append(paths)
-    if not tried:
-        raise UserError(f"DATA.IMAGE_FORMAT {image_format}: the release has no such images; use auto")
 
     def hits(paths):
         return int((~folder.store.missing(tables.to_bytes(paths))).sum())
@@ -251,14 +307,19 @@ def _find_paths(candidates, folder, image_format, allow_missing):
     def probes(paths):
         return paths[np.unique(np.linspace(0, len(paths) - 1, min(len(paths), PROBES)).astype(int))]
 
+    if not tried:
+        raise UserError(f"DATA.IMAGE_FORMAT {image_format}: the release has no such images; use auto")
     there = [hits(probes(paths)) for paths in tried]
     if not any(there) and allow_missing:
         there = [hits(paths) for paths in tried]
     if not any(there):
+        found = dict.fromkeys(Path(paths[0]).suffix for paths in others if hits(probes(paths)))
         looked = list(dict.fromkeys(str(folder.root / probes(paths)[0]) for paths in tried))
         raise UserError(
             f"no image found {folder.store.place}: looked for {', '.join(looked[:4])} and others; the images must "
-            "lie as in the release" + ("" if allow_missing else ", and a part of them needs DATA.ALLOW_MISSING True")
+            "lie as in the release"
+            + ("" if allow_missing else ", and a part of them needs DATA.ALLOW_MISSING True")
+            + other_images(folder.root, isinstance(folder.store, ZipStore), found)
         )
     kinds = dict.fromkeys(Path(paths[0]).suffix[1:].lower() for paths, n in zip(tried, there) if n)
     if len(kinds) > 1:
@@ -316,6 +377,7 @@ class Release:
     mapping: {label of a model: :class:`Source`}; other labels of the 14 are unknown to it.
     read(folder, **options) -> :class:`Reading`; options: {its keyword: config key}.
     uses: further config keys that it uses.
+    parts: pattern of the folders in which a download is unpacked; the folder above them is then the root.
     all_images: the options by which `read` leaves out no image, and finds no fault in one that is too many.
     """
 
@@ -326,6 +388,7 @@ class Release:
     options: dict = field(default_factory=dict)
     uses: tuple = ()
     all_images: dict = field(default_factory=dict)
+    parts: str = ""
 
     def load_table(
         self,
@@ -359,7 +422,8 @@ class Release:
         Raises:
             UserError: names the file, column or value.
         """
-        folder = Folder(find_root(root, self.name, self.signs), in_zip)
+        found = find_root(root, self.name, self.signs)
+        folder = Folder(found.parent if fnmatch.fnmatchcase(found.name, self.parts) else found, in_zip)
         reading = self.read(folder, **options)
         tables.no_duplicates(reading.image, "image", reading.sources[0])
         label_names = LABELS if label_names is None else tuple(label_names)

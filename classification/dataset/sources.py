@@ -4,6 +4,8 @@ Ids carry the name of their source, `chexpert:patient00001`: the same id in two 
 that a source does not know stay unknown (NaN) for its images.
 """
 
+import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -125,12 +127,29 @@ def check_folders(configs):
     seen = {}
     for name, config in configs.items():
         path = Path(config.DATA.DATA_PATH).expanduser().resolve()
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise UserError(f"DATA.SOURCES {name}: the path {config.DATA.DATA_PATH} is not a folder ({path})")
         place = path, config.DATA.CSV
         if place in seen:
             raise UserError(f"DATA.SOURCES {name}: the path {config.DATA.DATA_PATH} is that of {seen[place]}, too")
         seen[place] = name
+
+
+def check_patients(configs, parts):
+    """Raises a UserError where a patient is in train of one source and in validation or test of another of the same
+    release.
+
+    configs: {name: config of a source}; parts: {name: a dataset of it, of any split}.
+    """
+    for (name, one), (other, two) in itertools.permutations(configs.items(), 2):
+        ours, theirs = (getattr(parts[source], "patients", {}) for source in (name, other))
+        for split in ("validate", "test") if ours and theirs and one.DATA.DATASET == two.DATA.DATASET else ():
+            if len(shared := np.intersect1d(ours["train"], theirs[split])):
+                raise UserError(
+                    f"DATA.SOURCES {name} trains on {len(shared):,} patient(s) that are in the {split} split of "
+                    f"{other}, the same release, such as {shared[0].decode()}: the score would measure memory. Give "
+                    "both the same split; if they are different people, give them different ids"
+                )
 
 
 def check_alike(parts):

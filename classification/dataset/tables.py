@@ -9,6 +9,7 @@ import gzip
 import os
 import re
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,11 @@ class Table:
             )
         return dataclasses.replace(self, targets=targets)
 
+    def patients(self):
+        """{split: names of its patients, or of its images where patients are unknown: bytes, sorted}."""
+        names = self.subject if (self.subject != b"").all() else self.dicom_id
+        return {name: np.unique(names[self.split == k]) for k, name in enumerate(SPLITS)}
+
     def cohort(self):
         """What a report says of the data: counts, views and positives of every split, and what was left out."""
 
@@ -166,13 +172,14 @@ def split_index(split):
 
 
 # ------------------------------------------------------------------------------------------ reading a CSV file
-def _open(path):
-    """The file as text: UTF-8, or UTF-16 by its first bytes; unpacked where it is gzip."""
+def _open(path, encoding):
+    """The file as text: UTF-16 by its first bytes, else of this encoding; unpacked where it is gzip."""
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
         start = file.read(4)
-    encoding = "utf-8-sig"
+    if start == b"PK\3\4":
+        raise ValueError("it is a zip file, or the workbook of a spreadsheet; unpack it, or save the sheet as CSV")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         encoding = "utf-16"
     elif b"\0" in start[:2]:  # the first character is a letter
@@ -187,20 +194,22 @@ def _read_header(file):
     return [name.strip() for name in next(csv.reader([line], delimiter=separator), [])], separator
 
 
-def read_csv(path, required, *, rows=True):
+def read_csv(path, required, *, rows=True, encoding="utf-8-sig"):
     """A CSV file as a table of texts, with at least the columns `required`: the one reader of tables.
 
     Separated by commas, semicolons or tabs. A value that is not there is an empty text; rows of such alone are none.
 
-    rows: False reads the header alone.
+    rows: False reads the header alone. encoding: what is not UTF-8 is read as Latin-1 if the header is ASCII.
 
     Raises:
         UserError: not a CSV file, no such column, or no rows.
     """
     try:
-        with _open(path) as file, warnings.catch_warnings():
+        with _open(path, encoding) as file, warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # it would cut off what is too much
             columns, separator = _read_header(file)
+            if encoding == "latin-1" and not "".join(columns).isascii():
+                raise ValueError("it is not UTF-8 text; save it as such")
             if not rows:
                 return pd.DataFrame(columns=columns)
             # One column more than there are names: rows may end in a separator.
@@ -209,10 +218,12 @@ def read_csv(path, required, *, rows=True):
     except pd.errors.EmptyDataError:
         frame = pd.DataFrame(columns=range(len(columns) + 1))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read as CSV (it is not UTF-8 text; save it as such)") from error
+        if encoding == "latin-1":  # damaged UTF-16
+            raise UserError(f"{path}: cannot be read as CSV ({error})") from error
+        return read_csv(path, required, rows=rows, encoding="latin-1")
     except pd.errors.ParserWarning as error:
         raise _too_many(path, "a row", columns, separator) from error
-    except (OSError, ValueError, EOFError, csv.Error) as error:
+    except (OSError, ValueError, EOFError, zlib.error, csv.Error) as error:
         if longer := re.search(r"Expected \d+ fields in line (\d+)", str(error)):
             raise _too_many(path, f"data row {longer[1]}", columns, separator) from error
         raise UserError(f"{path}: cannot be read as CSV ({str(error).strip()})") from error
@@ -249,12 +260,24 @@ def first_row(bad):
     return int(np.flatnonzero(bad)[0])
 
 
+ROUNDED = r"\d(?:[.,]\d+)?[eE]\+\d+"  # how a spreadsheet writes a long number
+
+
 def names(frame, column, path, remedy=""):
-    """A column of names as they are written, none of them empty. The same text is the same image, study or patient."""
+    """A column of names as they are written, none of them empty. The same text is the same image, study or patient.
+
+    Raises:
+        UserError: an empty one, or one that a spreadsheet has rounded, by which several become one.
+    """
     values = frame[column].str.strip()
-    empty = values == ""
+    empty, rounded = values == "", values.str.fullmatch(ROUNDED)
     if empty.any():
         raise UserError(f"{path}: {column} is empty in data row {first_row(empty) + 1}{remedy}")
+    if rounded.any():
+        raise UserError(
+            f"{path}: {column} is {values[rounded].iloc[0]!r} in data row {first_row(rounded) + 1}: a spreadsheet has "
+            "rounded it, so that different ids look alike; use the file as downloaded, or import the column as text"
+        )
     return values
 
 
@@ -266,7 +289,7 @@ def no_duplicates(values, what, path):
 
 def integers(frame, column):
     """(the column as integers, where it holds none)."""
-    values = pd.to_numeric(frame[column], errors="coerce")
+    values = pd.to_numeric(frame[column], errors="coerce").where(~frame[column].str.strip().str.fullmatch(ROUNDED))
     bad = ~((values % 1 == 0) & (values.abs() < 2**53))  # larger ones are not exact
     return values.where(~bad, -1).astype(np.int64), bad
 
@@ -293,8 +316,8 @@ def read_label(text):
         return None
 
 
-def label_values(frame, label_names, path, no_finding_clears=False):
-    """[N, L] float32 of 1, 0, -1, NaN; anything else is an error that names the place.
+def label_values(frame, label_names, path, no_finding_clears=False, remedy=""):
+    """[N, L] float32 of 1, 0, -1, NaN; anything else is an error that names column, row and value.
 
     no_finding_clears: where No Finding is 1, a blank label is 0, but for Support Devices.
     """
@@ -307,7 +330,7 @@ def label_values(frame, label_names, path, no_finding_clears=False):
             row = first_row(codes == read.index(None))
             raise UserError(
                 f"{path}: label {name!r} is {texts[codes[row]]!r} in data row {row + 1}; "
-                "expected 1, 0, -1 (uncertain) or nothing"
+                f"expected 1, 0, -1 (uncertain) or nothing{remedy}"
             )
         values[:, k] = np.array(read, np.float32)[codes]
     if no_finding_clears:
@@ -322,14 +345,22 @@ def clear_findings(values, label_names, healthy):
     values[np.ix_(healthy, findings)] = np.where(np.isnan(cleared), 0, cleared)
 
 
-def find_labels(frame):
-    """The columns of a table that hold labels: 1, 0, -1 or nothing, and not nothing alone."""
-    found = []
-    for name in frame.columns.drop(OWN_COLUMNS, errors="ignore"):
-        read = [read_label(text) for text in frame[name].unique()]
-        if None not in read and not np.isnan(read).all():
-            found.append(name)
-    return tuple(found)
+def find_labels(frame, path):
+    """(the columns of a table that hold labels: 1, 0, -1 or nothing, and not nothing alone; the other columns).
+
+    Raises:
+        UserError: another value in a column of the name of a label of CheXpert, or mostly of such values.
+    """
+    found, others = [], []
+    for name in (name for name in frame.columns if name not in OWN_COLUMNS):
+        counts = frame[name].value_counts()
+        read = {text: read_label(text) for text in counts.index}
+        known = counts[[value is not None and not np.isnan(value) for value in read.values()]].sum()
+        bad = counts[[value is None for value in read.values()]].sum()
+        if name in LABELS or known > bad > 0:
+            label_values(frame, (name,), path, remedy="; or name the columns of the labels with DATA.LABELS")
+        (found if known and not bad else others).append(name)
+    return tuple(found), tuple(others)
 
 
 def split_names(frame):
@@ -382,9 +413,14 @@ def own_table(root, csv, label_names=None, no_finding_clears=False):
     """
     frame, notes = read_csv(csv, ("path", "split")), ()
     if label_names is None:
-        label_names = LABELS if set(LABELS) <= set(frame.columns) else find_labels(frame) or LABELS
+        found, others = find_labels(frame, csv)
+        label_names = LABELS if set(LABELS) <= set(frame.columns) or not found else found
         if label_names != LABELS:
-            notes = (f"labels: the columns of {csv.name} that hold 1, 0 or -1, since DATA.LABELS names none",)
+            listed = [", ".join(some[:20]) + (", ..." if len(some) > 20 else "") or "none" for some in (found, others)]
+            notes = (
+                f"labels: {listed[0]}: the columns of {csv.name} that hold 1, 0 or -1, since DATA.LABELS names none; "
+                f"other columns: {listed[1]}",
+            )
     labels = label_values(frame, label_names, csv, no_finding_clears)
     path, unknown = names(frame, "path", csv), np.full(len(frame), b"")
     no_duplicates(path.map(os.path.normpath), "image", csv)

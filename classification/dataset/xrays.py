@@ -52,7 +52,7 @@ class RadiographDataset:
         self.root = table.root
         self.domain = image_domain(self.store, self.table.path, dicom_recipe)
         self.label_names, self.targets = table.label_names, self.table.targets
-        self.labels, self.cohort = self.table.labels, table.cohort()
+        self.labels, self.cohort, self.patients = self.table.labels, table.cohort(), table.patients()
         self.label_mapping = table.label_mapping
         of_dicom = ("DATA.DICOM_RECIPE", "DATA.DICOM_WINDOW") if f"dicom {dicom_recipe}" in self.domain else ()
         self.uses = uses.union(of_dicom)

@@ -349,17 +349,18 @@ def shm(tmp_path, monkeypatch):
 
 
 def test_images_in_memory_are_shared_and_leave_nothing(tree, shm):
-    """A second process maps what the first has read; the file goes with the last of them."""
+    """A second process maps what the first has read; nobody else can read it, and it goes with the last of them."""
     plain, first = MIMICCXRDataset(tree, "train"), MIMICCXRDataset(tree, "train", on_memory=True)
     (held,) = shm.iterdir()
-    inode, size = held.stat().st_ino, plain[3][0].size
+    size = plain[3][0].size
+    assert held.stat().st_mode & 0o777 == 0o600 and held.stat().st_size < 100  # where the images are, not they
+    assert os.fstat(first.store._file.fileno()).st_nlink == 0
     pid = os.fork()
     if not pid:  # a rank beside it: its files could not be read, so all comes from memory
         FileStore.read = None
         second = MIMICCXRDataset(tree, "train", on_memory=True)
-        os._exit(
-            0 if second[3][0].size == size and held.stat().st_ino == inode and len(list(shm.iterdir())) == 1 else 1
-        )
+        same = os.fstat(second.store._file.fileno()).st_ino == os.fstat(first.store._file.fileno()).st_ino
+        os._exit(0 if second[3][0].size == size and same and len(list(shm.iterdir())) == 1 else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert held.exists()
     for k in (0, 5, len(plain) - 1):
@@ -370,22 +371,29 @@ def test_images_in_memory_are_shared_and_leave_nothing(tree, shm):
     assert not list(shm.iterdir())
 
 
-def test_memory_left_by_a_killed_run(tree, shm):
-    """Whole: used again. Half-written: read again."""
+def test_memory_of_a_killed_run_is_free_and_not_served_again(own_tree, shm):
     pid = os.fork()
     if not pid:
-        store = MIMICCXRDataset(tree, "test", on_memory=True).store
+        store = MIMICCXRDataset(own_tree, "test", on_memory=True).store
         os._exit(0 if len(store.ends) > 1 else 1)  # ends as a kill does, without clearing up
     assert os.waitpid(pid, 0)[1] == 0
     (left,) = shm.iterdir()
-    whole = left.read_bytes()
-    again = MIMICCXRDataset(tree, "test", on_memory=True)
-    assert left.read_bytes() == whole
-    del again
-    gc.collect()
-    left.write_bytes(whole[: len(whole) // 2])
-    mended = MIMICCXRDataset(tree, "test", on_memory=True)
-    assert left.read_bytes() == whole and mended[0][0].tobytes() == MIMICCXRDataset(tree, "test")[0][0].tobytes()
+    assert left.stat().st_size < 100
+    plain = MIMICCXRDataset(own_tree, "test")
+    first, second = (own_tree / plain.table.path[k].decode() for k in (0, 1))
+    first.write_bytes(second.read_bytes())  # the image on disk changes
+    again = MIMICCXRDataset(own_tree, "test", on_memory=True)
+    assert again[0][0].tobytes() == plain[1][0].tobytes()
+
+
+def test_memory_whose_filler_has_ended_serves_those_that_hold_it(tree, shm):
+    """The second rank goes on when the first has ended; a third reads for itself."""
+    first = MIMICCXRDataset(tree, "test", on_memory=True)
+    second = MIMICCXRDataset(tree, "test", on_memory=True)
+    first.store._file.close()  # as if its process had ended
+    third = MIMICCXRDataset(tree, "test", on_memory=True)
+    plain = MIMICCXRDataset(tree, "test")
+    assert second[2][0].tobytes() == third[2][0].tobytes() == plain[2][0].tobytes()
 
 
 def test_too_little_memory_is_said(tree, shm):

@@ -420,7 +420,7 @@ def test_a_deflated_file_is_refused_before_it_is_inflated(monkeypatch):
 
 def test_pictures_of_other_depths():
     data = io.BytesIO()
-    Image.fromarray(RAMP).save(data, "PNG")  # 16 bits
+    Image.fromarray(RAMP).save(data, "PNG")  # 16 bits; so few pixels that the percentiles are the ends
     np.testing.assert_array_equal(decode(data.getvalue(), "a.png"), np.round(RAMP / RAMP.max() * 255))
     color = np.zeros((5, 4, 3), np.uint8)
     color[..., 1] = 200
@@ -963,3 +963,68 @@ def test_public_dicom_files_are_read():
     assert len(paths) == 4
     for path in paths:
         assert decode(path.read_bytes(), str(path)).std() > 5, path.name
+
+
+# ------------------------------------------------------------------- headers of a wrong length or kind, other depths
+ODD_ELEMENTS = [
+    ("StudyID", "FL", b"123456"),  # no whole number of floats
+    ("StudyID", "DS", "no number"),
+    ("PatientID", "US", b"abc "),
+    ("ViewCodeSequence", "LO", "frontal"),
+    ("ViewCodeSequence", "SQ", b""),
+    ("ViewPosition", "SQ", items(b"")),
+    ("PerformedProcedureStepDescription", "ZZ", "chest"),
+    ("SpecificCharacterSet", "CS", b"ISO\0IR 100 "),
+    ("SpecificCharacterSet", "CS", "no such set"),
+    ("SpecificCharacterSet", "US", b"\0\xff"),
+    ("StudyDate", "ZZ", "x"),
+]
+
+
+@pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT])
+@pytest.mark.parametrize("element", ODD_ELEMENTS, ids=lambda element: f"{element[0]} {element[1]}")
+def test_elements_that_do_not_concern_the_pixels_do_not_stop_them(element, syntax, tmp_path):
+    from dataset.tools.listing import IDS, Listed, identify
+
+    name, vr, value = element
+    texts = [("StudyDescription", "LO", "one"), ("PatientID", "LO", "p1"), ("ViewPosition", "CS", "AP")]
+    data = image(RAMP, *(text for text in texts if text[0] != name), (name, vr, value), syntax=syntax)
+    np.testing.assert_array_equal(decode(data, "a.dcm"), decode(image(RAMP, syntax=syntax), "b.dcm"))
+    found = identify(Listed("a.dcm", tmp_path / "a.dcm"), data)
+    assert found.keys() == set(IDS) and all(isinstance(text, str) for text in found.values())
+    if name not in ("PatientID", "SpecificCharacterSet") and vr != "ZZ":  # of an unknown kind the end is not known
+        assert found["patient_id" if "patient_id" in found else "subject_id"] == "p1"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("hot", [65535, 0])
+def test_a_hot_pixel_does_not_change_the_others(kind, hot):
+    """Of 12 bits in 16; the percentiles are those of NumPy's sorted values."""
+    pixels = np.random.default_rng(8).integers(800, 3200, (64, 64)).astype(np.uint16)
+    damaged = pixels.copy()
+    damaged[5, 7] = hot
+    grey = []
+    for values in (pixels, damaged):
+        data = io.BytesIO()
+        Image.fromarray(values).save(data, kind)
+        grey.append(decode(data.getvalue(), "a").astype(int))
+    low, high = np.sort(pixels.ravel())[[round(0.001 * 4095), round(0.999 * 4095)]].astype(float)
+    expected = ((pixels - low) / (high - low) * 255).clip(0, 255)
+    assert np.abs(grey[0] - expected).max() <= 0.51
+    other = np.ones_like(pixels, bool)
+    other[5, 7] = False
+    assert np.abs(grey[0] - grey[1])[other].max() <= 1 and grey[1][5, 7] == (255 if hot else 0)
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_tiff_whose_white_is_zero_is_inverted(photometric, depth):
+    pixels = np.arange(64 * 64).reshape(64, 64) * (3 if depth == 16 else 1) % (1 << depth)
+    strip = pixels.astype(f"<u{depth // 8}").tobytes()
+    tags = [(256, 64), (257, 64), (258, depth), (259, 1), (262, photometric), (273, 8 + 2 + 9 * 12 + 4), (277, 1),
+            (278, 64), (279, len(strip))]  # fmt: skip
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, v) for tag, v in tags)
+    grey = decode(head + b"\0\0\0\0" + strip, "a.tif").astype(int)
+    rising = np.diff(grey.ravel()[:200])
+    assert (rising >= 0).all() if photometric else (rising <= 0).all()
+    assert sniff(head) == "tif"

@@ -1,7 +1,10 @@
 """Releases as they are downloaded -> the one table: splits, labels, views, paths, and every mistake in them."""
 
+import gzip
 import io
 import json
+import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,14 +99,14 @@ def test_chexpert(chexpert_at, top, prefix):
     assert list(splits_of(table).values()) == ["train"] * 4 + ["validate"] + ["test"] * 2
     assert table.subject.tolist()[:3] == [b"patient00001", b"patient00002", b"patient00002"]
     assert table.study.tolist()[1:3] == [b"patient00002/study1", b"patient00002/study2"]
-    assert table.view.tolist() == ["AP", "PA", "lateral", "lateral", "AP", "frontal", "lateral"]
+    assert table.view.tolist() == ["AP", "PA", "lateral", "frontal", "AP", "frontal", "lateral"]
     edema = by_image(table, "Edema")
     same(edema, dict(zip(edema, [NAN, NAN, NAN, NAN, 0, 0, 0])))
     assert by_image(table, "Cardiomegaly")["train/patient00002/study1/view1_frontal.jpg"] == -1
     assert by_image(table, "No Finding")["test/patient64741/study1/view1_frontal.jpg"] == 1
     assert by_image(table, "Support Devices")["train/patient00003/study1/view1_frontal.jpg"] == 1
     frontal = chexpert.load_table(root.parent, views="frontal")
-    assert frontal.view.tolist() == ["AP", "PA", "AP", "frontal"]
+    assert frontal.view.tolist() == ["AP", "PA", "frontal", "AP", "frontal"]  # Frontal/Lateral decides
 
 
 def test_chexpert_with_tables_beside_the_top_folder(chexpert_at, tmp_path):
@@ -112,6 +115,33 @@ def test_chexpert_with_tables_beside_the_top_folder(chexpert_at, tmp_path):
         (root / name).rename(tmp_path / name)
     table = chexpert.load_table(tmp_path, label_names=("Edema",))
     assert table.path[0] == b"CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg" and len(table) == 7
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_chexpert_in_the_folders_of_its_full_size(chexpert_at, tmp_path, inside):
+    """Four folders, as they are unpacked; a copy of them reads alike, zipped too."""
+    whole, root = chexpert_at("whole"), tmp_path / "full"
+    first, train_1, train_2 = (
+        root / f"CheXpert-v1.0 batch {what}" for what in ("1 (validate & csv)", "2 (train 1)", "3 (train 2)")
+    )
+    for name in ("train.csv", "valid.csv", "valid", "test", "groundtruth.csv"):
+        (first / name).parent.mkdir(parents=True, exist_ok=True)
+        (whole / name).rename((first if name[0] in "tv" and name != "test" else root) / name)
+    for patient, place in (("patient00001", train_1), ("patient00002", train_2), ("patient00003", train_2 / "train")):
+        place.mkdir(parents=True, exist_ok=True)
+        (whole / "train" / patient).rename(place / patient)
+    table = chexpert.load_table(first if inside else root)
+    assert table.root == root and len(table) == 7
+    found = [path.decode().removeprefix("CheXpert-v1.0 batch ") for path in table.path.tolist()]
+    assert found[0] == "2 (train 1)/patient00001/study1/view1_frontal.jpg"
+    assert found[3:5] == ["3 (train 2)/train/patient00003/study1/view1_frontal.jpg",
+                          "1 (validate & csv)/valid/patient64541/study1/view1_frontal.jpg"]  # fmt: skip
+    assert found[5] == "test/patient64741/study1/view1_frontal.jpg"
+    for flags in ([], ["--zip"]):
+        copy = tmp_path / f"copy{len(flags)}"
+        prepare_mimic.main(["build", "--dataset", "chexpert", "--data-path", str(root), "--output", str(copy),
+                            "--workers", "1", *flags])  # fmt: skip
+        assert chexpert.load_table(copy, in_zip=bool(flags)).path.tolist() == table.path.tolist()
 
 
 def test_chexpert_without_its_test_set_tests_on_valid(chexpert_at):
@@ -737,3 +767,102 @@ def test_nih_at_its_full_size(tmp_path, monkeypatch):
     patients = [len(np.unique(t.subject)) for t in (train, validate, test)]
     assert patients == [28_008 - 2_801, 2_801, 2_797]  # a tenth, rounded up
     assert sum(looked) < 1_000
+
+
+def test_several_tables_that_fit_are_an_error(padchest_at, brax_at, nih_at, own_tree):
+    """Except where one replaces the other: BRAX's update, NIH's second version, a plain table its gzipped one."""
+    root = padchest_at()
+    (table,) = root.glob("*.csv")
+    (root / "A_subset.csv").write_text("".join(table.read_text().splitlines(True)[:3]))
+    with pytest.raises(
+        UserError, match=rf"holds several tables \*.csv \(A_subset.csv, {table.name}\); keep the one to"
+    ):
+        padchest.load_table(root)
+    root = brax_at("png")
+    (table,) = root.glob("master_spreadsheet*.csv")
+    text = table.read_text()
+    table.unlink()
+    (root / "master_spreadsheet_update.csv").write_text(text)
+    (root / "master_spreadsheet.csv").write_text("".join(text.splitlines(True)[:2]))
+    assert brax.load_table(root).sources[0].name == "master_spreadsheet_update.csv"
+    (root / "master_spreadsheet_update.csv").rename(root / "master_spreadsheet_v3.csv")
+    with pytest.raises(UserError, match="master_spreadsheet.csv, master_spreadsheet_v3.csv"):
+        brax.load_table(root)
+    split = next(own_tree.glob("*-split.csv.gz"))
+    plain = split.with_suffix("")
+    plain.write_bytes(gzip.decompress(split.read_bytes()))
+    assert load_mimic(own_tree).sources[0] == plain
+    plain.rename(own_tree / "mimic-cxr-2.1.0-split.csv")
+    with pytest.raises(UserError, match="mimic-cxr-2.0.0-split.csv.gz, mimic-cxr-2.1.0-split.csv"):
+        load_mimic(own_tree)
+
+
+def test_padchest_in_latin_1_and_with_ids_that_a_spreadsheet_rounded(padchest_at):
+    root = padchest_at()
+    (table,) = root.glob("*.csv")
+    text = table.read_text()
+    before = padchest.load_table(root)
+    table.write_bytes(text.replace("Physician", "Physician \u00e9l\u00e8ve", 1).encode("latin-1"))
+    after = padchest.load_table(root)
+    assert after.path.tolist() == before.path.tolist()
+    patient = pd.read_csv(io.StringIO(text), dtype=str)["PatientID"].iloc[0]
+    table.write_text(text.replace(patient, "2.16840E+35"))
+    with pytest.raises(UserError, match="PatientID is '2.16840E.35' in data row 1: a spreadsheet has rounded it"):
+        padchest.load_table(root)
+
+
+def test_what_is_there_instead_of_the_images_is_named(tree, release_at, tmp_path):
+    with pytest.raises(UserError, match="it has .jpg images: use DATA.IMAGE_FORMAT auto"):
+        load_mimic(tree, image_format="png")
+    with pytest.raises(UserError, match="DATA.IMAGE_FORMAT jpg: the release has no such images; use auto"):
+        nih.load_table(release_at("nih"), image_format="jpg")
+    for name, root, load in (("mimic_cxr", tree, load_mimic), ("nih", release_at("nih"), nih.load_table)):
+        copy = tmp_path / name
+        prepare_mimic.main(["build", "--dataset", name, "--data-path", str(root), "--output", str(copy), "--zip"])
+        with pytest.raises(UserError, match="has images_0000.zip: to read images from zip files use --zip"):
+            load(copy)
+
+
+def as_nobody(function):
+    """The error of `function` as a user without rights, in a process of its own."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.setuid(65534)
+        try:
+            function()
+            text = "nothing"
+        except UserError as error:
+            text = str(error)
+        except BaseException as error:
+            text = repr(error)
+        os.write(writing, text.encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(writing)
+    with open(reading, "rb") as file:
+        return file.read().decode()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs another user")
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])
+def test_a_closed_data_folder_is_one_line(release_at, tmp_path, mode):
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(0o755)
+    root = release_at("nih")
+    root.chmod(mode)
+    for load in (nih.load_table, load_mimic):
+        assert as_nobody(lambda load=load: load(root)) == (
+            f"data path {root} cannot be read (Permission denied); you need the rights to list and to enter it"
+        )
+    above = as_nobody(lambda: nih.load_table(root / "images"))
+    assert above.startswith(f"data path {root / 'images'} ") and "Error" not in above
+    root.chmod(0o755)
+    table = next(root.glob("Data_Entry*"))
+    table.chmod(0)
+    assert f"{table}: cannot be read as CSV" in as_nobody(lambda: nih.load_table(root))
+    table.chmod(0o644)
+    for place in ("images", *(f"images_{k:03d}" for k in range(1, 13))):
+        if (root / place).is_dir():
+            (root / place).chmod(0)
+    assert re.search("images.*: the folder cannot be read .Permission denied", as_nobody(lambda: nih.load_table(root)))

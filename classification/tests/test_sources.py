@@ -262,6 +262,29 @@ def test_sources_of_a_file_give_way_to_a_dataset_named_later(tmp_path, tiny):
     assert (config.DATA.DATASET, config.DATA.SOURCES, config.RESULTS) == ("vindr", [], "results/vindr")
 
 
+@pytest.mark.parametrize("split", ["validate", "test"])
+def test_a_patient_in_train_of_one_source_and_tested_in_another_is_an_error(load, layouts, tmp_path, split):
+    """Of the same release, whatever the order; two releases may have the same ids."""
+    root = layouts("mimic")
+    frame = pd.read_csv(root / "mimic-cxr-2.0.0-split.csv.gz", dtype=str)
+    paths = "files/p" + frame["subject_id"].str[:2] + "/p" + frame["subject_id"] + "/s" + frame["study_id"] + "/"
+    frame = frame.assign(path=str(root) + "/" + paths + frame["dicom_id"] + ".jpg", Edema="1")
+    moved = frame["subject_id"][frame["split"] == split].iloc[0]
+    for name in "abc":
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = frame[frame["subject_id"] == moved].assign(split="train") if name == "c" else frame
+        rows.to_csv(folder / "images.csv", index=False)
+    sources = [{"dataset": "mimic_cxr", "path": str(tmp_path / name), "name": name} for name in "ac"]
+    for order in (sources, sources[::-1]):
+        with pytest.raises(
+            UserError, match=rf"DATA.SOURCES c trains on 1 patient.s. that are in the {split} split of a"
+        ):
+            build_datasets(load(order, DATA__LABELS="[Edema]", MODEL__NUM_CLASSES=1), "train")
+    sources[1]["path"] = str(tmp_path / "b")
+    build_datasets(load(sources, DATA__LABELS="[Edema]", MODEL__NUM_CLASSES=1), "train")
+
+
 # ------------------------------------------------------------------------------------------- batches
 def batches(length=60, groups=(), epoch=0, start=0, rank=0, world=1):
     sampler = TrainSampler(length, batch_size=6, accumulation=1, rank=rank, world_size=world, seed=3, groups=groups)

@@ -1,6 +1,7 @@
 """Tables as people have them: ids that are names, other kinds of CSV, and what the tools make of own tables."""
 
 import gzip
+import resource
 
 import numpy as np
 import pandas as pd
@@ -160,7 +161,7 @@ def test_what_the_tools_write_is_no_table_of_images(own):
 def test_an_own_table_without_labels_asked_for_gives_its_own(own):
     table = load_table(own(PLAIN))
     assert table.label_names == ("A", "B")
-    assert "labels: the columns of mine.csv that hold 1, 0 or -1" in table.with_targets().summary()
+    assert "labels: A, B: the columns of mine.csv that hold 1, 0 or -1" in table.with_targets().summary()
 
 
 def test_no_finding_may_clear_the_others(own):
@@ -299,3 +300,79 @@ def test_predictions_are_read_in_the_forms_of_other_tables(tmp_path, encode):
     ]
     ages.write_bytes(encode("subject_id,age\n1,30\n2,85\n"))
     assert read_table(ages, found)["age band"][0].tolist() == ["18-39", "80 and over", "80 and over"]
+
+
+@pytest.mark.parametrize("value", ["2", "True", "yes", "0.5", "positive"])
+@pytest.mark.parametrize("label", ["Edema", "Hernia"])
+def test_a_bad_cell_of_a_label_is_named_and_the_label_is_not_lost(own, label, value):
+    text = "path,split,male,note,LABEL\n" + "".join(f"im/{k}.png,train,{k % 2},x{k},{k % 2}\n" for k in range(6))
+    root = own(text.replace("LABEL", label))
+    table = load_table(root)
+    assert table.label_names == ("male", label)
+    assert (
+        table.notes[0].startswith(f"labels: male, {label}: the columns of mine.csv")
+        and "columns: note" in table.notes[0]
+    )
+    (root / "mine.csv").write_text(text.replace("LABEL", label).replace("x2,0", f"x2,{value}"))
+    with pytest.raises(UserError, match=rf"label '{label}' is '{value}' in data row 3; .*DATA.LABELS"):
+        load_table(root)
+    assert load_table(root, label_names=("male",)).label_names == ("male",)
+
+
+@pytest.mark.parametrize("value", ["2.16840E+35", "1e+05", "1,2E+12"])
+def test_ids_that_a_spreadsheet_rounded_are_refused(own, value):
+    text = "path,split,subject_id,A\n" + "".join(f"im/{k}.png,train,{k},1\n" for k in range(6))
+    with pytest.raises(UserError, match="subject_id is '.*' in data row 5: a spreadsheet has rounded it"):
+        load_table(own(text.replace("train,4", f'train,"{value}"')))
+    assert load_table(own(text.replace("train,4", "train,5e12"))).subject[4] == b"5e12"  # not of a spreadsheet
+
+
+def test_number_of_labels_is_told_with_its_remedy(own, run_main):
+    root = own(
+        "path,split,A,B\n" + "".join(f"im/{k}.png,{s},1,0\n" for k, s in enumerate(["train"] * 4 + ["validate"] * 2))
+    )
+    with pytest.raises(
+        UserError, match=r"NUM_CLASSES is 14, but the data has 2 labels \(A, B\); set MODEL.NUM_CLASSES 2"
+    ):
+        run_main(data=root)
+    with pytest.raises(UserError, match="DATA.LABELS is .*; it names A twice"):
+        run_main(data=root, DATA__LABELS="[A, B, A]")
+    with pytest.raises(UserError, match=f"DATA.CSV: {root / 'im'} is a folder; name the table in it"):
+        run_main(data=root, DATA__CSV="im")
+    for content, fault in (
+        (b"PK\3\4 and so on", "it is a zip file, or the workbook"),
+        (gzip.compress(b"path,split\n" * 99)[:-12], ""),
+    ):
+        (root / "mine.csv").write_bytes(content)
+        with pytest.raises(UserError, match=f"mine.csv: cannot be read as CSV .{fault}"):
+            run_main(data=root, DATA__CSV="mine.csv")
+
+
+@pytest.mark.parametrize("command", ["audit", "build"])
+def test_tools_try_their_output_first(tree, tmp_path, command, monkeypatch):
+    from dataset.tools import audit, cache
+
+    for module in (audit, cache):
+        monkeypatch.setattr(module, "in_processes", None)  # work begins
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file/below", "/proc/nowhere"):
+        with pytest.raises(UserError, match=f"--output {output} cannot be written"):
+            prepare_mimic.main([command, "--data-path", str(tree), "--output", str(output)])
+
+
+def test_a_disk_that_is_full_meanwhile_is_one_line(tree, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(UserError, match="File too large; mend it and run again"):
+            prepare_mimic.main(
+                ["build", "--data-path", str(tree), "--output", str(tmp_path / "copy"), "--zip", "--workers", "1"]
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_views_of_the_audit(own_tree, tmp_path, capsys):
+    path = edit_csv(own_tree, "metadata", lambda f: f.assign(ViewPosition=["", " ", "nan"] + ["PA"] * (len(f) - 3)))
+    prepare_mimic.main(["audit", "--data-path", str(own_tree), "--output", str(tmp_path / "audit"), "--workers", "1"])
+    assert f"views: PA {len(pd.read_csv(path)) - 3:,}, unknown 3\n" in capsys.readouterr().out

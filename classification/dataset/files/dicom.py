@@ -10,8 +10,9 @@ import struct
 import warnings
 
 import numpy as np
+from pydicom import filereader
+from pydicom.charset import default_encoding
 from pydicom.encaps import encapsulate, generate_fragments
-from pydicom.filereader import read_dataset
 from pydicom.pixels import get_decoder
 from pydicom.tag import Tag
 from pydicom.uid import UID
@@ -21,6 +22,19 @@ from dataset.files.display import RECIPES, photometric
 
 # It repeats its warnings there, and a decoder's failure with a traceback.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+
+_convert_encodings = filereader.convert_encodings
+
+
+def _convert_any_encodings(names):
+    """pydicom's function; a NUL or numbers in SpecificCharacterSet, errors there, concern texts alone."""
+    try:
+        return _convert_encodings(names)
+    except Exception:  # ValueError, TypeError, ...: whatever it meets
+        return [default_encoding]
+
+
+filereader.convert_encodings = _convert_any_encodings
 
 # Deflated files are refused: 261 kB of them can inflate to 268 MB.
 TRANSFER_SYNTAXES = {
@@ -124,7 +138,7 @@ def _read(data):
 
 def _parse(file):
     """(header, transfer syntax, (VR, length, position) of PixelData or None)."""
-    meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
+    meta = filereader.read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
     syntax = UID(str(meta.get("TransferSyntaxUID") or ""))
     if not syntax:
         letters = file.getvalue()[file.tell() + 4 : file.tell() + 6]
@@ -141,7 +155,7 @@ def _parse(file):
         return tag >= PIXEL_DATA
 
     order = syntax == IMPLICIT, syntax != BIG_ENDIAN
-    return read_dataset(file, *order, stop_when=at_pixels, specific_tags=HEADER), syntax, pixels
+    return filereader.read_dataset(file, *order, stop_when=at_pixels, specific_tags=HEADER), syntax, pixels
 
 
 def _integer(dataset, name, default):

@@ -40,6 +40,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PHOTOMETRIC = 262  # tag of a TIFF; 0: white is zero
 # What lies there instead of an image, by how it begins.
 NO_IMAGES = (
     (b"version https://git-lfs", "a pointer of Git LFS, fetch the file itself with `git lfs pull`"),
@@ -69,13 +70,21 @@ def orientation(picture):
     return value if value in UPRIGHT else 1
 
 
+CLIPPED = 0.1  # percent of the pixels at either end: a hot pixel does not decide how bright the others are
+
+
 def _to_uint8(values):
-    """Any numeric array, its own minimum and maximum to 0 and 255."""
+    """Any numeric array, its percentiles CLIPPED and 100 - CLIPPED to 0 and 255; its ends where these are equal.
+
+    How many of its bits are used a picture does not say: 16-bit PNGs hold 12 bits, say, or a part of them.
+    """
     values = values.astype(np.float32)
     low, high = values.min(), values.max()
     if not np.isfinite(high - low):
         raise Unusable("some pixels are not finite numbers")
-    return np.round((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8)
+    inner = np.percentile(values, (CLIPPED, 100 - CLIPPED), method="nearest")
+    low, high = inner if inner[0] < inner[1] else (low, high)
+    return np.round(((values - low) * (255.0 / max(high - low, 1e-12))).clip(0, 255)).astype(np.uint8)
 
 
 def _decode_picture(data, shrink_to):
@@ -91,7 +100,10 @@ def _decode_picture(data, shrink_to):
         image.load()  # which turns a TIFF itself
         turn = UPRIGHT.get(orientation(image))
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            grey = Image.fromarray(_to_uint8(np.asarray(image)))
+            levels = _to_uint8(np.asarray(image))
+            if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:  # Pillow inverts those of 8 bits only
+                levels = 255 - levels
+            grey = Image.fromarray(levels)
         else:
             grey = image.convert("L")
         return np.asarray(grey if turn is None else grey.transpose(turn))

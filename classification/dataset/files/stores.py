@@ -11,6 +11,7 @@ import hashlib
 import mmap
 import os
 import shutil
+import tempfile
 import weakref
 import zipfile
 from pathlib import Path
@@ -34,7 +35,7 @@ class FileStore:
 
     def missing(self, paths):
         """Which of an array of paths are no files."""
-        return np.array([not (self.root / path.decode()).is_file() for path in paths], bool)
+        return np.array([not os.path.isfile(os.path.join(self.root, path.decode())) for path in paths], bool)
 
     def rows_to_check(self, count):
         """An even sample: to touch all 377,110 files takes minutes on a parallel file system."""
@@ -114,8 +115,9 @@ class ZipStore:
 class MemoryStore:
     """The encoded images of another store in shared memory: once a machine, for all its ranks and workers.
 
-    The first process that asks reads them all into a file in /dev/shm named after them; the others wait,
-    then map it. The last one to end removes it. After a kill it stays for the next run with the same data.
+    The first process that asks reads them all into a file in /dev/shm that has no name and is its user's alone; the
+    others find it by a small file named after the images, wait until it is whole, and map it. The memory is free once
+    the last of them has ended, however it ends. What an earlier run read is never served again.
 
     Args:
         store: where to read.
@@ -132,37 +134,42 @@ class MemoryStore:
         self.root, self.index = store.root, _Index(paths)
         name = hashlib.sha256(str(store.root).encode() + self.index.paths.tobytes()).hexdigest()[:24]
         path = self.FOLDER / f"internimage-{os.getuid()}-{name}"
-        self.ends = None
-        while self.ends is None:
-            self._file = open(path, "a+b", buffering=0)
+        self._file, holder = None, os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        try:
+            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds the images
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._ends(len(paths)) is None:
-                    self._fill(store, path)
-            except BlockingIOError:
-                pass  # another process fills it, or holds it whole
-            fcntl.flock(self._file, fcntl.LOCK_SH)  # waits for the one that fills; held while this process lives
-            self.ends = self._ends(len(paths))  # None: the other one has failed
+                self._fill(store)
+            except BaseException:
+                path.unlink()
+                raise
+            holder.truncate(0)
+            holder.write(f"/proc/{os.getpid()}/fd/{self._file.fileno()}")
+            holder.flush()
+        except BlockingIOError:
+            pass  # another process fills it, or holds it whole
+        fcntl.flock(holder, fcntl.LOCK_SH)  # waits for the one that fills; held while this process lives
+        if self._file is None:
+            with contextlib.suppress(OSError):  # the one that filled it has ended
+                self._file = open(holder.read() or os.devnull, "rb", buffering=0)
+            if self._file is None or self._ends(len(paths)) is None:
+                self._fill(store)  # for this process alone
+        self.ends = self._ends(len(paths))
         self._bytes = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
-        weakref.finalize(self, _leave, self._file, path)
+        weakref.finalize(self, _leave, holder, self._file, path)
 
-    def _fill(self, store, path):
+    def _fill(self, store):
+        self._file = tempfile.TemporaryFile(dir=self.FOLDER, buffering=0)
         try:
             self._write_all(store)
         except OSError as error:
             free = shutil.disk_usage(self.FOLDER).free + os.fstat(self._file.fileno()).st_size
-            path.unlink()
             raise UserError(
                 f"DATA.IMG_ON_MEMORY: {free / 1e9:.1f} GB of shared memory ({self.FOLDER}) do not hold the images "
                 f"({error.strerror}); use a small copy (prepare_mimic.py build), or turn it off"
             ) from error
-        except BaseException:
-            path.unlink()
-            raise
 
     def _write_all(self, store):
         """All images one after the other, in the order of the index; their ends; a mark that the file is whole."""
-        self._file.truncate(0)
         ends, names = [0], [p.decode() for p in self.index.paths]
         with concurrent.futures.ThreadPoolExecutor(16) as pool:  # reading waits for the disk, not for a processor
             for start in tqdm(range(0, len(names), 1024), desc="images to memory", unit="1024 images"):
@@ -191,9 +198,10 @@ class MemoryStore:
         return self._bytes[self.ends[k] : self.ends[k + 1]]
 
 
-def _leave(file, path):
-    """Removes the file unless another process still holds it."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
+def _leave(holder, file, path):
+    """Closes the images, and removes the small file unless another process still holds it."""
     file.close()
+    with contextlib.suppress(OSError):
+        fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    holder.close()

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from common.errors import UserError
+from common.folders import output_folder
 from dataset import mimic_cxr, tables
 from dataset.files.images import ENDINGS, SUFFIXES, ImageError, decode, orientation, sniff, take_warnings, warning_kind
 from dataset.files.stores import FileStore
@@ -184,16 +186,20 @@ def _release_images(reader, root, image_format, add):
 
 def _walk(folder, above=()):
     """Paths of the files below a folder, through links too, but not round in a circle."""
-    status = os.stat(folder)
-    here = status.st_dev, status.st_ino
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir():
-                yield from _walk(entry.path, (*above, here))
-            elif entry.is_file():
-                yield entry.path
+    try:
+        status = os.stat(folder)
+        here = status.st_dev, status.st_ino
+        if here in above:
+            return
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from error
+    for entry in entries:
+        if os.path.isdir(entry):
+            yield from _walk(entry.path, (*above, here))
+        elif os.path.isfile(entry):
+            yield entry.path
 
 
 def _find_images(base, known, official):
@@ -225,7 +231,7 @@ def audit(root, output, *, dataset="mimic_cxr", csv="", image_format="auto", wor
     Raises:
         UserError: no table of images, or one without its columns.
     """
-    problems = []
+    problems, output = [], output_folder(output, "--output")
 
     def add(problem, path, detail=""):
         problems.append((problem, path, detail))
@@ -263,7 +269,7 @@ def audit(root, output, *, dataset="mimic_cxr", csv="", image_format="auto", wor
             name = Path(path).stem
             if size and name in expected.index and tuple(expected.loc[name]) != size:
                 add("other size than metadata", path, f"{size[0]} x {size[1]}, metadata {tuple(expected.loc[name])}")
-    return _write(problems, Path(output), images, metadata, len(paths), log)
+    return _write(problems, output, images, metadata, len(paths), log)
 
 
 def _write(problems, output, images, metadata, count, log):
@@ -271,7 +277,8 @@ def _write(problems, output, images, metadata, count, log):
     lines = [f"{len(images):,} rows, {count:,} image files"]
     lines += [f"{name:>10}  {n:,} images" for name, n in images["split"].value_counts().items()]
     if metadata is not None and "ViewPosition" in metadata:
-        views = metadata["ViewPosition"].fillna("none").value_counts()
+        views = metadata["ViewPosition"].str.strip().where(lambda view: ~view.str.lower().isin(BLANK), "unknown")
+        views = views.value_counts()
         lines.append("views: " + ", ".join(f"{view} {n:,}" for view, n in views.items()))
     for problem, meaning in PROBLEMS.items():
         these = table[table["problem"] == problem]
@@ -282,7 +289,6 @@ def _write(problems, output, images, metadata, count, log):
                 f"{len(alike):>8,}  {problem}: {meaning}; first: {example['path']} {example['detail']}".rstrip()
             )
     lines.append("nothing is wrong" if table.empty else f"all of them in {output / 'audit.csv'}")
-    output.mkdir(parents=True, exist_ok=True)
     table.to_csv(output / "audit.csv", index=False)
     (output / "audit.txt").write_text("\n".join(lines) + "\n")
     log("\n".join(lines))

@@ -20,6 +20,7 @@ import PIL
 from PIL import Image
 
 from common.errors import UserError
+from common.folders import output_folder
 from dataset.files.domain import COPY_RECIPE, copied_name, image_domain
 from dataset.files.images import ImageError, decode, take_warnings
 from dataset.files.stores import FileStore
@@ -48,10 +49,14 @@ def small_jpeg(data, name, *, size, quality, dicom_recipe):
 def _replace(path, write):
     """`path` as `write(temporary path)` makes it: there at once and whole, or not at all."""
     temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _encode(path, root, options):
@@ -188,7 +193,7 @@ def make_copy(
     reader = find_reader(dataset)
     table = reader.whole_table(root, csv=csv, image_format=image_format, allow_missing=allow_missing)
     paths = _check_places(table, out)
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out, "--output")
     options = {"size": size, "quality": quality, "dicom_recipe": dicom_recipe}
     recipe = {"source": str(table.root), "zip": in_zip, "pillow": PIL.__version__}
     if in_zip:  # a shard holds a part of them all; single files can become more

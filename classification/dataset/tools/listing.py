@@ -44,8 +44,8 @@ class Listed:
 def _looks_like_an_image(path):
     # A broken image is known by its name only, one without a suffix by its content only.
     if path.suffix and path.suffix.lower() in SUFFIXES:
-        return path.is_file() or path.is_symlink()
-    if not path.is_file():
+        return os.path.isfile(path) or os.path.islink(path)
+    if not os.path.isfile(path):
         return False
     try:
         with open(path, "rb") as file:
@@ -143,14 +143,23 @@ def identify(listed, data):
             header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
         except Exception:  # whatever pydicom raises: reading the image says it better
             header = {}
-        ids |= {name: str(header.get(tag) or "") for name, tag in _HEADER.items()}
+        ids |= {name: _text(header, tag) for name, tag in _HEADER.items()}
         ids["view"] = _view(header)
     official = _OFFICIAL.search(listed.file.as_posix())
     return ids | (official.groupdict() if official else {}) | listed.known
 
 
+def _text(header, *names):
+    """An element of a header as text, through the first items of sequences; empty where it cannot be read as such."""
+    try:
+        for name in names[:-1]:
+            header = header.get(name)[0]
+        return str(header.get(names[-1]) or "")
+    except Exception:  # pydicom raises whatever it meets in an element of a wrong length or kind
+        return ""
+
+
 def _view(header):
-    texts = {name: str(header.get(name) or "") for name in ("ViewPosition", "PerformedProcedureStepDescription")}
-    codes = header.get("ViewCodeSequence") or []
-    texts["ViewCodeSequence_CodeMeaning"] = str(codes[0].get("CodeMeaning") or "") if codes else ""
+    texts = {name: _text(header, name) for name in ("ViewPosition", "PerformedProcedureStepDescription")}
+    texts["ViewCodeSequence_CodeMeaning"] = _text(header, "ViewCodeSequence", "CodeMeaning")
     return find_views(pd.DataFrame([texts | dict.fromkeys(set(TEXT_COLUMNS) - texts.keys(), "")]))[0]
