@@ -817,7 +817,7 @@ def test_what_is_there_instead_of_the_images_is_named(tree, release_at, tmp_path
     with pytest.raises(UserError, match="DATA.IMAGE_FORMAT jpg: the release has no such images; use auto"):
         nih.load_table(release_at("nih"), image_format="jpg")
     for name, root, load in (("mimic_cxr", tree, load_mimic), ("nih", release_at("nih"), nih.load_table)):
-        copy = tmp_path / name
+        copy = tmp_path / f"zipped_{name}"
         prepare_mimic.main(["build", "--dataset", name, "--data-path", str(root), "--output", str(copy), "--zip"])
         with pytest.raises(UserError, match="has images_0000.zip: to read images from zip files use --zip"):
             load(copy)
