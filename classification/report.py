@@ -7,13 +7,14 @@
                                              models on the same images in pairs, other test sets side by side
     python report.py --runs OUTPUT           every training run below a folder: options that differ, scores, state
 
-Writes report.html, report.json, per_label.csv, tables.tex, summary.md, model_card.md, calibration.json (with
-predictions of the validation split) and figures/ beside the predictions, or into --output.
+Writes report.html, report.json, per_label.csv, tables.tex, summary.md, model_card.md, checklist.md, calibration.json
+(with predictions of the validation split) and figures/ beside the predictions, or into --output.
 """
 
 from pathlib import Path
 
 from analysis import comparison, comparison_tables, tables
+from analysis.checklist import read_about
 from analysis.evaluation import check_apart, ensemble, new_evaluation, read_evaluation
 from analysis.results import Options
 from analysis.runs import write_runs
@@ -28,7 +29,7 @@ OF_ONE = {
     "seeds_of": "make the report of the seeds from the first of them alone",
     "ensemble": "make the ensemble first, from one evaluation, and give its folder among the several",
     **dict.fromkeys(
-        ["validate", "groups", "study_by", "study_views", "sensitivity", "specificity", "no_images"],
+        ["validate", "groups", "about", "study_by", "study_views", "sensitivity", "specificity", "no_images"],
         "make that evaluation's own report",
     ),
 }
@@ -47,6 +48,7 @@ def parse_args(argv=None):
     add("--runs", metavar="OUTPUT", help="instead of evaluations: every training run below this folder at a glance")
     add("--output", metavar="FOLDER", help="where to write; otherwise beside the predictions, or into OUTPUT")
     add("--names", nargs="+", metavar="NAME", help="of several evaluations' models, in their order")
+    add("--test-sets", nargs="+", metavar="NAME", help="of several evaluations' test sets, in their order")
     add("--against", nargs="+", default=[], metavar="OTHER", help="evaluations of the same images to compare with")
     add("--seeds-of", nargs="+", default=[], metavar="OTHER", help="evaluations of the same configuration, other seeds")
     add("--ensemble", nargs="+", default=[], metavar="OTHER", help="average with these into an evaluation of its own")
@@ -57,6 +59,7 @@ def parse_args(argv=None):
     add("--specificity", type=float, default=0.9, help="of the operating point of fixed specificity")
     add("--resamples", type=int, default=2000, help="of the bootstrap")
     add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--about", metavar="YAML", help="what only the authors know (analysis/reporting.yaml lists the keys)")
     add("--no-images", action="store_true", help="the worst errors, their images and ids, are left out")
     add("--share", action="store_true", help="a report to pass on: no images, ids or paths; by default into share/")
     args = parser.parse_args(argv)
@@ -74,13 +77,14 @@ def parse_args(argv=None):
     for name, remedy in OF_ONE.items():
         if given > 1 and getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} is for one evaluation, and {given} are given; {remedy}")
-    if args.names and given == 1:
-        raise UserError("--names is for several evaluations, and one is given; leave it out")
-    if args.names and len(args.names) != given:
-        raise UserError(f"--names has {len(args.names)} for {given} evaluations; give one for each")
-    for path, name in zip(args.evaluation, args.names or ()):
-        if not name.strip():
-            raise UserError(f"--names: the name of {path} is blank")
+    for flag, names in (("--names", args.names), ("--test-sets", args.test_sets)):
+        if names and given == 1:
+            raise UserError(f"{flag} is for several evaluations, and one is given; leave it out")
+        if names and len(names) != given:
+            raise UserError(f"{flag} has {len(names)} for {given} evaluations; give one for each")
+        for path, name in zip(args.evaluation, names or ()):
+            if not name.strip():
+                raise UserError(f"{flag}: the name of {path} is blank")
     return args
 
 
@@ -94,7 +98,9 @@ def report_one(args, evaluation, folder, options):
         evaluation = ensemble([evaluation, *others], folder)
     against, seeds = ([read_evaluation(path) for path in paths] for paths in (args.against, args.seeds_of))
     folder = folder or evaluation.folder / ("share" if args.share else "")
-    report = write_report(evaluation, options, folder, against, seeds, not args.no_images, args.share)
+    stated = read_about(args.about) if args.about else {}
+    how = {"with_images": not args.no_images, "share": args.share, "stated": stated}
+    report = write_report(evaluation, options, folder, against, seeds, **how)
     print(tables.headline(report))
     return folder
 
@@ -103,7 +109,7 @@ def report_several(args, evaluations, folder, options):
     """One report of several evaluations."""
     if folder:
         _check_free(folder, evaluations, "the evaluations")
-    report = comparison.collect(evaluations, options, args.names)
+    report = comparison.collect(evaluations, options, args.names, args.test_sets)
     folder = folder or new_evaluation(evaluations[0].path.resolve().parent, "comparison")
     write_comparison(report, folder, evaluations, args.share)
     print(comparison_tables.printed(report))

@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 
 from analysis import statistics
-from analysis.evaluation import IMAGE_IDS, aligned, same_scores
+from analysis.evaluation import IMAGE_IDS, aligned, learned_by, same_scores
 from analysis.results import LEVEL, Measured, about, difference, drawn_from
+from analysis.text import short_names
 from common.errors import UserError
 
 COST = ("parameters", "gmacs", "images_per_s", "device")
@@ -70,7 +71,8 @@ def _test_sets(evaluations):
 def _told_apart(names, *more):
     """`names` [N]; those that occur twice are followed by the first of `more` that makes them unlike."""
     for extra in more:
-        names = [f"{n} ({x})" if names.count(n) > 1 else n for n, x in zip(names, extra)]
+        of_name = {n: [x for m, x in zip(names, extra) if m == n] for n in names}
+        names = [f"{n} ({x})" if len(set(of_name[n])) > 1 else n for n, x in zip(names, extra)]
     return names
 
 
@@ -89,14 +91,34 @@ def _name_models(evaluations, names):
         return list(names)
     keys = [e.metrics.get("checkpoint_sha256") or str(e.metrics.get("checkpoints") or e.given) for e in evaluations]
     first = [evaluations[k] for k in sorted({keys.index(key) for key in keys})]
-    titles = _told_apart([_run_name(e) for e in first], [e.name for e in first], [e.given for e in first])
+    names = short_names([_run_name(e) for e in first])
+    titles = _told_apart(names, _options([e.config for e in first]), *_evaluation_names(first))
     by_key = dict(zip(dict.fromkeys(keys), titles))
     return [by_key[key] for key in keys]
 
 
-def _name_sets(firsts):
-    names = [_dataset(e) or _run_name(e) for e in firsts]
-    return _told_apart(names, [e.name for e in firsts], [e.given for e in firsts])
+def _options(configs):
+    """What differs between runs, in a few words each: "SEED 2", "BASE_LR 0.001, SEED 2"; equal texts where nothing."""
+    own = [dict(learned_by(c)) | {key: c[key] for key in ("SEED",) if key in c} for c in configs]
+    unlike = [k for k in dict.fromkeys(k for o in own for k in o) if len({str(o.get(k)) for o in own}) > 1]
+    return [", ".join(f"{k.rsplit('.', 1)[-1]} {o[k]}" for k in unlike[:3] if k in o) for o in own]
+
+
+def _evaluation_names(evaluations):
+    return [e.name for e in evaluations], short_names([e.given for e in evaluations])
+
+
+def _name_sets(firsts, given):
+    """The name of each test set; given: --test-sets, those of the evaluations of each set, or None: the data sets."""
+    if not given:
+        return _told_apart([_dataset(e) or _run_name(e) for e in firsts], *_evaluation_names(firsts))
+    for names in given:
+        if len(set(names)) > 1:
+            raise UserError(f"--test-sets names the same images {' and '.join(dict.fromkeys(names))}; choose one name")
+    names = [names[0] for names in given]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise UserError(f"--test-sets calls different images {twice[0]}; give each test set a name of its own")
+    return names
 
 
 # --------------------------------------------------------------------------------------- checks
@@ -191,16 +213,18 @@ def _one_set(members, models, tables, options):
     return section, measured
 
 
-def collect(evaluations, options, names=None):
+def collect(evaluations, options, names=None, set_names=None):
     """The report of several :class:`Evaluation` as one dictionary, see the head of this module.
 
-    names: the model of each; evaluations that share one are of one model. Without it the runs' names.
+    names: the model of each; evaluations that share one are of one model. Without it what differs of the runs' names.
+    set_names: the test set of each; without it the names of the data sets.
 
     Raises:
         UserError: an evaluation twice; test sets that overlap; the same images with other targets; no common label.
     """
     _check_once(evaluations)
     of_model, sets = _name_models(evaluations, names), _test_sets(evaluations)
+    titles = _name_sets([evaluations[s[0]] for s in sets], set_names and [[set_names[k] for k in s] for s in sets])
     parts = [([evaluations[k] for k in s], [of_model[k] for k in s]) for s in sets]
     tables = [_tables(members) for members, _ in parts]
     for (members, models), found in zip(parts, tables):
@@ -228,5 +252,5 @@ def collect(evaluations, options, names=None):
             }
             for m, es in of.items()
         },
-        "sets": dict(zip(_name_sets([members[0] for members, _ in parts]), (section for section, _ in done))),
+        "sets": dict(zip(titles, (section for section, _ in done))),
     }

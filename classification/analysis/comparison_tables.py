@@ -253,6 +253,10 @@ def sections(report):
     return [(*section, None) for section in found if section[2]]
 
 
+def _equals(p):
+    return p if p[0] == "<" else f"= {p}"
+
+
 def headline(report):
     """Sentences: each model's means over the common labels, and the differences on each test set."""
     common = len(report["common_labels"])
@@ -263,10 +267,9 @@ def headline(report):
         said.append(f"{model}: mean AUROC over {common} common labels {means}.")
     for s, part in report["sets"].items():
         for model, d in part["differences"].items():
-            p = p_value(d["mean"]["p"]).text
-            said.append(
-                f"On {s}, {model} minus {part['first']}: {signed(d['mean']).text}, p {p if p[0] == '<' else '= ' + p}."
-            )
+            p, holm = (_equals(p_value(d["mean"].get(key)).text) for key in ("p", "p_holm"))
+            holm = f", by Holm {holm}" * (len(part["differences"]) > 1)
+            said.append(f"On {s}, {model} minus {part['first']}: {signed(d['mean']).text}, p {p}{holm}.")
     return said
 
 
@@ -289,7 +292,8 @@ def summary(report):
 
 def title(report):
     models, sets = list(report["models"]), list(report["sets"])
-    return f"{', '.join(models)} on {', '.join(sets)}"
+    named = ", ".join(models) if len(models) < 4 else f"{len(models)} models"
+    return f"{named} on {', '.join(sets) if len(sets) < 4 else f'{len(sets)} test sets'}"
 
 
 def per_label(report):

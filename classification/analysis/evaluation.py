@@ -344,6 +344,7 @@ def read_predictions(path):
 
 # What a report reads of metrics.json, where it is there.
 KINDS = {
+    **dict.fromkeys(("training", "software"), dict),
     **dict.fromkeys(("config", "cohort", "label_mapping", "label_policy", *(m.name for m in METRICS)), dict),
     **dict.fromkeys(("images", "skipped", "parameters"), int),
     **dict.fromkeys(("gmacs", "images_per_s"), (int, float)),

@@ -216,7 +216,8 @@ def _forest(panels):
         axis.axhline(len(labels) - 0.5, color="grey", lw=0.7)
         axis.set_title(title)
         axis.grid(axis="y", visible=False)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=2, fontsize=7)
+        longest = max(len(name) for name, _ in series)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=2 if longest < 28 else 1, fontsize=7)
     for axis in axes.flat:
         text = "AUROC, 95% interval" + "; hollow: approximate label" * hollow
         axis.set(xlabel=text, xlim=(max(0, lowest - 0.02), 1))

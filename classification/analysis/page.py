@@ -20,12 +20,13 @@ THUMBNAIL = 176  # pixels of the longer side
 
 
 # ----------------------------------------------------------------------------------------- charts
-def chart(lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, chance=None, labels=("", ""), left=34, title=""):
+def chart(lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, chance=None, labels=("", ""), left=34, title="",
+          marks=True):  # fmt: skip
     """A small SVG chart.
 
     lines: [(xs, ys)] or [(xs, ys, low, high)], which draws the interval of each point; band: (xs, low, high);
     chance: (y at the left end, y at the right end) of a dashed line; x, y: the axes' ends; left: room for the label and
-    the ticks of y; title: for screen readers.
+    the ticks of y; title: for screen readers; marks: whether few points are marked.
     """
     width, height = size
     right, top, bottom = width - 8, 8, height - 26
@@ -61,7 +62,7 @@ def chart(lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, chance=None,
         parts.append(f'<polyline class="line c{k}" points="{points(xs, ys)}"/>')
         for a, low, high in zip(xs, *ends) if ends else ():
             parts.append(f'<path class="error c{k}" d="M{px(a):.1f} {py(low):.1f}V{py(high):.1f}"/>')
-        if len(xs) <= 12:
+        if marks and len(xs) <= 12:
             dots = ((a, b) for a, b in zip(xs, ys) if b is not None)
             parts += [f'<circle class="dot c{k}" cx="{px(a):.1f}" cy="{py(b):.1f}" r="1.8"/>' for a, b in dots]
     return Markup("".join(parts) + "</svg>")
@@ -111,6 +112,22 @@ def _reliability_charts(report):
             end = max(max(xs + ys) for xs, ys, *_ in lines) or 1
             axes = {"x": (0, end), "y": (0, end), "chance": (0, end), "labels": ("probability", "positives")}
             found.append((name, chart(lines, **axes, title=f"reliability of {name}")))
+    return found
+
+
+def _decision_charts(report):
+    """[(label, chart)]: net benefit by the probability at which somebody acts."""
+    x, found = report["decisions"]["thresholds"], []
+    for name, lines in report["decisions"]["labels"].items():
+        rate = report["labels"][name]["prevalence"]
+        end = min(1, max(0.1, 3 * rate))
+        shown = sum(t <= end for t in x)
+        ends = (-rate / 4, rate)
+        kept = [
+            [v if v >= ends[0] else None for v in lines[k][:shown]] for k in ("before", "all", "platt") if k in lines
+        ]
+        found.append((name, chart([(x[:shown], ys) for ys in kept], x=(0, end), y=ends, chance=(0, 0), marks=False,
+                                  labels=("threshold", "net benefit"), title=f"decision curve of {name}")))  # fmt: skip
     return found
 
 
@@ -226,6 +243,7 @@ def render(report, pictures, no_pictures):
     charts = {
         "curves": _curve_charts(report),
         "reliability": _reliability_charts(report),
+        "decision": _decision_charts(report),
         "training": _training_charts(report),
     }
     shown = {"calibration": charts["reliability"], "together": True, "errors": report["errors"]} | charts

@@ -466,6 +466,13 @@ def _counted(known, positives):
     return {"known": known, "positives": positives, "prevalence": positives / known if known else None}
 
 
+def _as_in_file(labels, k):
+    """How often a label is -1 and blank in the label file; nothing where the table does not keep that."""
+    if labels is None:
+        return {}
+    return {"uncertain": int((labels[:, k] == -1).sum()), "blank": int(np.isnan(labels[:, k]).sum())}
+
+
 def cohort(evaluation, options):
     """Flow and cohort: counts, views, sex, age bands and prevalence by split, and what was left out."""
     recorded = evaluation.metrics.get("cohort", {})
@@ -478,7 +485,7 @@ def cohort(evaluation, options):
             found[name] = int(predictions.ids[column].nunique()) if column in predictions.ids else None
         known, positive = ~np.isnan(predictions.targets), predictions.targets == 1
         found["labels"] = {
-            n: _counted(int(known[:, k].sum()), int(positive[:, k].sum()))
+            n: _counted(int(known[:, k].sum()), int(positive[:, k].sum())) | _as_in_file(predictions.labels, k)
             for k, n in enumerate(predictions.label_names)
         }
         found["groups"] = {

@@ -58,8 +58,8 @@ def _is_held(folder):
     return False
 
 
-def _state(folder, records, done):
-    """How a run ended, by the last record that says so; done: whether its last epoch is."""
+def _state(folder, records, last, done):
+    """How a run ended, by the last record that says so; last: its last epoch; done: whether that is all."""
     if _is_held(folder):
         return "running"
     at = ""
@@ -74,7 +74,7 @@ def _state(folder, records, done):
         if found := re.match(r"epoch (\d+)(?:/\d+ update (\d+)/(\d+)| done)", text):
             where = f" in epoch {found[1]}, update {found[2]} of {found[3]}" if found[2] else f" after epoch {found[1]}"
             return (at or "cut off") + where
-    return at or ("finished" if done else "cut off before its first epoch")
+    return at or ("finished" if done else f"cut off after epoch {last}" if last else "cut off in its first epoch")
 
 
 def _best(epochs, score, of):
@@ -99,7 +99,7 @@ def _read_run(folder, root):
         "config": config,
         "options": dict(learned_by(config)),
         "seed": config.get("SEED"),
-        "state": _state(folder, records, bool(wanted) and last >= wanted),
+        "state": _state(folder, records, last, bool(wanted) and last >= wanted),
         "epochs": epochs,
         "done": last,
         "wanted": wanted,
@@ -118,7 +118,7 @@ def _is_run(folder, files):
     if files & {"config.json", "metrics.jsonl"}:
         return True
     records = _records(folder / "log_rank0.txt")
-    return bool(records) and records[-1][0] == "ERROR" and not any(t.startswith("evaluating") for _, t in records)
+    return bool(records) and not any(text.startswith(("evaluating", "training step")) for _, text in records)
 
 
 def _find_evaluations(root, runs):

@@ -2,10 +2,16 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
+
+import yaml
 
 from analysis import statistics
 
+# What guidelines ask for, and what only the authors can state.
+ASKED = yaml.safe_load(Path(__file__).with_name("reporting.yaml").read_text(encoding="utf-8"))
+NO_CLASSES = "no label has both classes"
 STAGES = {"before": "as predicted", "calibrated": "as --calibrated applies it",
           "temperature": "after temperature scaling", "platt": "after Platt scaling"}  # fmt: skip
 SPLIT_NAMES = {"train": "train", "validate": "validation", "test": "test"}
@@ -462,6 +468,37 @@ def _prevalence(report):
     return Table("prevalence", "Positive images per split", policy_text(report), "", columns, rows)
 
 
+def _label_values(report):
+    """Uncertain and blank labels of each split, as in the label file; nothing where they are not recorded."""
+    splits = {s: f["labels"] for s, f in report["cohort"]["splits"].items() if "labels" in f}
+    splits = {s: f for s, f in splits.items() if any("uncertain" in c for c in f.values())}
+    if not splits:
+        return []
+    columns = ["label", *(f"{SPLIT_NAMES[s]}: {kind}" for s in splits for kind in ("-1", "blank"))]
+    rows = [
+        [Cell(n, n), *(count(f.get(n, {}).get(kind)) for f in splits.values() for kind in ("uncertain", "blank"))]
+        for n in report["label_names"]
+    ]
+    text = "Images whose label is uncertain (-1) or not mentioned (blank) in the label file, before the policy."
+    return [Table("label-values", "Uncertain and blank labels", policy_text(report), text, columns, rows)]
+
+
+def _methods(report):
+    rows = [[Cell(r["what"], r["what"]), Cell(r["text"], wide=True)] for r in report["methods"]]
+    return Table("methods", "Preparation, training, software", "", "", ["what", "as recorded"], rows)
+
+
+def _stated(report):
+    """What only the authors know; what they did not state is a line to fill in."""
+    stated = report["stated"]
+    rows = [
+        [Cell(what, what), Cell(stated.get(key, f"to fill in: {key} in report.py --about FILE.yaml"), wide=True)]
+        for key, what in ASKED["about"].items()
+    ]
+    title = f"Stated by the authors ({len(stated)} of {len(rows)})"
+    return Table("stated", title, "", "", ["what", "statement"], rows, folded=not stated)
+
+
 def _study(report):
     """The table by study; None where that would repeat the one by image."""
     study = report["study"]
@@ -480,9 +517,9 @@ def sections(report):
     """
     labels = [_by_label(report, "labels", "Test split, by image", report), _further_metrics(report), _mapping(report)]
     found = [
-        ("cohort", "Patients and images", [_flow(report), _prevalence(report)], None),
+        ("cohort", "Patients and images", [_flow(report), _prevalence(report), *_label_values(report)], None),
         ("labels", "Results per label", [t for t in labels if t], None),
-        ("curves", "Curves", [], None if report["curves"]["labels"] else "no label has both classes"),
+        ("curves", "Curves", [], None if report["curves"]["labels"] else NO_CLASSES),
     ]
     if "against" in report:
         others = [against(report, k + 1, other) for k, other in enumerate(report["against"].values())]
@@ -499,6 +536,7 @@ def sections(report):
     if "left_out" in stages.get("temperature", {}):
         reason = f"temperature scaling: {stages['temperature']['left_out']}"
     found.append(("calibration", "Calibration", tables, reason))
+    found.append(("decision", "Decision curves", [], None if report["decisions"]["labels"] else NO_CLASSES))
     tables = [_group(report, k + 1, n, s) for k, (n, s) in enumerate(report["groups"].items()) if "left_out" not in s]
     reasons = [f"{n}: {s['left_out']}" for n, s in report["groups"].items() if "left_out" in s]
     found.append(("groups", "Subgroups", tables, "; ".join(reasons) or None))
@@ -511,6 +549,7 @@ def sections(report):
     training = None if report["training"].get("epochs") else report["training"].get("left_out", "no epochs recorded")
     found += [
         ("sensitivity", "Other label policies", policies, other.get("left_out")),
+        ("methods", "Methods", [_methods(report), _stated(report)], None),
         ("training", "Training", [], training),
         ("together", "Labels together", [], None),
         ("errors", "Worst errors", [], None if report["errors"] else "--no-images and --share list no images"),
@@ -532,6 +571,7 @@ def latex(tables):
     """All tables for a paper, none wider than its text; needs \\usepackage{booktabs,adjustbox}."""
     parts = ["% Made by report.py. In the preamble: \\usepackage{booktabs,adjustbox}"]
     for t in tables:
+        wide = "".join(r"p{.7\linewidth}" if any(c.wide for c in column) else "r" for column in list(zip(*t.rows))[1:])
         body = [" & ".join(tex(c.text) for c in row) + r" \\" for row in t.rows]
         if t.total:
             body.insert(len(body) - t.total, r"\midrule")
@@ -539,7 +579,7 @@ def latex(tables):
         parts.append("\n".join([
             r"\begin{table}", r"\centering\small", rf"\caption{{{tex(said)}}}",
             rf"\label{{tab:{t.key}}}", r"\begin{adjustbox}{max width=\linewidth}",
-            rf"\begin{{tabular}}{{l{'r' * (len(t.columns) - 1)}}}", r"\toprule",
+            rf"\begin{{tabular}}{{l{wide}}}", r"\toprule",
             " & ".join(tex(c) for c in t.columns) + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
             r"\end{adjustbox}", r"\end{table}",
         ]))  # fmt: skip

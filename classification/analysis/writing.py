@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from analysis import card, comparison_tables, figures, page, results, tables
+from analysis import card, checklist, comparison_tables, decisions, figures, methods, page, results, tables
 from analysis.groups import read_table
 from analysis.sharing import without_paths
 from common.errors import UserError
@@ -13,12 +13,14 @@ from common.errors import UserError
 
 def _write_files(report, fitted, folder, pictures, no_pictures, model_card):
     """Everything the report consists of, into `folder`."""
+    shown = [t for _, _, found, _ in tables.sections(report) for t in found]
     texts = {
         "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
         "report.html": page.render(report, pictures, no_pictures),
-        "tables.tex": tables.latex([t for _, _, found, _ in tables.sections(report) for t in found]),
+        "tables.tex": tables.latex([t for t in shown if t.key != "stated" or report["stated"]]),
         "summary.md": tables.summary(report),
         "model_card.md": model_card,
+        "checklist.md": checklist.checklist(report),
     }
     if fitted is not None:
         texts["calibration.json"] = json.dumps(fitted, indent=1) + "\n"
@@ -35,15 +37,23 @@ def _write_files(report, fitted, folder, pictures, no_pictures, model_card):
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
 
 
-def write_report(evaluation, options, folder, against=(), seeds=(), with_images=True, share=False):
+def write_report(evaluation, options, folder, against=(), seeds=(), *, with_images=True, share=False, stated=None):
     """Measure, and write to `folder`; returns the report's dictionary.
 
-    with_images: with the worst errors, their images and ids; share: without them and without paths, to be passed on.
+    with_images: with the worst errors, their images and ids; share: without them and without paths, to be passed on;
+    stated: what the authors state, see analysis.checklist.read_about.
     """
     if not options.tables:
         options = replace(options, tables=_patients_tables(evaluation))
     report, fitted = results.collect(evaluation, options, against, seeds)
-    report = {"headline": tables.headline(report), **report}
+    platt = report["calibration"].get("fitted", {}).get("platt", {})
+    report = {
+        "headline": tables.headline(report),
+        **report,
+        "methods": methods.collect(evaluation, report["about"], report["training"].get("epochs", [])),
+        "stated": stated or {},
+        "decisions": decisions.decision_curves(evaluation.test, platt),
+    }
     named = without_paths([report, fitted], [evaluation, *against, *seeds], options.tables)
     if share:
         report, fitted = named

@@ -205,6 +205,8 @@ def _joined_cohort(parts):
             known, positives = (sum(told["labels"][label][k] for told in own.values()) for k in ("known", "positives"))
             prevalence = positives / known if known else None
             joined["labels"][label] = {"known": known, "positives": positives, "prevalence": prevalence}
+            for kind in ("uncertain", "blank"):
+                joined["labels"][label][kind] = sum(told["labels"][label][kind] for told in own.values())
         groups = {"source": {name: told["images"] for name, told in own.items()}, "view": {}}
         for told in own.values():
             for view, counted in told.get("groups", {}).get("view", {"": {"images": told["images"]}}).items():

@@ -119,6 +119,8 @@ class Table:
                 known, positives = int(np.isin(target, (0, 1)).sum()), int((target == 1).sum())
                 prevalence = positives / known if known else None
                 found["labels"][label] = {"known": known, "positives": positives, "prevalence": prevalence}
+            for label, values in zip(self.label_names, self.labels[rows].T):  # as in the label file
+                found["labels"][label] |= {"uncertain": int((values == -1).sum()), "blank": int(np.isnan(values).sum())}
             if self.view is not None and rows.any():
                 views, counts = np.unique(self.view[rows].astype(str), return_counts=True)
                 shares = counts / counts.sum()

@@ -120,17 +120,17 @@ def test_models_on_the_same_images_are_compared_in_pairs(four, tmp_path):
     r, text = run(tmp_path, four[0], four[2])
     part, names = r["sets"]["mimic_cxr"], ["Edema", "Lung Lesion", "Pneumonia"]
     (a, a_draws), (b, b_draws) = (mean_by_loops(folder, names) for folder in (four[0], four[2]))
-    d = part["differences"]["net_b/run1"]["mean"]
-    assert part["first"] == "net_a/run1" and d["difference"] == pytest.approx(b - a, abs=1e-12)
+    d = part["differences"]["net_b"]["mean"]
+    assert part["first"] == "net_a" and d["difference"] == pytest.approx(b - a, abs=1e-12)
     low, high = np.percentile(b_draws - a_draws, [2.5, 97.5])
     assert (d["low"], d["high"]) == (pytest.approx(low, abs=1e-12), pytest.approx(high, abs=1e-12))
     smaller = min((b_draws >= a_draws).sum(), (b_draws <= a_draws).sum())
     assert d["p"] == pytest.approx(2 * (1 + smaller) / (RESAMPLES + 1)) and d["p_holm"] == d["p"]
-    first, second = (next(x for x in text.splitlines() if x.startswith(f"| net_{m}/run1 | intern")) for m in "ab")
-    assert first.startswith("| net_a/run1 | intern_image | 28.1 | 4.61 | 812 |") and first.endswith("| – | – |")
-    assert second.startswith("| net_b/run1 | intern_image | – | – | – |") and f"{b - a:+.3f}" in second
+    first, second = (next(x for x in text.splitlines() if x.startswith(f"| net_{m} | intern")) for m in "ab")
+    assert first.startswith("| net_a | intern_image | 28.1 | 4.61 | 812 |") and first.endswith("| – | – |")
+    assert second.startswith("| net_b | intern_image | – | – | – |") and f"{b - a:+.3f}" in second
     assert "images/s: A100" in text and "on the same images" in text and "180 test images" in text
-    assert "net_b/run1 compared with net_a/run1" in text  # the differences by label
+    assert "net_b compared with net_a" in text  # the differences by label
 
 
 def test_models_by_test_sets_give_both_tables(four, tmp_path, capsys):
@@ -152,6 +152,19 @@ def test_three_models_are_adjusted_by_holm(four, tmp_path):
     r, text = compare(four[0], four[2], third)
     p, holm = ([d["mean"][k] for d in r["sets"]["mimic_cxr"]["differences"].values()] for k in ("p", "p_holm"))
     assert min(holm) == pytest.approx(min(1, 2 * min(p))) and max(holm) == max(*p, min(holm)) and "p (Holm)" in text
+    for d in r["sets"]["mimic_cxr"]["differences"].values():  # in the sentences at the head as well
+        p, adjusted = (f"{d['mean'][key]:.3f}" for key in ("p", "p_holm"))
+        assert any(f"p = {p}, by Holm = {adjusted}." in line for line in text.splitlines()[:8])
+
+
+def test_runs_are_named_by_what_differs(tmp_path):
+    seeds = []
+    for k, seed in enumerate((1, 2)):
+        seeds.append(evaluation(tmp_path / f"e{k}", model=f"s{k}", noise=1 + k))
+        written = json.loads((seeds[-1] / "metrics.json").read_text())
+        written["config"] |= {"SEED": seed, "MODEL": {"NAME": "net", "TYPE": "intern_image"}}
+        (seeds[-1] / "metrics.json").write_text(json.dumps(written))
+    assert list(compare(*seeds)[0]["models"]) == ["net/run1 (SEED 1)", "net/run1 (SEED 2)"]
 
 
 def test_what_differs_between_columns_is_said(tmp_path):
@@ -173,16 +186,25 @@ def test_what_differs_between_columns_is_said(tmp_path):
     assert "nih: external, the model was trained on mimic_cxr" in text
     assert "nih: no subject_id: images were drawn" in text
     assert (
-        "Warning: images/s do not compare, they were not measured alike" in text
-        and "net_a/run1: H100; net_b/run1: A100" in text
+        "Warning: images/s do not compare, they were not measured alike" in text and "net_a: H100; net_b: A100" in text
     )
 
 
 def test_names_and_other_models_on_other_sets(four, tmp_path):
     r, text = compare(four[0], four[3])
-    assert "| label | mimic_cxr | nih |" in text and "the models differ: mimic_cxr: net_a/run1; nih: net_b/run1" in text
+    assert "| label | mimic_cxr | nih |" in text and "the models differ: mimic_cxr: net_a; nih: net_b" in text
     r, text = compare(four[0], four[3], names=["Boston", "Bethesda"])
     assert "| label | Boston | Bethesda |" in text and "test sets: Boston: mimic_cxr; Bethesda: nih" in text
+    places = ["Boston", "Bethesda", "Boston", "Bethesda"]
+    r, _ = run(tmp_path, *four, "--test-sets", *places)
+    assert list(r["sets"]) == places[:2] and list(r["models"]) == ["net_a", "net_b"]
+    for wrong, message in (
+        (["x", "x", "x", "x"], "--test-sets calls different images x"),
+        (["x", "y", "z", "y"], "--test-sets names the same images x and z"),
+        (["x"], "--test-sets has 1 for 4 evaluations"),
+    ):
+        with pytest.raises(UserError, match=message):
+            report.main([*map(str, four), "--test-sets", *wrong, "--resamples", "200"])
     r, text = compare(*four, names=["big", "big", "small", "small"])
     assert list(r["models"]) == ["big", "small"] and "AUROC of big by label" in text
     again = evaluation(tmp_path / "c_mimic", model="c", noise=1.2)

@@ -8,12 +8,15 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import report
+from analysis.decisions import net_benefit
 from analysis.page import interval_bar
 from analysis.tables import plain_markdown, tex
+from common.errors import UserError
 from test_report import table
 
 NAMES = ("Edema", "Lung Lesion", "50% <b>_x_</b>")
@@ -153,6 +156,74 @@ def test_a_report_to_pass_on(folder, monkeypatch):
     report.main([str(folder), "--no-images", "--output", str(folder.parent / "plain"), "--resamples", "200"])
     for name in ("report.html", "report.json"):
         assert not SECRET.search((folder.parent / "plain" / name).read_text())
+
+
+def test_methods_statements_and_checklist(folder, tmp_path):
+    about = tmp_path / "about.yaml"
+    about.write_text("dates: 2011-2016\nethics: none | needed\n")
+    written = json.loads((folder / "metrics.json").read_text())
+    train = {
+        "EPOCHS": 9,
+        "BASE_LR": 1e-4,
+        "LR_REFERENCE_BATCH": 32,
+        "WARMUP_EPOCHS": 1,
+        "LR_SCHEDULER": {"NAME": "cosine"},
+    }
+    config = {"TRAIN": train, "MODEL": {"PRETRAINED": "/data/weights/b.pth"}, "AUG": {"ROTATION": 5.0}}
+    record = {"config": config, "epoch": 2, "images_per_update": 64, "max_accuracy": 0.8125, "best_by": "mean_auc"}
+    record |= {"weights": "model"}
+    other = tmp_path / "with_record"
+    other.mkdir()
+    for name in ("predictions.csv", "predictions_validate.csv", "metrics.jsonl"):
+        (other / name).write_bytes((folder / name).read_bytes())
+    more = {"training": record, "software": {"torch": "2.7", "code": "abc"}, "trained_on": ["mimic_cxr"]}
+    (other / "metrics.json").write_text(json.dumps(written | more | {"tested_on": ["mimic_cxr"]}))
+    report.main([str(other), "--about", str(about), "--resamples", "200", "--no-images"])
+    r = json.loads((other / "report.json").read_text())
+    found = {row["what"]: row["text"] for row in r["methods"]}
+    assert (
+        found["initial weights"] == "b.pth"
+        and found["batch"] == "64 images per update"
+        and found["code version"] == "abc"
+    )
+    assert (
+        "peak learning rate 0.0002" in found["schedule"]
+        and found["augmentation in training"] == "rotation by up to 5.0 degrees"
+    )
+    assert found["epochs"].startswith("2 done of 9 planned; these are the weights after epoch 2")
+    assert "no patient of the test split was in training or validation" in found["splits"]
+    text = (other / "report.html").read_text()
+    assert "2011-2016" in text and "to fill in: setting in" in text
+    rows = (other / "checklist.md").read_text().splitlines()
+    claims = {
+        number
+        for row in rows[6:]
+        for number in row.split("|")[1].strip().replace("-", ",").split(",")
+        if number.strip()
+    }
+    assert {"1", "9", "44"} <= {c.strip() for c in claims}
+    assert next(x for x in rows if x.endswith('"Methods": dates between which the images were taken |'))
+    assert any("TO FILL IN: setting" in x for x in rows) and any("not by this software" in x for x in rows)
+    raw = pd.read_csv(other / "predictions.csv")["Edema_label"]
+    edema = r["cohort"]["splits"]["test"]["labels"]["Edema"]
+    assert (edema["uncertain"], edema["blank"]) == ((raw == -1).sum(), raw.isna().sum())
+    for content, message in (
+        ("dates", "holds no keys"),
+        ("date: 5", r"unknown key date \(did you mean dates"),
+        ("dates: [1]", "must be a text"),
+    ):
+        about.write_text(content)
+        with pytest.raises(UserError, match=message):
+            report.main([str(other), "--about", str(about)])
+
+
+def test_net_benefit_by_its_definition():
+    rng = np.random.default_rng(0)
+    p, y = rng.random(50), rng.choice([0.0, 1.0, np.nan], 50)
+    for t, found in zip((0.2, 0.5), net_benefit(p, y, np.array([0.2, 0.5]))):
+        tp = sum(a >= t and b == 1 for a, b in zip(p, y))
+        fp = sum(a >= t and b == 0 for a, b in zip(p, y))
+        assert found == pytest.approx((tp - fp * t / (1 - t)) / np.isfinite(y).sum())
 
 
 def test_paths_are_cut_to_their_names_and_nothing_else():

@@ -71,7 +71,7 @@ assert not {"torch", "torchvision", "timm"} & set(sys.modules)
     found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     figures = {f"figures/{n}.{s}" for n in ("auroc", "roc", "precision_recall", "calibration", "cooccurrence")
                for s in ("png", "svg")}  # fmt: skip
-    texts = "report.html report.json per_label.csv tables.tex summary.md model_card.md calibration.json"
+    texts = "report.html report.json per_label.csv tables.tex summary.md model_card.md checklist.md calibration.json"
     assert found == figures | set(texts.split())
     page = (tmp_path / "out" / "report.html").read_text()
     assert (
@@ -272,7 +272,7 @@ def test_without_patients_and_with_one(predictions, tmp_path):
     said = {name: (tmp_path / name).read_text().count("no subject") for name in ("summary.md", "report.html")}
     assert said == {"summary.md": 1, "report.html": 1}  # once a page, but in every table of a paper
     latex = (tmp_path / "tables.tex").read_text()
-    assert latex.count("no subject") == latex.count("\\caption") - 2  # all but flow, prevalence
+    assert latex.count("no subject") == latex.count("\\caption") - 4  # all but flow, prevalence, label-values, methods
     rows.assign(subject_id=7).to_csv(tmp_path / "one.csv", index=False)
     r = run(tmp_path / "one.csv")
     auroc = r["labels"]["Edema"]["auroc"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 import config as config_module
+from analysis.methods import describe_checkpoint, describe_software
 from common.errors import UserError
 from dataset.build import build_datasets, build_loader
 from dataset.files.domain import domain_warning
@@ -117,6 +118,8 @@ def describe(tested, dataset, config, world, *, seconds, found, warnings):
         "warnings": warnings,
         "config": config_module.to_dict(config),
         "skipped": len(dataset) - metrics["images"],
+        "training": describe_checkpoint(tested.origin, tested.path),
+        "software": describe_software(),
     }
     if TASKS[dataset.task].report:
         about["label_policy"] = {"uncertain": config.DATA.UNCERTAIN, "missing": config.DATA.MISSING}
