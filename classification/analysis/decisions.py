@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from analysis.calibration import apply_platt
+from analysis.calibration import scale
 
 THRESHOLDS = np.arange(1, 100) / 100
 
@@ -18,11 +18,11 @@ def net_benefit(probabilities, targets, thresholds=THRESHOLDS):
     return (called & positive).mean(0) - (called & ~positive).mean(0) * thresholds / (1 - thresholds)
 
 
-def decision_curves(predictions, platt):
-    """{"thresholds", "labels": {label: {"before", "platt", "all"}}} of the labels that have both classes.
+def decision_curves(predictions, scaling):
+    """{"thresholds", "labels": {label: {"before", "calibrated", "all"}}} of the labels that have both classes.
 
-    before: of the probabilities as predicted; platt: after Platt scaling, by `platt` {label: its two numbers or None};
-    all: of calling every image positive. Calling none is 0.
+    before: of the probabilities as predicted; calibrated: as --calibrated applies it, by `scaling` of calibration.fit
+    (or None); all: of calling every image positive. Calling none is 0.
     """
     found = {}
     for k, name in enumerate(predictions.label_names):
@@ -30,7 +30,7 @@ def decision_curves(predictions, platt):
         if len(set(y[~np.isnan(y)])) < 2:
             continue
         kinds = {"before": p, "all": np.ones_like(p)}
-        if platt.get(name):
-            kinds["platt"] = apply_platt(p, platt[name])
+        if scaling:
+            kinds["calibrated"] = scale(scaling, scaling["chosen"][name]["method"], name, p)
         found[name] = {kind: [round(float(v), 6) for v in net_benefit(q, y)] for kind, q in kinds.items()}
     return {"thresholds": THRESHOLDS.tolist(), "labels": found}

@@ -123,9 +123,8 @@ def _decision_charts(report):
         end = min(1, max(0.1, 3 * rate))
         shown = sum(t <= end for t in x)
         ends = (-rate / 4, rate)
-        kept = [
-            [v if v >= ends[0] else None for v in lines[k][:shown]] for k in ("before", "all", "platt") if k in lines
-        ]
+        kept = [lines[k][:shown] for k in ("before", "all", "calibrated") if k in lines]
+        kept = [[v if v >= ends[0] else None for v in ys] for ys in kept]
         found.append((name, chart([(x[:shown], ys) for ys in kept], x=(0, end), y=ends, chance=(0, 0), marks=False,
                                   labels=("threshold", "net benefit"), title=f"decision curve of {name}")))  # fmt: skip
     return found

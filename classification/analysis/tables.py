@@ -325,6 +325,28 @@ def _group(report, k, name, section):
     return Table(slug(f"group-{k}-{name}"), f"By {name}", note(report), text, columns, rows, remarks, total)
 
 
+def _rates(report, k, name, labels):
+    """Sensitivity, specificity and calibration of each group; None where no label can be judged in any."""
+    judged = [(n, g, f) for n, found in labels.items() for g, f in found.items() if "left_out" not in f]
+    if not judged:
+        return None
+    columns = ["label", "group", "images", "positive", "sensitivity (95% CI)", "specificity (95% CI)", "slope (95% CI)",
+               "intercept (95% CI)", "ECE"]  # fmt: skip
+    keys = ("sensitivity", "specificity", "slope", "intercept")
+    rows = [
+        [Cell(n, n), Cell(g, g), count(f["images"]), count(f["positives"]),
+         *(figure(f[key]) if f.get(key) else Cell(DASH) for key in keys), plain(f["ece"])]
+        for n, g, f in judged
+    ]  # fmt: skip
+    text = (
+        "Sensitivity and specificity at the threshold of largest sensitivity + specificity in validation, the same for "
+        "all groups; slope, intercept and ECE as in the tables of calibration. Groups with too few of a class are left "
+        "out."
+    )
+    title = f"Sensitivity, specificity and calibration by {name}"
+    return Table(slug(f"rates-{k}-{name}"), title, note(report), text, columns, rows, folded=True)
+
+
 def _on(found):
     """' [40/12]': positive images, and patients where they are known, of the validation split."""
     patients = found["positive_patients"]
@@ -538,6 +560,8 @@ def sections(report):
     found.append(("calibration", "Calibration", tables, reason))
     found.append(("decision", "Decision curves", [], None if report["decisions"]["labels"] else NO_CLASSES))
     tables = [_group(report, k + 1, n, s) for k, (n, s) in enumerate(report["groups"].items()) if "left_out" not in s]
+    rates = [_rates(report, k + 1, n, labels) for k, (n, labels) in enumerate(report["rates"].items())]
+    tables += [t for t in rates if t]
     reasons = [f"{n}: {s['left_out']}" for n, s in report["groups"].items() if "left_out" in s]
     found.append(("groups", "Subgroups", tables, "; ".join(reasons) or None))
     if "left_out" in report["study"]:

@@ -5,7 +5,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from analysis import card, checklist, comparison_tables, decisions, figures, methods, page, results, tables
+from analysis import (
+    card,
+    checklist,
+    comparison_tables,
+    decisions,
+    figures,
+    methods,
+    page,
+    results,
+    statistics,
+    subgroups,
+    tables,
+)
 from analysis.groups import read_table
 from analysis.sharing import without_paths
 from common.errors import UserError
@@ -46,13 +58,15 @@ def write_report(evaluation, options, folder, against=(), seeds=(), *, with_imag
     if not options.tables:
         options = replace(options, tables=_patients_tables(evaluation))
     report, fitted = results.collect(evaluation, options, against, seeds)
-    platt = report["calibration"].get("fitted", {}).get("platt", {})
+    _, patients = evaluation.test.clusters
+    weights = statistics.draw(patients, options.resamples, options.seed)
     report = {
         "headline": tables.headline(report),
         **report,
         "methods": methods.collect(evaluation, report["about"], report["training"].get("epochs", [])),
         "stated": stated or {},
-        "decisions": decisions.decision_curves(evaluation.test, platt),
+        "decisions": decisions.decision_curves(evaluation.test, report["calibration"].get("fitted")),
+        "rates": subgroups.rates_by_group(report["thresholds"], evaluation.test, options.tables, weights),
     }
     named = without_paths([report, fitted], [evaluation, *against, *seeds], options.tables)
     if share:

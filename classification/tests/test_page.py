@@ -217,6 +217,20 @@ def test_methods_statements_and_checklist(folder, tmp_path):
             report.main([str(other), "--about", str(about)])
 
 
+def test_rates_of_a_group_at_the_threshold_of_the_whole(folder):
+    r, rows = (json.loads((folder / "report.json").read_text()), pd.read_csv(folder / "predictions.csv"))
+    cut = r["thresholds"]["youden"]["labels"]["Edema"]["threshold"]
+    assert set(r["rates"]) == {"view", "site %"}
+    for view, found in r["rates"]["view"]["Edema"].items():
+        part = rows[rows["view"] == view]
+        y, called = part["Edema_target"], part["Edema_probability"] >= cut
+        assert found["images"] == len(part) and found["positives"] == y.sum()
+        assert found["sensitivity"]["value"] == pytest.approx((called & (y == 1)).sum() / (y == 1).sum())
+        assert found["specificity"]["value"] == pytest.approx((~called & (y == 0)).sum() / (y == 0).sum())
+        assert found["slope"]["low"] < found["slope"]["value"] < found["slope"]["high"]
+    assert not any("sensitivity" in found for found in r["rates"]["view"][NAMES[2]].values())  # one class only
+
+
 def test_net_benefit_by_its_definition():
     rng = np.random.default_rng(0)
     p, y = rng.random(50), rng.choice([0.0, 1.0, np.nan], 50)
