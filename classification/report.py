@@ -74,6 +74,9 @@ def parse_args(argv=None):
     if (given > 0) == (args.runs is not None):
         both = "--runs OUTPUT lists runs and takes no evaluation" if given else "name an evaluation, or --runs OUTPUT"
         raise UserError(f"{given} evaluations are given: {both}")
+    for name, value in vars(args).items() if args.runs is not None else ():
+        if name not in ("evaluation", "runs", "output") and value != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect with --runs; leave it out")
     for name, remedy in OF_ONE.items():
         if given > 1 and getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} is for one evaluation, and {given} are given; {remedy}")

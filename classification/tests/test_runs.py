@@ -82,6 +82,8 @@ def test_order_and_what_a_run_leaves_behind(tmp_path):
         read_runs(tmp_path / "net" / "only_evaluated")
     with pytest.raises(UserError, match="takes no evaluation"):
         report.main(["--runs", str(tmp_path), str(tmp_path)])
+    with pytest.raises(UserError, match="--share has no effect with --runs"):
+        report.main(["--runs", str(tmp_path), "--share"])
     with pytest.raises(UserError, match="name an evaluation, or --runs"):
         report.main([])
 
