@@ -590,14 +590,26 @@ def _saved_pairs(content, source):
 
 
 def _known_pairs(content, source):
-    return [(key, value) for key, value in _saved_pairs(content, source) if key in KNOBS]
+    pairs = _saved_pairs(content, source)
+    return [(key, value) for key, value in pairs if key in KNOBS and not _outlived(key, value)]
+
+
+def _outlived(key, value):
+    """Whether a saved option of training alone, which a trained model does not need, has a value no longer allowed."""
+    if not key.startswith(("TRAIN.", "AUG.")) or key in ("AUG.MEAN", "AUG.STD"):
+        return False
+    try:
+        value = _typed(key, value, "")
+    except UserError:
+        return True
+    return bool(value is not None and KNOBS[key].allowed and KNOBS[key].allowed(value))
 
 
 def from_dict(content, source):
     """The config that :func:`to_dict` made, perhaps in another version, validated and frozen.
 
-    Keys that this version does not have are left out, those that are missing have their defaults; :func:`unfamiliar`
-    names both.
+    Keys that this version does not have are left out, those that are missing have their defaults, and so have options
+    of training alone whose value is no longer allowed; :func:`unfamiliar` names all three.
 
     Raises:
         UserError: names the key, and `source`, the file it came from.
@@ -609,10 +621,12 @@ def from_dict(content, source):
 
 def unfamiliar(content, source):
     """A line that names the keys by which a saved config differs from those of this version; empty if none does."""
-    saved = [key for key, _ in _saved_pairs(content, source)]
-    unknown, missing = [key for key in saved if key not in KNOBS], [key for key in KNOBS if key not in saved]
+    pairs = dict(_saved_pairs(content, source))
+    outlived = [f"{key} {value!r}" for key, value in pairs.items() if key in KNOBS and _outlived(key, value)]
+    unknown, missing = [key for key in pairs if key not in KNOBS], [key for key in KNOBS if key not in pairs]
     parts = [f"has {', '.join(unknown)}, which this version does not have and ignores"] if unknown else []
     parts += [f"lacks {', '.join(missing)}, for which the defaults are used"] if missing else []
+    parts += [f"has {', '.join(outlived)}, no longer allowed: the defaults are used"] if outlived else []
     return f"{source}: its config {', and '.join(parts)}" if parts else ""
 
 

@@ -28,7 +28,7 @@ from analysis.results import Options
 from analysis.writing import write_report
 from common import logger
 from common.errors import UserError, run_command
-from common.files import reserve, write_whole
+from common.files import reserved, write_whole
 from dataset.build import build_datasets, build_loader, worker_count
 from dataset.build import own_values as data_values
 from models import own_values
@@ -50,9 +50,9 @@ def train(config, world, folder, log):
                 run = build_run(config, world, folder, log, stop)
             if world.is_main:
                 write_whole(folder / "config.json", json.dumps(config_module.to_dict(config), indent=2) + "\n")
-            if run.is_finished():
-                log.info(f"already finished: {run.position.epoch} of {config.TRAIN.EPOCHS} epochs (TRAIN.EPOCHS)")
-            while not run.is_finished():
+            if run.end_reason():
+                log.info(f"already finished: {run.end_reason()}")
+            while not run.end_reason():
                 train_epoch(run, stop)
                 finish_epoch(run)
         except distributed.Stopped as stopped:
@@ -68,7 +68,10 @@ def train(config, world, folder, log):
             "no label has both classes in the validation split, so there is no best checkpoint; "
             f"evaluate the last one with --eval --resume {folder / checkpoint.LAST}"
         )
-    log.info(f"finished: best {run.metric.key} on the validation split {run.best.value}; everything is in {folder}")
+    log.info(
+        f"finished: best {run.metric.key} on the validation split {run.best.value} after {run.end_reason()}; "
+        f"everything is in {folder}"
+    )
     return 0
 
 
@@ -156,7 +159,7 @@ def finish_epoch(run):
     position.next_epoch()
     # LAST comes last: killed before it, the run validates again and writes the others again.
     names = [checkpoint.BEST] if is_best else []
-    if done % config.SAVE_FREQ == 0 or run.is_finished():
+    if done % config.SAVE_FREQ == 0 or run.end_reason():
         names.append(f"ckpt_epoch_{done}.pth")
     if is_ema_best:
         run.save([checkpoint.EMA_BEST], weights="model_ema")
@@ -205,24 +208,23 @@ def evaluate(config, world, folder, log):
     warnings = testing.warnings_of(tested, dataset, config)
     for text in warnings:
         log.warning(text)
-    if world.is_main:  # before an hour of work whose results find no room
-        target = new_evaluation(config.RESULTS)
-        room = reserve(target, testing.expected_bytes(dataset, held_out))
+    target = new_evaluation(config.RESULTS) if world.is_main else None
     tested.model.to(world.device)
     limit_threads(config, world)
 
-    log.info(f"evaluating {tested.path} on {len(dataset):,} test images")
-    started = time.time()
-    predicted = {TEST: (dataset, testing.test_split(tested, dataset, config, world, log))}
-    seconds = time.time() - started
-    if held_out is not None:
-        log.info(f"thresholds and calibration: {len(held_out):,} validation images")
-        predicted[VALIDATE] = held_out, testing.test_split(tested, held_out, config, world, log)
+    # Before an hour of work whose results find no room.
+    with reserved(target, testing.expected_bytes(dataset, held_out)) if target else contextlib.nullcontext():
+        log.info(f"evaluating {tested.path} on {len(dataset):,} test images")
+        started = time.time()
+        predicted = {TEST: (dataset, testing.test_split(tested, dataset, config, world, log))}
+        seconds = time.time() - started
+        if held_out is not None:
+            log.info(f"thresholds and calibration: {len(held_out):,} validation images")
+            predicted[VALIDATE] = held_out, testing.test_split(tested, held_out, config, world, log)
     if not world.is_main:
         return None
     found = predicted[TEST][1]
     metrics = testing.describe(tested, dataset, config, world, seconds=seconds, found=found, warnings=warnings)
-    room.unlink(missing_ok=True)
     write_evaluation(target, metrics, predicted, tested.path.parent / "metrics.jsonl")
     log.info("test split\n" + task.table(metrics))
     if metrics["skipped"]:

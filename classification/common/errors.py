@@ -1,6 +1,7 @@
 """The one exception for mistakes a user can mend, how it helps, and what becomes of it."""
 
 import difflib
+import signal
 import sys
 
 
@@ -24,4 +25,6 @@ def run_command(function, argv=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # a second Ctrl-C in training, the first elsewhere
+        sys.exit(128 + signal.SIGINT)
     sys.exit(128 + stopped_by if stopped_by else 0)

@@ -52,24 +52,32 @@ def write_whole(path, text):
         ) from error
 
 
-def reserve(folder, size):
-    """Keep `size` bytes of the disk free for what is written later: delete the file that is returned before it.
+@contextlib.contextmanager
+def reserved(folder, size):
+    """Keeps `size` bytes of the disk free in a new folder for what is written there afterwards.
+
+    If the work meanwhile fails, the folder is removed: nothing is in it.
 
     Raises:
         UserError: there is no room for them.
     """
     path = Path(folder) / ".room"
     try:
-        with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
+        try:
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise UserError(
+                    f"{folder} has no room for about {size / 1e6:.0f} MB ({error.strerror}); make room, or choose "
+                    "another folder"
+                ) from error
+        yield
+    except BaseException:
         path.unlink(missing_ok=True)
-        if error.errno not in REFUSED:
-            raise UserError(
-                f"{folder} has no room for about {size / 1e6:.0f} MB ({error.strerror}); make room, or choose "
-                "another folder"
-            ) from error
-    return path
+        path.parent.rmdir()
+        raise
+    path.unlink(missing_ok=True)
 
 
 def sha256(file):

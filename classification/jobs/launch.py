@@ -51,8 +51,9 @@ def main(argv):
         store = distributed.meet(int(env["SLURM_PROCID"]), nodes)  # the first node's lives as long as this process
         where = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-id {env['SLURM_JOB_ID']} --rdzv-conf is_host=0".split()
         where += ["--rdzv-endpoint", f"{store.host}:{store.port}"]
-    warn_of_missing_gpus(int(env.get("SLURM_GPUS_ON_NODE", 0)))
-    processes = env.get("SLURM_GPUS_ON_NODE") or str(max(1, torch.cuda.device_count()))
+    given = int(env.pop("SLURM_GPUS_ON_NODE", 0))  # else each process would warn as well
+    distributed.warn_of_missing_gpus(given)
+    processes = str(given or max(1, torch.cuda.device_count()))
     with tempfile.TemporaryDirectory() as folder:
         # Asked for in a file, a training that was stopped ends with 0, and torchrun ends no other process that saves.
         ours = Path(folder) / "status"
@@ -120,19 +121,6 @@ def _explain(rank, failure):
     name = signal.Signals(-failure.exitcode).name
     hint = ", most often for memory: give the job more (--mem), or DATA.NUM_WORKERS less" if name == "SIGKILL" else ""
     raise UserError(f"the process of rank {rank} on {socket.gethostname()} was ended by {name}{hint}")
-
-
-def warn_of_missing_gpus(given):
-    """One line if torch sees fewer GPUs than Slurm has given to this node."""
-    seen = torch.cuda.device_count()
-    if seen < given:
-        what = "training runs on the CPU" if seen == 0 else "several processes share a GPU"
-        print(
-            f"warning: SLURM_GPUS_ON_NODE is {given} on {socket.gethostname()}, but torch {torch.__version__} sees "
-            f"{seen} GPUs: {what}. Try nvidia-smi there, and run setup_mimic_env.sh in such a job",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 if __name__ == "__main__":

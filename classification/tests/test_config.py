@@ -216,6 +216,15 @@ def test_a_config_of_another_version_is_read_and_its_keys_are_named():
         "TRAIN.EMA.WARMUP, SAVE_FREQ, for which the defaults are used"
     )
     assert differences(saved, to_dict(load("--opts", "SEED", "3"))) == {"SAVE_FREQ": (1, 5)}
+    # A training option out of today's bounds: the model does not need it. One that the model needs is an error.
+    saved = to_dict(load("--opts", "SEED", "3"))
+    saved["TRAIN"]["CLIP_GRAD"], saved["AUG"]["MIXUP"] = -1, "much"
+    assert from_dict(saved, "a.pth") == load("--opts", "SEED", "3", "TRAIN.CLIP_GRAD", "5.0", "AUG.MIXUP", "0.8")
+    assert unfamiliar(saved, "a.pth").endswith("has TRAIN.CLIP_GRAD -1, AUG.MIXUP 'much', no longer allowed: the "
+                                               "defaults are used")  # fmt: skip
+    saved["AUG"]["STD"] = [1, 0, 1]
+    with pytest.raises(UserError, match="a.pth: AUG.STD is .1.0, 0.0, 1.0.; each number must be above 0"):
+        from_dict(saved, "a.pth")
 
 
 # A value of the right type below and above what each number may be; None: there is no such bound.

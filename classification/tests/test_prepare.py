@@ -19,7 +19,7 @@ import prepare_mimic
 from common.errors import UserError
 from conftest import ROOT, SHARED, edit_csv
 from dataset.files.images import decode
-from dataset.tools import cache
+from dataset.tools import cache, processes
 
 
 def contents(folder):
@@ -233,3 +233,13 @@ def test_the_real_sample_passes_through(tmp_path):
     assert build(SHARED / "cxr_sample", tmp_path / "c") == 0
     path = next((tmp_path / "c").rglob("*.jpg"))
     assert min(decode(path.read_bytes(), str(path)).shape) == 32
+
+
+def test_a_killed_process_is_one_line(tmp_path, monkeypatch):
+    """Its images would be waited for without end."""
+
+    def killed(_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(UserError, match="a process that reads images was killed.* fewer --workers"):
+        list(processes.in_processes(killed, [1, 2], workers=2))

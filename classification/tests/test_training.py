@@ -27,11 +27,11 @@ import config as config_module
 import main
 import utils_multilabel as multilabel
 from common import files
-from common.errors import UserError
+from common.errors import UserError, run_command
 from conftest import ROOT, edit_csv, epochs
 from dataset.build import Loader
 from dataset.labels import LABELS
-from training import checkpoint, distributed, faults, testing
+from training import checkpoint, distributed, faults, state, testing
 from training import compiling as compiling_module
 from training import run as run_module
 from training.step import Step
@@ -723,13 +723,18 @@ def test_the_average_inside_a_checkpoint_is_evaluated(finished, run_main, tmp_pa
     torch.save(state | {"model_ema": None}, tmp_path / "none.pth")
     with pytest.raises(UserError, match="none.pth has no EMA weights"):
         run_main("--eval", "--ema", "--resume", tmp_path / "none.pth")
+    with pytest.raises(UserError, match="--ema: .*ema_best_ckpt.pth does not exist, and --pretrained .* has none that"):
+        run_main("--eval", "--ema", "--pretrained", last)
 
 
 def test_scores_of_two_validation_sets_are_not_compared(finished, run_main, tmp_path):
     """After another label policy the best begins anew, and that is said."""
     shutil.copytree(finished / "out", tmp_path / "out")
     run = run_main(TRAIN__EPOCHS=4, DATA__UNCERTAIN="ones")
-    assert "was validated on other images or labels than now" in (run / "log_rank0.txt").read_text()
+    log = (run / "log_rank0.txt").read_text()
+    assert "was validated on other images or labels than now" in log
+    assert "WARNING changed since the checkpoint: DATA.UNCERTAIN 'zeros' -> 'ones'" in log
+    assert "INFO changed since the checkpoint: TRAIN.EPOCHS 3 -> 4" in log
     last = epochs(run)[-1]
     assert last["epoch"] == 4 and last["best_mean_auc"] == last["mean_auc"]
 
@@ -771,6 +776,8 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.
         (RuntimeError("unable to open shared memory object </torch_1> in read-write mode"), "no room in shared memory"),
         (ValueError("Expected more than 1 value per channel when training, got input size torch.Size([1, 192, 1, 1])"),
          "batch normalisation cannot train on one value"),
+        (RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"),  # Triton's
+         "TRAIN.COMPILE True: torch cannot compile intern_image .out of resource: shared memory.* set TRAIN.COMPILE"),
     ],
 )  # fmt: skip
 def test_faults_of_the_machine_are_one_line(tiny, error, message):
@@ -986,15 +993,19 @@ def test_too_little_space_is_named_at_start(run_main, monkeypatch):
     usage = types.SimpleNamespace(free=20_000_000)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
     folder = run_main(TRAIN__EPOCHS=1, TRAIN__STOP_AFTER=1)
-    assert re.search(r"WARNING .* has 0.0 GB free, and 6 checkpoints take", (folder / "log_rank0.txt").read_text())
+    assert re.search(
+        r"WARNING .* has 20 MB free, and 6 checkpoints take \d+ MB", (folder / "log_rank0.txt").read_text()
+    )
     usage.free = 1_000_000
-    with pytest.raises(UserError, match="GB free, a checkpoint takes 0.0 GB and is written beside the one before"):
+    with pytest.raises(
+        UserError, match="has 1 MB free, a checkpoint takes [1-9]\\d* MB and is written beside the one before"
+    ):
         run_main(out="b")
 
 
 def test_another_run_resumed_under_a_new_tag_has_a_best_of_its_own(finished, run_main):
     last = finished / "out" / "tiny" / "default" / "last_ckpt.pth"
-    folder = run_main("--resume", last, TRAIN__EPOCHS=4)
+    folder = run_main("--resume", last, TRAIN__EPOCHS=4, TRAIN__STOP_AFTER=2)  # counted from here on
     log = (folder / "log_rank0.txt").read_text()
     assert f"{folder / 'best_ckpt.pth'} does not exist, so best_ckpt.pth restarts" in log
     assert checkpoint.read(folder / "best_ckpt.pth")["epoch"] == 4
@@ -1029,7 +1040,9 @@ def test_the_newest_checkpoints_are_kept_and_early_stopping_resumes(run_main, mo
     assert [line["epoch"] for line in epochs(folder)] == [1, 2, 3, 4]
     assert {p.name for p in folder.glob("ckpt_epoch_*")} == {"ckpt_epoch_3.pth", "ckpt_epoch_4.pth"}
     run_main(TRAIN__EPOCHS=9, **options)
-    assert len(epochs(folder)) == 4 and "already finished: 4 of 9" in (folder / "log_rank0.txt").read_text()
+    log = (folder / "log_rank0.txt").read_text()
+    assert len(epochs(folder)) == 4
+    assert "already finished: 4 of 9 epochs, none better since epoch 2 (TRAIN.STOP_AFTER 2)" in log
 
 
 def test_frozen_levels_do_not_change_and_end_the_backward_pass(run_main, monkeypatch):
@@ -1082,14 +1095,72 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(finished, run_main, tree, t
         main.main(["--eval", "--resume", str(tmp_path / "bare.pth"), "--data-path", str(tree)])
 
 
-def test_an_evaluation_without_room_ends_before_its_work(finished, run_main, monkeypatch):
+def test_an_evaluation_without_room_or_results_leaves_nothing(finished, run_main, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr(testing, "test_split", None)
+    best = finished / "out" / "tiny" / "default" / "best_ckpt.pth"
     with pytest.raises(UserError, match="has no room for about .* MB .No space left on device."):
-        run_main("--eval", "--resume", finished / "out" / "tiny" / "default" / "best_ckpt.pth")
+        run_main("--eval", "--resume", best)
+    monkeypatch.undo()
+
+    def fails(*_):
+        assert list((tmp_path / "out" / "results").glob("*/.room"))
+        raise UserError("unreadable")
+
+    monkeypatch.setattr(testing, "test_split", fails)
+    with pytest.raises(UserError, match="unreadable"):
+        run_main("--eval", "--resume", best)
+    assert not list((tmp_path / "out" / "results").iterdir())  # neither left a folder
+
+
+def test_ranks_wait_until_the_checkpoint_is_written(tmp_path, monkeypatch):
+    """A rank that ended before would have the launcher kill rank 0 in the file."""
+    done = []
+    monkeypatch.setattr(checkpoint, "save", lambda *_: done.append("written"))
+    monkeypatch.setattr(distributed, "gather", lambda value, world: done.append(f"rank {world.rank} waits"))
+    for rank in (0, 1):
+        world = distributed.World(rank, 2, torch.device("cpu"))
+        run = types.SimpleNamespace(
+            parts=[state.Weights(torch.nn.Linear(1, 1), None, LOG)], world=world, folder=tmp_path,
+            position=types.SimpleNamespace(epoch=0, update=1),
+        )  # fmt: skip
+        run_module.Run.save(run, ["a.pth"])
+    assert done == ["written", "rank 0 waits", "rank 1 waits"]
+
+
+def test_a_checkpoint_of_unknown_origin_imports_nothing(finished, tmp_path):
+    content = checkpoint.read(finished / "out" / "tiny" / "default" / "best_ckpt.pth")
+    for k, (section, key, value) in enumerate(
+        (("MODEL", "TYPE", "antigravity"), ("DATA", "DATASET", "antigravity"), ("DATA", "DATASET", "tools.antigravity"),
+         ("DATA", "SOURCES", [{"dataset": "antigravity", "path": "/"}]))
+    ):  # fmt: skip
+        config = content["config"] | {section: content["config"][section] | {key: value}}
+        torch.save(content | {"config": config}, tmp_path / f"{k}.pth")
+        with pytest.raises(UserError, match=f"{k}.pth: {section}.{key} is .*antigravity', no file of "):
+            main.main(["--eval", "--resume", str(tmp_path / f"{k}.pth"), "--data-path", str(tmp_path)])
+    assert "antigravity" not in sys.modules
+
+
+def test_gpus_that_torch_does_not_see_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for given, lines in ((None, 0), ("3", 1)):
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", given) if given else monkeypatch.delenv("SLURM_GPUS_ON_NODE", False)
+        with distributed.session():
+            pass
+        assert capsys.readouterr().err.count("warning: SLURM_GPUS_ON_NODE is 3 on ") == lines
+
+
+def test_ctrl_c_leaves_no_traceback():
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(interrupted)
+    assert ended.value.code == 130
 
 
 def test_the_digest_is_that_of_the_bytes_that_were_loaded(finished, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ Nothing here ever runs code from a file: everything is read with `weights_only=T
 
 import contextlib
 import os
+import pkgutil
 import re
 import shutil
 import warnings
@@ -19,6 +20,7 @@ import config as config_module
 from common.errors import UserError
 from common.files import rename, sha256
 
+ROOT = Path(__file__).resolve().parents[1]
 LAST = "last_ckpt.pth"  # after every epoch, or where a signal stopped the run
 PREVIOUS = "last_ckpt.previous.pth"
 BEST = "best_ckpt.pth"
@@ -79,7 +81,7 @@ def check_space(config, folder, size, log):
     free, written = shutil.disk_usage(folder).free, len(list(Path(folder).glob("*.pth")))
     if free < 2 * size and written < 2:
         raise UserError(
-            f"{folder} has {free / 1e9:.1f} GB free, a checkpoint takes {size / 1e9:.1f} GB and is written "
+            f"{folder} has {free / 1e6:,.0f} MB free, a checkpoint takes {size / 1e6:,.0f} MB and is written "
             "beside the one before; make room, or choose another --output"
         )
     every = -(-config.TRAIN.EPOCHS // config.SAVE_FREQ)
@@ -87,7 +89,7 @@ def check_space(config, folder, size, log):
     needed = max(0, files - written) * size
     if free < needed:
         log.warning(
-            f"{folder} has {free / 1e9:.1f} GB free, and {files} checkpoints take {needed / 1e9:.1f} GB more; make "
+            f"{folder} has {free / 1e6:,.0f} MB free, and {files} checkpoints take {needed / 1e6:,.0f} MB more; make "
             "room, or keep fewer with SAVE_FREQ and SAVE_KEEP"
         )
 
@@ -118,7 +120,21 @@ def read_config(path):
     state = read(path)
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise UserError(f"{path} is not a checkpoint of this project: it has no config; name the experiment with --cfg")
+    _refuse_foreign_modules(state["config"], path)
     return state["config"]
+
+
+def _refuse_foreign_modules(config, path):
+    """Raise a UserError where the config in `path`, which may be anyone's file, names a module outside this project."""
+    model, data = (config[key] if isinstance(config.get(key), dict) else {} for key in ("MODEL", "DATA"))
+    sources = data["SOURCES"] if isinstance(data.get("SOURCES"), list) else []
+    named = [("models", "MODEL.TYPE", model.get("TYPE")), ("dataset", "DATA.DATASET", data.get("DATASET"))]
+    named += [("dataset", "DATA.SOURCES", one.get("dataset")) for one in sources if isinstance(one, dict)]
+    for package, key, name in named:
+        if name is not None and str(name) not in {file.name for file in pkgutil.iter_modules([str(ROOT / package)])}:
+            raise UserError(
+                f"{path}: {key} is {name!r}, no file of {package}/; to run that module, name your --cfg as well"
+            )
 
 
 def read_with_digest(path):
@@ -260,14 +276,23 @@ def load_weights(model, state, path, label_names, ema=False):
     load_strictly(model, weights, path)
 
 
-def log_differences(state, path, config, log, but=()):
-    """Log which options have changed since the checkpoint at `path` was written, apart from `but`."""
+# What the model sees of an image; trained with another value, its scores are lower.
+SEEN = ("DATA.IMG_SIZE", "DATA.RESIZE", "DATA.INTERPOLATION", "AUG.MEAN", "AUG.STD", "TEST.CROP")
+# What it learns; changed within a run, its epochs cannot be compared.
+LEARNT = (*SEEN, "DATA.UNCERTAIN", "DATA.MISSING", "DATA.VIEWS", "DATA.LABELER", "DATA.SAMPLER", "TRAIN.LOSS")
+
+
+def log_differences(state, path, config, log, but=(), warned=()):
+    """Log which options have changed since the checkpoint at `path` was written, apart from `but`.
+
+    warned: those whose change is a warning.
+    """
     if line := config_module.unfamiliar(state["config"], path):
         log.warning(line)
     changed = config_module.differences(state["config"], config_module.to_dict(config))
     for key, (old, new) in changed.items():
         if key not in but:
-            log.info(f"changed since the checkpoint: {key} {old!r} -> {new!r}")
+            (log.warning if key in warned else log.info)(f"changed since the checkpoint: {key} {old!r} -> {new!r}")
 
 
 # ------------------------------------------------------------------------------- foreign weights

@@ -15,6 +15,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -186,6 +187,8 @@ def session():
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        if local_rank == 0:
+            warn_of_missing_gpus(int(os.environ.get("SLURM_GPUS_ON_NODE", 0)))
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = None if "RANK" in os.environ else meet(rank, size)
@@ -202,6 +205,19 @@ def session():
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def warn_of_missing_gpus(given):
+    """One line if torch sees fewer GPUs than Slurm has given to this node."""
+    seen = torch.cuda.device_count()
+    if seen < given:
+        what = "training runs on the CPU" if seen == 0 else "several processes share a GPU"
+        print(
+            f"warning: SLURM_GPUS_ON_NODE is {given} on {socket.gethostname()}, but torch {torch.__version__} sees "
+            f"{seen} GPUs: {what}. Try nvidia-smi there, and run setup_mimic_env.sh in such a job",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def is_loss_of_peer(error):

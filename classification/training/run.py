@@ -14,7 +14,7 @@ from dataset.build import Loader, build_datasets, build_loader, fingerprint, wor
 from dataset.mixing import build_mixing
 from dataset.patients import patients_of, together
 from models import build_model, pretrained_file
-from training import checkpoint
+from training import checkpoint, distributed
 from training.distributed import World
 from training.inference import limit_threads
 from training.log import log_datasets, log_without_effect
@@ -64,11 +64,17 @@ class Run:
     to_compile: bool = False
     last_images: torch.Tensor = None
 
-    def is_finished(self):
-        """Whether all epochs are done, or TRAIN.STOP_AFTER of them since the last better score."""
-        done, patience = self.position.epoch, self.config.TRAIN.STOP_AFTER
-        since_best = done - max(self.best.epoch, self.ema_best.epoch)
-        return done >= self.config.TRAIN.EPOCHS or (patience > 0 and since_best >= patience)
+    def end_reason(self):
+        """Why training ends, in words: all epochs are done, or TRAIN.STOP_AFTER of them since the last better score."""
+        done, train = self.position.epoch, self.config.TRAIN
+        best = max(self.best.epoch, self.ema_best.epoch)
+        if done >= train.EPOCHS:
+            return f"{done} of {train.EPOCHS} epochs (TRAIN.EPOCHS)"
+        if 0 < train.STOP_AFTER <= done - best:
+            return (
+                f"{done} of {train.EPOCHS} epochs, none better since epoch {best} (TRAIN.STOP_AFTER {train.STOP_AFTER})"
+            )
+        return ""
 
     def batches(self):
         """The batches of the epoch from the next update on. Adds to its sums the seconds waited and images skipped."""
@@ -93,6 +99,8 @@ class Run:
         if self.world.is_main:
             state |= {"model": state[weights], "weights": weights}
             checkpoint.save(state, self.folder, names)
+        # A rank that ended before rank 0 has written would have the launcher kill it.
+        distributed.gather(None, self.world)
         self.position.saved_at = self.position.epoch, self.position.update
 
 

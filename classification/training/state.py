@@ -277,6 +277,7 @@ class Best:
         else:
             self.value, self.epoch = before, state.get(f"{self.key}_epoch", 0)
             return
+        self.epoch = state["epoch"]  # TRAIN.STOP_AFTER counts from here
         self.log.warning(f"{path} {why}, so {self.file.name} restarts (best before: {best_by} {before:.4f})")
 
 
@@ -309,7 +310,7 @@ class Origin:
         self.patients = together(self.patients, state.get("patients", {}))
         if warning := domain_warning(state.get("domain"), self.domain):
             self.log.warning(warning)
-        checkpoint.log_differences(state, path, self.config, self.log)
+        checkpoint.log_differences(state, path, self.config, self.log, warned=checkpoint.LEARNT)
 
 
 def restore(parts, state, path):

@@ -1,5 +1,6 @@
 """Testing a checkpoint: which weights, on which images, and the record that the evaluation's folder keeps."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,6 @@ from training import checkpoint
 from training.inference import autocast, device_name
 from training.tasks import TASKS
 
-# What the model sees of an image; trained with another value, its scores are lower.
-SEEN = ("DATA.IMG_SIZE", "DATA.RESIZE", "DATA.INTERPOLATION", "AUG.MEAN", "AUG.STD", "TEST.CROP")
 OF_EVALUATION = ("CFG", "EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
 
 
@@ -39,7 +38,7 @@ def load_tested(config, folder, dataset, log):
     # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
     path = Path(config.MODEL.RESUME or folder / (checkpoint.EMA_BEST if config.TEST.EMA else checkpoint.BEST))
     if not config.MODEL.RESUME and config.MODEL.PRETRAINED and not path.exists():
-        return _load_foreign(model, config, dataset, log)
+        return _load_foreign(model, config, folder, dataset, log)
     state, sha256 = checkpoint.read_with_digest(path)
     checkpoint.load_weights(model, state, path, dataset.label_names, ema=config.TEST.EMA)
     refuse_known(state.get("patients", {}), dataset, config, path)
@@ -48,9 +47,14 @@ def load_tested(config, folder, dataset, log):
     return Tested(model, path, sha256, {key: value for key, value in state.items() if key not in weights})
 
 
-def _load_foreign(model, config, dataset, log):
+def _load_foreign(model, config, folder, dataset, log):
     """The model with the weights of MODEL.PRETRAINED, head included."""
     path = Path(config.MODEL.PRETRAINED)
+    if config.TEST.EMA:
+        raise UserError(
+            f"--ema: {folder / checkpoint.EMA_BEST} does not exist, and --pretrained {path} has none that are read; "
+            "leave out --ema, or name a checkpoint of main.py with --resume"
+        )
     keys = checkpoint.load_pretrained(model, path, log)
     if keys["replaced"] or keys["missing"]:
         raise UserError(f"--eval: {path} has no head for these {config.MODEL.NUM_CLASSES} classes; train first")
@@ -80,8 +84,8 @@ def warnings_of(tested, dataset, config):
     changed = config_module.differences(tested.origin.get("config", {}), config_module.to_dict(config))
     found += [
         f"the model was trained with {key} {changed[key][0]}, here it is {changed[key][1]}: its scores are lower; "
-        f"use --opts {key} {changed[key][0]!r}"
-        for key in SEEN
+        f"use --opts {key} {shlex.quote(str(changed[key][0]))}"
+        for key in checkpoint.SEEN
         if key in changed
     ]
     return [text for text in found if text]

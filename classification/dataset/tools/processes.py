@@ -1,5 +1,6 @@
 """Work on many images by all processors. Runs without torch."""
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import signal
 
 from tqdm import tqdm
 
+from common.errors import UserError
 from dataset.files.images import note, take_warnings
 
 
@@ -18,15 +20,32 @@ def _with_warnings(function, item):
     return function(item), take_warnings()
 
 
+def _next(results, processes):
+    """The next of the results, which would never come where one of the processes was killed."""
+    while True:
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            return results.next(timeout=2)
+        if not all(process.is_alive() for process in processes):
+            raise UserError(
+                "a process that reads images was killed, most likely for want of memory; use fewer --workers, or ask "
+                "for more memory for the job (sbatch --mem)"
+            )
+
+
 def in_processes(function, items, workers=None):
     """function(item) of each item of a list, in order, by so many processes (all processors), with a progress bar.
 
     What they warn of is collected here, see :func:`dataset.files.images.take_warnings`.
+
+    Raises:
+        UserError: one of the processes was killed.
     """
     workers = workers or len(os.sched_getaffinity(0))
     with multiprocessing.get_context("fork").Pool(workers, initializer=_quiet) as pool:
+        started = multiprocessing.active_children()
         results = pool.imap(functools.partial(_with_warnings, function), items, chunksize=4)
-        for result, odd in tqdm(results, total=len(items), unit="image", smoothing=0.05):
+        for _ in tqdm(items, unit="image", smoothing=0.05):
+            result, odd = _next(results, started)
             for count, text, name in odd:
                 note(text, name, count)
             yield result
