@@ -1,7 +1,7 @@
 """Train and evaluate. `python main.py --help` lists the flags; `config.py` lists every option.
 
     python main.py --cfg configs/internimage_b_mimic_cxr_224.yaml --data-path /scratch/mimic --pretrained FILE
-    torchrun --nproc-per-node 4 main.py --cfg ... --data-path ... --pretrained FILE
+    python -m jobs.launch main.py --cfg ... --data-path ... --pretrained FILE             every GPU of this machine
     python main.py --cfg ... --data-path ... --eval --resume output/.../best_ckpt.pth
 
 Read `main` at the end first: it leads to `train` and `evaluate`. What they own is in `training/`.

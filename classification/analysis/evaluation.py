@@ -598,10 +598,10 @@ def ensemble(evaluations, folder):
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         for name, t in tables.items():
             ids = {c: t.ids[c] for c in t.ids}
             write_predictions(folder / name, ids, t.label_names, t.targets, t.probabilities, t.labels, t.logits)
+        write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")  # last, as above
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
     return read_evaluation(folder)

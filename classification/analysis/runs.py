@@ -22,6 +22,7 @@ from analysis.tables import DASH, Cell, Table, count, figure, number, plain
 from analysis.text import short_names
 from analysis.training_log import chosen_by, read_metrics
 from common.errors import UserError
+from common.files import write_whole
 
 FILES = {"config.json", "metrics.jsonl", "log_rank0.txt"}
 RECORD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ([A-Z]+) ", re.M)
@@ -294,7 +295,7 @@ def write_runs(root, folder=None):
             csv.writer(file).writerows(_csv_rows(runs, unlike))
         figures.write_runs([(name, r["group"], r["epochs"], r["score"]) for name, r in zip(names, runs)], folder)
         text = page.render_runs(f"{len(runs):,} runs below {root}", _states(runs), shown, folder / "runs.svg")
-        (folder / "runs.html").write_text(text, encoding="utf-8")
+        write_whole(folder / "runs.html", text)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
     return folder, "\n\n".join(tables.plain_text(t) for t in shown)

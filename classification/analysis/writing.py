@@ -21,6 +21,7 @@ from analysis import (
 from analysis.groups import read_table
 from analysis.sharing import without_paths
 from common.errors import UserError
+from common.files import write_whole
 
 
 def _write_files(report, fitted, folder, pictures, no_pictures, model_card):
@@ -41,7 +42,7 @@ def _write_files(report, fitted, folder, pictures, no_pictures, model_card):
         if fitted is None:
             (folder / "calibration.json").unlink(missing_ok=True)  # of an earlier report with other predictions
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_whole(folder / name, text)
         with open(folder / "per_label.csv", "w", newline="") as file:
             csv.writer(file).writerows([tables.CSV_COLUMNS, *tables.per_label(report)])
         figures.write_figures(report, folder / "figures")
@@ -95,7 +96,7 @@ def write_comparison(report, folder, evaluations, share=False):
         figures.write_forest(comparison_tables.panels(report), folder / "figures")
         texts["report.html"] = page.render_comparison(report, folder / "figures" / "auroc.svg")
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_whole(folder / name, text)
         with open(folder / "per_label.csv", "w", newline="") as file:
             csv.writer(file).writerows(comparison_tables.per_label(report))
     except OSError as error:

@@ -235,11 +235,11 @@ def test_the_real_sample_passes_through(tmp_path):
     assert min(decode(path.read_bytes(), str(path)).shape) == 32
 
 
-def test_a_killed_process_is_one_line(tmp_path, monkeypatch):
+def _kill_me(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_one_line():
     """Its images would be waited for without end."""
-
-    def killed(_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
     with pytest.raises(UserError, match="a process that reads images was killed.* fewer --workers"):
-        list(processes.in_processes(killed, [1, 2], workers=2))
+        list(processes.in_processes(_kill_me, [1, 2], workers=2))

@@ -16,8 +16,8 @@ def _quiet():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
 
-def _with_warnings(function, item):
-    return function(item), take_warnings()
+def _with_warnings(function, items):
+    return [function(item) for item in items], take_warnings()
 
 
 def _next(results, processes):
@@ -41,11 +41,14 @@ def in_processes(function, items, workers=None):
         UserError: one of the processes was killed.
     """
     workers = workers or len(os.sched_getaffinity(0))
+    parts = [items[k : k + 4] for k in range(0, len(items), 4)]
     with multiprocessing.get_context("fork").Pool(workers, initializer=_quiet) as pool:
         started = multiprocessing.active_children()
-        results = pool.imap(functools.partial(_with_warnings, function), items, chunksize=4)
-        for _ in tqdm(items, unit="image", smoothing=0.05):
-            result, odd = _next(results, started)
-            for count, text, name in odd:
-                note(text, name, count)
-            yield result
+        results = pool.imap(functools.partial(_with_warnings, function), parts)
+        with tqdm(total=len(items), unit="image", smoothing=0.05) as bar:
+            for part in parts:
+                found, odd = _next(results, started)
+                for count, text, name in odd:
+                    note(text, name, count)
+                yield from found
+                bar.update(len(part))
