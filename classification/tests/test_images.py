@@ -343,6 +343,9 @@ def test_the_order_of_the_stages():
         assert_shows(image(RAMP, *windows), shown, window=index)
         said = [f"window {index} is missing or not valid: window 1 is used"] if index in (0, 3) else []
         assert [text for _, text, _ in take_warnings()] == said
+    for index, said in ((0, []), (2, ["window 2 is missing, and so is any other: the image's own range is used"])):
+        decode(image(RAMP), "a.dcm", window=index)
+        assert [text for _, text, _ in take_warnings()] == said
 
 
 @pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, BIG_ENDIAN])

@@ -178,6 +178,10 @@ def _voi(dataset, index, negative):
         return lambda values: _look_up(entries, np.round(values) - first) / (2**bits - 1)
     windows = _windows(dataset)
     if not windows:
+        if index:
+            warnings.warn(
+                f"window {index} is missing, and so is any other: the image's own range is used", stacklevel=2
+            )
         return None
     center, width = _chosen(windows, index)
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip(" \0").upper()
