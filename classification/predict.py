@@ -26,6 +26,7 @@ from tqdm import tqdm
 import dcnv3
 from analysis import applied
 from common.errors import UserError, did_you_mean, run_command
+from common.folders import check_tmpdir
 from config import Parser
 from dataset.files.domain import domain_warning
 from dataset.files.images import ImageError, decode, sniff
@@ -252,6 +253,7 @@ def predict(args):
     workers = (1 if device.type == "cpu" else min(8, cpus)) if args.workers is None else args.workers
     if batch < 1 or workers < 0:
         raise UserError(f"-b is {batch} and -j is {workers}; they must be at least 1 and 0")
+    check_tmpdir(workers, "-j 0")
     adjust, calibrated_for = applied.read_calibration(args.calibrated, names) if args.calibrated else (None, None)
     if args.rule and not args.thresholds:
         raise UserError("--rule says which thresholds to take: give --thresholds EVALUATION as well")

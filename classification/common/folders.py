@@ -1,5 +1,6 @@
-"""Folders that results go to, tried before the work whose results they take."""
+"""Folders tried before the work that needs them: those that results go to, and TMPDIR."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -21,3 +22,16 @@ def output_folder(path, option):
     except OSError as error:
         raise UserError(f"{option} {path} cannot be written ({error.strerror}); choose another folder") from error
     return Path(path)
+
+
+LONGEST_TMPDIR = 75  # bytes: the address of a socket has 107, and its name in there takes 32
+
+
+def check_tmpdir(workers, without):
+    """Raises a UserError if TMPDIR is too long for so many loading processes of torch; without: the option for none."""
+    folder = tempfile.gettempdir()
+    if workers and (length := len(os.fsencode(folder))) > LONGEST_TMPDIR:
+        raise UserError(
+            f"TMPDIR {folder} is too long for the loading processes: it has {length} bytes, at most {LONGEST_TMPDIR} "
+            f"leave room for the name of a socket; set TMPDIR to a shorter folder (export TMPDIR=/tmp), or {without}"
+        )

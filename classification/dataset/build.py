@@ -6,7 +6,6 @@ import math
 import os
 import random
 import signal
-import tempfile
 import threading
 from collections import deque
 from typing import Protocol
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from common import builders
 from common.errors import UserError
+from common.folders import check_tmpdir
 from config import KNOBS, source_configs
 from dataset.files.images import ImageError, take_warnings, warning_kind
 from dataset.preparing import normalize
@@ -232,7 +232,6 @@ def taken_ahead(items, count):
 
 # Signals that the main process handles. A loading process that died of one would end the run.
 STOPS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP}
-LONGEST_TMPDIR = 75  # bytes: the address of a socket has 107, and its name in there takes 32
 POLL, WARN_AFTER, LONGEST_WAIT = 5, 60, 1800  # seconds
 
 
@@ -280,13 +279,7 @@ class Loader(DataLoader):
 
     def __init__(self, config, dataset, sampler, device, log):
         workers = worker_count(config)
-        folder = tempfile.gettempdir()
-        if workers and len(os.fsencode(folder)) > LONGEST_TMPDIR:
-            raise UserError(
-                f"TMPDIR {folder} is too long for the loading processes: it has {len(os.fsencode(folder))} bytes, at "
-                f"most {LONGEST_TMPDIR} leave room for the name of a socket; set TMPDIR to a shorter folder (export "
-                "TMPDIR=/tmp), or DATA.NUM_WORKERS 0"
-            )
+        check_tmpdir(workers, "DATA.NUM_WORKERS 0")
         super().__init__(
             SeededDataset(dataset, config.SEED),
             batch_sampler=sampler,

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 import config as config_module
+import predict
 from common.errors import UserError
-from conftest import epochs
+from conftest import epochs, write_checkpoint
 from dataset import build
 from dataset.build import build_datasets, build_loader, fingerprint
 from dataset.samplers import SAMPLERS, TrainSampler, sampling_weights
@@ -262,13 +264,17 @@ def test_a_dead_loading_process_is_a_stop_where_one_is_asked_for(loading):
                 time.sleep(0.05)
 
 
-def test_a_long_tmpdir_is_named_at_start(loading, monkeypatch, tmp_path):
+def test_a_long_tmpdir_is_named_at_start(loading, monkeypatch, tmp_path, tree):
+    path, _ = write_checkpoint(tmp_path / "a.pth")
     for length, fits in ((75, True), (76, False)):
         folder = "/" + "t" * (length - 1)
-        monkeypatch.setattr(build.tempfile, "gettempdir", lambda folder=folder: folder)
+        monkeypatch.setattr(tempfile, "gettempdir", lambda folder=folder: folder)
         if fits:
             loading(True, DATA__NUM_WORKERS=1)
         else:
             with pytest.raises(UserError, match=f"TMPDIR {folder} is too long .* 76 bytes, at most 75"):
                 loading(True, DATA__NUM_WORKERS=1)
             loading(True, DATA__NUM_WORKERS=0)
+            with pytest.raises(UserError, match="TMPDIR /t+ is too long .* or -j 0$"):
+                predict.main([str(path), str(tree), "--output", str(tmp_path / "p.csv")])
+            assert not (tmp_path / "p.csv").exists()
