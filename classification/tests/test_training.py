@@ -774,6 +774,11 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
                       "workers are out of shared memory."), "no room in shared memory"),
         (RuntimeError("unable to open shared memory object </torch_1> in read-write mode"), "no room in shared memory"),
+        (RuntimeError("unable to write to file </torch_9_7_0>: No space left on device (28)"),
+         "no room in shared memory"),
+        (RuntimeError("unable to mmap 96 bytes from file </torch_9_7_0>: Cannot allocate memory (12)"),
+         "no room in shared memory"),
+        (OSError(28, "No space left on device", "log.txt"), "no space is left .No space left on device: 'log.txt'"),
         (ValueError("Expected more than 1 value per channel when training, got input size torch.Size([1, 192, 1, 1])"),
          "batch normalisation cannot train on one value"),
         (RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"),  # Triton's

@@ -64,12 +64,12 @@ def _full(found, config, world):
 
 # What the exception's class and text match, in this order -> what it means. A worker's exception quotes its own.
 FAULTS = (
+    (r"(out of resource: .*)", _compilation),  # Triton's: a GPU's shared memory, not /dev/shm
+    (r"shared memory|</torch_|/dev/shm|Bus error", _shared_memory),  # where "no space" is no disk's either
     (r"(?:No space left on device|Disk quota exceeded)(?:: .*)?", _full),
     (r"(\S+) does not have a deterministic implementation", _not_deterministic),
     (r"(dcnv3: DCNV3_[A-Z]+=.*)", _kernel),  # one asked for by name
     (r"^torch\._(?:dynamo|inductor)\S*: (.*)", _compilation),
-    (r"(out of resource: .*)", _compilation),  # Triton's: a GPU's shared memory, not /dev/shm
-    (r"shared memory|/dev/shm|Bus error", _shared_memory),
     (r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory|^builtins.MemoryError", _memory),
     (r"DataLoader worker .*(exited unexpectedly|killed by signal)", _worker),
     (r"Expected more than 1 value per channel", _one_value),
