@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 from common.errors import UserError
@@ -56,28 +57,26 @@ def write_whole(path, text):
 def reserved(folder, size):
     """Keeps `size` bytes of the disk free in a new folder for what is written there afterwards.
 
-    If the work meanwhile fails, the folder is removed: nothing is in it.
+    They are those of a file without a name: free again however this process ends. If the work meanwhile fails, the
+    folder is removed: nothing is in it.
 
     Raises:
         UserError: there is no room for them.
     """
-    path = Path(folder) / ".room"
     try:
-        try:
-            with open(path, "wb") as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            try:
                 os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in REFUSED:
-                raise UserError(
-                    f"{folder} has no room for about {size / 1e6:.0f} MB ({error.strerror}); make room, or choose "
-                    "another folder"
-                ) from error
-        yield
+            except OSError as error:
+                if error.errno not in REFUSED:
+                    raise UserError(
+                        f"{folder} has no room for about {size / 1e6:.0f} MB ({error.strerror}); make room, or choose "
+                        "another folder"
+                    ) from error
+            yield
     except BaseException:
-        path.unlink(missing_ok=True)
-        path.parent.rmdir()
+        os.rmdir(folder)
         raise
-    path.unlink(missing_ok=True)
 
 
 def sha256(file):

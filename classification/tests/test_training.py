@@ -1092,7 +1092,6 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(finished, run_main, tree, t
     (before,) = (finished / "results").iterdir()
     assert (folder / "predictions.csv").read_bytes() == (before / "predictions.csv").read_bytes()
     assert json.loads((folder / "metrics.json").read_text())["warnings"] == []
-    assert not (folder / ".room").exists()
     with pytest.raises(UserError, match="arguments are required: --cfg .only --eval --resume CHECKPOINT goes without"):
         main.main(["--data-path", str(tree)])
     torch.save({"model": {}}, tmp_path / "bare.pth")
@@ -1112,7 +1111,7 @@ def test_an_evaluation_without_room_or_results_leaves_nothing(finished, run_main
     monkeypatch.undo()
 
     def fails(*_):
-        assert list((tmp_path / "out" / "results").glob("*/.room"))
+        assert list((tmp_path / "out" / "results").glob("evaluation_*"))
         raise UserError("unreadable")
 
     monkeypatch.setattr(testing, "test_split", fails)
