@@ -95,7 +95,7 @@ def train_epoch(run, stop):
                 raise
             break
         now = time.time()
-        sums.add(loss, norm)
+        sums.add(loss, norm, position.images_per_update)
         sums.seconds = seconds_before + now - started
         position.update = update + 1
         if run.to_compile:
@@ -141,9 +141,9 @@ def finish_epoch(run):
     is_ema_best = run.step.ema is not None and run.ema_best.take(record["ema"][score], done)
     if run.step.ema is not None:
         record["ema"]["best"] = run.ema_best.value
-    images, waited = position.images_per_update * sums.updates, distributed.gather(sums.waited, run.world)
+    waited = distributed.gather(sums.waited, run.world)
     record["skipped"] = sum(distributed.gather(sums.skipped, run.world))
-    record |= {"seconds": round(sums.seconds, 1), "images_per_s": round(images / sums.seconds, 1)}
+    record |= {"seconds": round(sums.seconds, 1), "images_per_s": round(sums.images / sums.seconds, 1)}
     # The others wait, for its gradients, for the one that waits longest.
     record |= {"waited": round(max(waited) / sums.seconds, 3)}
     record |= {"peak_memory_gb": round(max(distributed.gather(peak_memory(run.world.device), run.world)), 2)}

@@ -914,6 +914,21 @@ def test_a_stop_within_validation_keeps_the_epoch(finished, run_main, monkeypatc
     assert_same_run(folder, finished / "out" / "tiny" / "default")
 
 
+def test_a_trained_epoch_is_only_validated_whatever_the_batch_is_now(run_main, monkeypatch):
+    """As after a validation that the GPU's memory did not hold, or on another number of GPUs."""
+    signalled(monkeypatch, Loader, "_send", 9 + 2)
+    folder = run_main(TRAIN__EPOCHS=1)
+    state = checkpoint.read(folder / checkpoint.LAST)
+    steps = signalled(monkeypatch, torch.optim.AdamW, "step", 0)
+    torch.save(
+        state | {"sums": [state["sums"][0] | {"loss": state["sums"][0]["loss"] * k} for k in (0.5, 1.5)]},
+        folder / checkpoint.LAST,
+    )  # of two ranks
+    run_main(TRAIN__EPOCHS=1, DATA__BATCH_SIZE=8)
+    (epoch,) = epochs(folder)
+    assert not steps and epoch["train_loss"] == pytest.approx(state["sums"][0]["loss"].item() / 9)
+
+
 def test_an_unreadable_validation_image_costs_nothing_but_validation(finished, own_tree, run_main, monkeypatch):
     split = pd.read_csv(next(own_tree.glob("*-split.csv.gz")))
     path = next(own_tree.rglob(f"{split[split.split == 'validate'].iloc[-1].dicom_id}.jpg"))

@@ -34,19 +34,22 @@ class Part(Protocol):
 class Sums:
     """What an epoch adds up. loss, norm: float64 scalars on the device, so that adding does not wait for it.
 
-    skipped: images. seconds: of all updates; waited: the part of them that waited for images.
+    images: of all updates on all ranks. skipped: those of this rank that could not be read. seconds: of all updates;
+    waited: the part of them that waited for images.
     """
 
     loss: torch.Tensor
     norm: torch.Tensor
     updates: int = 0
+    images: int = 0
     skipped: int = 0
     seconds: float = 0.0
     waited: float = 0.0
 
-    def add(self, loss, norm):
-        """The loss and the gradient's norm of one more update."""
-        self.loss, self.norm, self.updates = self.loss + loss, self.norm + norm, self.updates + 1
+    def add(self, loss, norm, images):
+        """The loss and the gradient's norm of one more update, and its images."""
+        self.loss, self.norm = self.loss + loss, self.norm + norm
+        self.updates, self.images = self.updates + 1, self.images + images
 
 
 def zero_sums(device):
@@ -82,26 +85,39 @@ class Position:
         return {
             "epoch": self.epoch,
             "update": self.update,
+            "updates": self.updates,
             "images_per_update": self.images_per_update,
             "sums": distributed.gather(vars(self.sums), self.world),
         }
 
     def restore(self, state, path):
-        self.epoch, self.update = state["epoch"], state["update"]
-        if self.update:
+        self.epoch, self.update, sums = state["epoch"], state["update"], state["sums"]
+        if self.update and self.update == state.get("updates"):  # trained: no image is next
+            self.update = self.updates
+            self._take(sums)
+        elif self.update:
             # The position counts updates: it means other images if an update takes others now.
             now, other = (self.images_per_update, self.world.size), None
             if state["data"]["train"] != self.train:
                 other = "other training images or another order of them (SEED, DATA.SAMPLER)"
-            elif (state["images_per_update"], len(state["sums"])) != now:
-                other = f"{state['images_per_update']} images per update on {len(state['sums'])} processes"
+            elif (state["images_per_update"], len(sums)) != now:
+                other = f"{state['images_per_update']} images per update on {len(sums)} processes"
             if other:
                 self.log.warning(f"{path} was saved within epoch {self.epoch + 1} with {other}: that epoch restarts")
                 self.update = 0
             else:
-                own = {k: v for k, v in state["sums"][self.world.rank].items() if k in vars(self.sums)}
-                self.sums = Sums(**{k: v.to(self.world.device) if torch.is_tensor(v) else v for k, v in own.items()})
+                self._take(sums)
         self.saved_at = self.epoch, self.update
+
+    def _take(self, sums):
+        """The sums of this rank from those of all ranks; of another number of ranks than now, the mean loss."""
+        rank, same = self.world.rank, len(sums) == self.world.size
+        own = sums[rank if same else 0]
+        if not same:
+            loss = sum(each["loss"] for each in sums) / len(sums)
+            own = own | {"loss": loss, "skipped": sum(each["skipped"] for each in sums) * (rank == 0)}
+        own = {k: v for k, v in own.items() if k in vars(self.sums)}
+        self.sums = Sums(**{k: v.to(self.world.device) if torch.is_tensor(v) else v for k, v in own.items()})
 
 
 @dataclass
