@@ -85,7 +85,11 @@ def run_folder(value):
 
 
 def other_than(*choices):
-    return lambda value: None if value not in choices else f"it must be other than {value!r}"
+    def wrong(value):
+        values = value.values() if isinstance(value, dict) else [value]  # a mapping: of any label
+        return None if any(v not in choices for v in values) else f"it must be other than {value!r}"
+
+    return wrong
 
 
 def sources(value):

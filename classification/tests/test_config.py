@@ -337,6 +337,12 @@ def test_what_a_run_is_too_short_for():
         (["DATA.NO_FINDING_CLEARS", "True"], "single_label", (), "DATA.NO_FINDING_CLEARS True"),
         (["DATA.NO_FINDING_CLEARS", "True"], "multilabel", (), "DATA.NO_FINDING_CLEARS True"),
         (["DATA.NO_FINDING_CLEARS", "True", "DATA.MISSING", "{Edema: ignore}"], "multilabel", (), None),
+        (
+            ["DATA.NO_FINDING_CLEARS", "True", "DATA.MISSING", "{default: zeros}"],
+            "multilabel",
+            (),
+            "DATA.NO_FINDING_CLEARS True",
+        ),
         (["AUG.REPROB", "0", "AUG.REMODE", "rand"], "multilabel", (), "AUG.REMODE 'rand'"),
         (["AUG.REPROB", "0", "AUG.RECOUNT", "3"], "multilabel", (), "AUG.RECOUNT 3"),
         (["AUG.MIXUP_PROB", "0.5"], "multilabel", (), "AUG.MIXUP_PROB 0.5"),

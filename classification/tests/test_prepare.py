@@ -55,7 +55,7 @@ def test_a_killed_build_ends_as_an_uninterrupted_one(tree, tmp_path, flags, monk
     assert build(tree, tmp_path / "whole", *flags) == 0
     # The command as a process of its own, slowed down and killed when a part of the copy is there.
     code = (
-        "import sys, time; from dataset import cache; import prepare_mimic\n"
+        "import sys, time; from dataset.tools import cache; import prepare_mimic\n"
         "cache.SHARD_IMAGES, encode = 50, cache.small_jpeg\n"
         "cache.small_jpeg = lambda *a, **k: (time.sleep(0.02), encode(*a, **k))[1]\n"
         "prepare_mimic.main(sys.argv[1:])"
