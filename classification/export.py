@@ -1,11 +1,13 @@
-"""A checkpoint as a file that runs without this project: ONNX of standard operators, or a torch.export program.
+"""A checkpoint as a file to use elsewhere: ONNX of standard operators, a torch.export program, or weights to share.
 
     python export.py output/.../best_ckpt.pth --output model.onnx
     python export.py output/.../best_ckpt.pth --output model.pt2 --format torch
+    python export.py output/.../best_ckpt.pth --output shared.pth --format weights
 
-Input: `images`, float32 [B, 3, S, S], the X-ray resized to S x S, as grey / 255 three times, less `mean`, by `std`.
-Output: `probabilities`, float32 [B, labels]. Labels, size, mean and deviation stand in the file's metadata. The file is
-compared with PyTorch, on images of yours with --images, before it gets its name.
+Input: `images`, float32 [B, 3, S, S], the X-ray resized to S x S, as gray / 255 three times, less `mean`, by `std`.
+Output: `probabilities`, float32 [B, labels]. The file's metadata hold the labels and all of the preparation;
+docs/onnx_reference.py prepares an X-ray by them. The file is compared with PyTorch, on images of yours with --images,
+before it gets its name.
 """
 
 import json
@@ -22,11 +24,12 @@ from common.errors import UserError, run_command
 from config import Parser
 from dataset.synthetic.drawing import draw
 from dataset.tools.listing import list_images
-from models.exporting import Probabilities, require, save_onnx, save_torch
+from models.exporting import Probabilities, require, save_onnx, save_torch, save_weights
 from predicting import trained
 from training.inference import device_name
 
-TOLERANCE = 1e-4  # of a probability, against PyTorch
+TOLERANCE = 1e-4  # of a probability, against PyTorch in float32
+HALF_TOLERANCE = 2e-2
 
 
 def parse_args(argv):
@@ -34,10 +37,15 @@ def parse_args(argv):
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a checkpoint of main.py")
     add("--output", required=True, metavar="FILE", help="the file to write, model.onnx say")
-    add("--format", choices=["onnx", "torch"], default="onnx", help="torch: a program of torch.export")
+    add(
+        "--format", choices=list(FORMATS), default="onnx",
+        help="torch: a program of torch.export; weights: a checkpoint to share, without patients, paths and optimizer",
+    )  # fmt: skip
     add("--opset", type=int, default=20, help="of ONNX, 19 or later (20)")
-    add("--ema", action="store_true", help="the averaged weights that the checkpoint holds")
-    add("--images", nargs="+", metavar="PATH", help="images to compare on: files, folders, a CSV (two drawn chests)")
+    add("--decompose", action="store_true", help="ONNX without DeformConv, which OpenVINO lacks: GridSample instead")
+    add("--half", action="store_true", help="ONNX or torch: compute in float16; images and probabilities stay float32")
+    add("--ema", action="store_true", help="the EMA weights that the checkpoint holds")
+    add("--images", nargs="+", metavar="PATH", help="images to compare on: files, folders, a CSV (two synthetic ones)")
     return parser.parse_args(argv)
 
 
@@ -48,7 +56,7 @@ def _images(model, names):
         found = [read(image.read(), image.path) for image in list_images(names)[:16]]
     else:
         drawn = (draw({"Cardiomegaly"}, view, np.random.default_rng(1)) for view in ("PA", "LATERAL"))
-        found = [read.transform(Image.fromarray((picture * 255).astype(np.uint8))) for picture in drawn]
+        found = [read.transform(Image.fromarray((image * 255).astype(np.uint8))) for image in drawn]
     return model.normalize(torch.stack(found))
 
 
@@ -82,37 +90,70 @@ def _open_torch(path):
     return lambda images: program(torch.from_numpy(images)).numpy(), "a program of torch.export"
 
 
-FORMATS = {"onnx": _open_onnx, "torch": _open_torch}
+def _open_weights(path):
+    model = Probabilities(trained.load(path).model)
+    return lambda images: model(torch.from_numpy(images)).numpy(), "a checkpoint without patients, paths and optimizer"
+
+
+FORMATS = {"onnx": _open_onnx, "torch": _open_torch, "weights": _open_weights}
+ENDINGS = {"torch": ".pt2", "weights": ".pth"}  # by which these files are opened
+
+
+def _metadata(model, args):
+    """All that whoever has the file alone needs: name -> text. `docs/onnx_reference.py` prepares an image by it."""
+    config = model.config
+    reader = model.reader()
+    square = reader.transform
+    return {
+        "labels": json.dumps(model.label_names),
+        "grayscale": "ITU-R 601 luma of 8 bits, turned upright by EXIF; shrunk by whole factors to a short side of at "
+        "least shrink_to: a JPG while it is decoded, then by means of blocks",
+        "shrink_to": str(reader.decoding["shrink_to"]),
+        "resize": square.resize,
+        "side": str(square.side),
+        "interpolation": square.interpolation,
+        "antialias": "true",
+        "crop": "the middle of size x size",
+        "size": str(square.size),
+        "input": "gray / 255 three times, less mean, by std; float32 [N, 3, size, size]",
+        "mean": json.dumps(list(config.AUG.MEAN)),
+        "std": json.dumps(list(config.AUG.STD)),
+        "domain": model.domain,
+        "dicom_recipe": config.DATA.DICOM_RECIPE,
+        "dicom_window": str(config.DATA.DICOM_WINDOW),
+        "weights": "ema" if args.ema else "model",
+        "precision": "float16" if args.half else "float32",
+        "checkpoint_sha256": model.digest,
+    }
 
 
 @torch.no_grad()
 def export(args):
     """Write, compare and measure; prints a few lines."""
+    for flag in ("decompose", "half"):
+        if getattr(args, flag) and args.format not in (("onnx",) if flag == "decompose" else ("onnx", "torch")):
+            raise UserError(f"--{flag} does not go with --format {args.format}; leave it out")
+    target = Path(args.output)
+    if target.suffix != (ending := ENDINGS.get(args.format, target.suffix)):
+        raise UserError(f"--output {target}: a file of --format {args.format} must end in {ending}; name it so")
     model = trained.load(args.checkpoint, ema=args.ema)
     size, network = model.config.DATA.IMG_SIZE, Probabilities(model.model)
-    images = _images(model, args.images)
-    metadata = {
-        "labels": json.dumps(model.label_names),
-        "size": str(size),
-        "mean": json.dumps(list(model.config.AUG.MEAN)),
-        "std": json.dumps(list(model.config.AUG.STD)),
-        "checkpoint_sha256": model.digest,
-    }
-    target = Path(args.output)
-    if args.format == "torch" and target.suffix != ".pt2":
-        raise UserError(f"--output {target}: torch.export opens only files that end in .pt2; name it so")
+    images, metadata = _images(model, args.images), _metadata(model, args)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Under its own name, as weights beyond 2 GB lie beside it and are found by name; but elsewhere until checked.
+        # Under its own name, as weights beyond 2 GB are beside it and are found by name; but elsewhere until checked.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export") as folder:
             path = Path(folder) / target.name
+            written = Probabilities(model.model, half=True) if args.half else network
             if args.format == "onnx":
-                save_onnx(network, size, path, metadata=metadata, opset=args.opset)
+                save_onnx(written, size, path, metadata=metadata, opset=args.opset, decompose=args.decompose)
+            elif args.format == "torch":
+                save_torch(written, size, path, metadata=metadata)
             else:
-                save_torch(network, size, path, metadata=metadata)
+                save_weights(model.model.state_dict(), model.config, model.label_names, path, domain=model.domain)
             run, parts = FORMATS[args.format](path)
             print(parts)
-            difference = _compare(network, run, images, path)
+            difference = _compare(network, run, images, path, HALF_TOLERANCE if args.half else TOLERANCE)
             for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the graph that names them
                 os.replace(file, target.parent / file.name)
     except OSError as error:
@@ -120,7 +161,7 @@ def export(args):
     return difference
 
 
-def _compare(network, run, images, path):
+def _compare(network, run, images, path, tolerance):
     """Largest difference of a probability between the file and PyTorch; a UserError where it is too large."""
     expected = network(images).numpy()
     got = np.concatenate([run(images[:1].numpy()), run(images[1:].numpy())]) if len(images) > 1 else run(images.numpy())
@@ -132,9 +173,9 @@ def _compare(network, run, images, path):
         f"largest difference from PyTorch {difference:.1e} on {len(images)} images; {megabytes:.1f} MB; "
         f"one image on {device_name(torch.device('cpu'))}: the file {theirs:.1f} ms, PyTorch {ours:.1f} ms"
     )
-    if not difference <= TOLERANCE:  # NaN fails too
+    if not difference <= tolerance:  # NaN fails too
         raise UserError(
-            f"the file differs from PyTorch by {difference:.1e} in a probability, more than {TOLERANCE:g}; nothing is "
+            f"the file differs from PyTorch by {difference:.1e} in a probability, more than {tolerance:g}; nothing is "
             "written. Report it with the versions of torch, onnx and onnxruntime"
         )
     return difference

@@ -5,15 +5,18 @@
     python predict.py a.pth b.pth FOLDER --output predictions.csv --tta      # the mean of several models
     python predict.py best_ckpt.pth image.dcm --output prediction.csv --explain overlays --labels Edema
 
-The checkpoint alone says model, labels, size and preprocessing. A row an image, written as it is made; the same command
-goes on where it was stopped. An image that cannot be read is a row with its error, and exit status 1 at the end.
+The checkpoint alone says model, labels, size and preprocessing. Each image is a row, written as soon as it is
+predicted; the same command resumes where it was stopped, and predicts images again that have changed. An image that
+cannot be read is a row with its error, and exit status 1 at the end. DICOM without an image (reports, presentation
+states, videos) is counted, not predicted. The table holds the ids of patient, study and image that a DICOM or its path
+has, unless --no-ids is given.
 Read `predict` first.
 """
 
 import argparse
 import os
-import re
 import sys
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
@@ -28,17 +31,21 @@ from analysis import applied
 from common.errors import UserError, did_you_mean, run_command
 from common.folders import check_tmpdir
 from config import Parser
+from dataset.files.contents import NO_IMAGE, NOT_CHEST, find_content, read_header
 from dataset.files.domain import domain_warning
-from dataset.files.images import ImageError, decode, sniff
-from dataset.preparing import placement
-from dataset.tools.listing import IDS, identify, list_images
+from dataset.files.images import ImageError
+from dataset.tools.listing import IDS, count_kinds, identify, list_images
 from dataset.views import VIEWS
-from predicting import trained
-from predicting.prediction_file import FORMATS, PredictionFile
+from predicting import explain, trained
+from predicting.prediction_file import ERROR, FORMATS, ROW, PredictionFile
 from training.inference import autocast
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 CPU_BATCH = 8  # a CPU is no faster with more, and rows come sooner
+# Options that the values depend on.
+COMMAND = (
+    "paths", "format", "ema", "tta", "calibrated", "thresholds", "dicom_recipe", "only_chest", "no_ids"
+)  # fmt: skip
 # Parts of the image that --tta averages over: left, top and side as parts of its own. No flip: the heart has a side.
 TTA = ((0, 0, 1), (0.05, 0.05, 0.9), (0, 0, 0.95), (0.05, 0, 0.95), (0, 0.05, 0.95), (0.05, 0.05, 0.95))
 
@@ -52,13 +59,16 @@ def parse_args(argv):
     add("paths", nargs="+", metavar="PATH", help="image, folder, pattern, or CSV with a column path")
     add("--output", required=True, metavar="FILE", help="the table to write; run.json beside it says how it was made")
     add("--format", choices=list(FORMATS), default="csv", help="of the table")
-    add("--ema", action="store_true", help="the averaged weights that the checkpoint holds")
+    add("--ema", action="store_true", help="the EMA weights that the checkpoint holds")
     add("--tta", action="store_true", help=f"mean over {len(TTA)} shifts and scales, {len(TTA)} times the work")
     add("--calibrated", metavar="EVALUATION", help="apply calibration.json of this evaluation, which report.py wrote")
     add("--thresholds", metavar="EVALUATION", help="add <label>_positive, 1 or 0, by the thresholds of its report.json")
-    add("--rule", help="which of the report's thresholds: youden (where none is said), f1, sensitivity, specificity")
-    add("--dicom-recipe", choices=["window", "mimic_jpg"], help="how a DICOM becomes grey (that of the training)")
-    add("--explain", metavar="DIR", help="a picture of each image and label: Grad-CAM, and where DCNv3 looks")
+    add("--rule", help="which of the report's thresholds: youden (default), f1, sensitivity, specificity")
+    add("--dicom-recipe", choices=["window", "mimic_jpg"], help="how DICOM becomes grayscale (that of the training)")
+    add("--only-chest", action="store_true", help="an image that is no chest radiograph by its header is an error")
+    add("--no-ids", action="store_true", help="without ids of patient, study and image; `path` is a number")
+    add("--explain", metavar="DIR", help="an overlay of each image and label: Grad-CAM over the X-ray")
+    add("--sampling-points", action="store_true", help="with --explain: also where DCNv3 looked, from coarse to fine")
     add("--labels", nargs="+", metavar="LABEL", help="with --explain: these labels only")
     add("--device", help="cuda, cuda:1, cpu (a GPU where there is one)")
     add(
@@ -109,13 +119,12 @@ def _models(args, device):
 def _explained(args, models, paths):
     """Indices of the labels to explain."""
     if not args.explain:
-        if args.labels:
-            raise UserError("--labels says which labels to explain: give --explain DIR as well")
+        for flag, value in (("--labels", args.labels), ("--sampling-points", args.sampling_points)):
+            if value:
+                raise UserError(f"{flag} is an option of overlays: give --explain DIR as well")
         return []
     if len(models) > 1:
         raise UserError("--explain takes one checkpoint: the maps of several models have no common scale")
-    from predicting import explain  # matplotlib takes longer to import than sixty images to predict
-
     explain.check(models[0].model, models[0].config.DATA.IMG_SIZE, models[0].path)
     names = models[0].label_names
     for name in args.labels or []:
@@ -125,7 +134,7 @@ def _explained(args, models, paths):
     for path in paths:
         if os.path.isdir(path) and folder.is_relative_to(Path(path).resolve()):
             raise UserError(
-                f"--explain {args.explain} lies in {path}: its pictures would be predicted the next time; choose "
+                f"--explain {args.explain} is in {path}: its overlays would be predicted the next time; choose "
                 "another folder"
             )
     try:
@@ -137,57 +146,60 @@ def _explained(args, models, paths):
 
 # ----------------------------------------------------------------------------------------- images
 class _Images(torch.utils.data.Dataset):
-    """Items: ids and format of an image with its uint8 tensor [1, S, S] for each model, or with its error."""
+    """Items: ids and content of an image with its uint8 tensor [1, S, S] for each model, or with its error."""
 
-    def __init__(self, images, readers):
-        self.images, self.readers = images, readers
+    def __init__(self, images, readers, only_chest):
+        self.images, self.readers, self.only_chest = images, readers, only_chest
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        listed, item = self.images[index], {"error": "", "dicom": False, **dict.fromkeys(IDS, "")}
+        listed = self.images[index]
+        item = {"error": "", "dicom": False, "content": "", "row": True, **dict.fromkeys(IDS, "")}
         try:
             data = listed.read()
-            item |= identify(listed, data)
-            item["dicom"] = sniff(data) == "dcm"
+            header = read_header(data)
+            item |= identify(listed, header)
+            if header is not None:
+                item["dicom"] = True
+                kind, item["content"] = find_content(header)
+                item["row"] = kind != NO_IMAGE
+                if kind == NO_IMAGE:
+                    return item
+                if kind == NOT_CHEST and self.only_chest:
+                    raise ImageError(f"{listed.path}: {NOT_CHEST} ({item['content']}); predict it without --only-chest")
             item["images"] = [read(data, listed.path) for read in self.readers]
         except ImageError as error:
             item["error"] = " ".join(str(error).split())
         return item
 
 
-def _loader(images, models, first, batch, workers):
+def _loader(images, models, batches, workers, only_chest):
     return DataLoader(
-        _Images(images, [model.reader() for model in models]),
-        batch_sampler=[range(k, min(k + batch, len(images))) for k in range(first, len(images), batch)],
+        _Images(images, [model.reader() for model in models], only_chest),
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=list,
     )
 
 
 class _Notes:
-    """What is to be said of the images as a whole: each thing once, with its count."""
+    """What is printed of the images of this run together: each thing once, with its count."""
 
     def __init__(self, model):
-        self.model, self.counts = model, {}
+        self.model, self.counts = model, Counter()
 
     def look(self, item):
         config = self.model.config
         domain = f"dicom {config.DATA.DICOM_RECIPE}" if item["dicom"] else "pictures"
         if text := domain_warning(self.model.domain, domain):
-            self._add(text.replace("DATA.DICOM_RECIPE", "--dicom-recipe"))
+            self.counts[text.replace("DATA.DICOM_RECIPE", "--dicom-recipe")] += 1
         views = VIEWS.get(config.DATA.VIEWS)
         if views and item["view"] and item["view"] not in views:
-            self._add(
+            self.counts[
                 f"the model was trained on DATA.VIEWS {config.DATA.VIEWS}, these images are of the view {item['view']}"
-            )
-
-    def _add(self, text):
-        self.counts[text] = self.counts.get(text, 0) + 1
-
-    def lines(self):
-        return [f"note, {count} image(s): {text}" for text, count in self.counts.items()]
+            ] += 1
 
 
 # ------------------------------------------------------------------------------------ probability
@@ -214,31 +226,6 @@ def probabilities(model, images, tta=False):
     if not np.isfinite(result).all():
         raise UserError(f"{model.path}: the model's outputs are not finite; its weights are broken")
     return result
-
-
-def _draw(args, model, listed, number, tensor, row, labels):
-    """The overlays of one image."""
-    from predicting import explain
-
-    recipe, window = model.config.DATA.DICOM_RECIPE, model.config.DATA.DICOM_WINDOW
-    grey = decode(listed.read(), listed.path, recipe=recipe, window=window, shrink_to=1024)
-    device = next(model.model.parameters()).device
-    images = model.normalize(tensor[None].to(device))
-    maps = explain.grad_cam(model.model, images, labels)[0].cpu().numpy()
-    fine = explain.full_resolution(model.model, images, labels)[0].cpu().numpy()
-    first = explain.first_places(model.model, images.shape[-1])[maps.shape[-1]]
-    places = torch.tensor([explain.maximum(cam, first) for cam in maps])
-    levels = explain.sampling_points(model.model, images.expand(len(labels), -1, -1, -1), places)
-    for k, label in enumerate(labels):
-        name = model.label_names[label]
-        file = re.sub(r"[^\w.-]+", "_", f"{number:06d}_{Path(listed.path).stem[:100]}_{name}.png")
-        try:
-            explain.draw_overlay(
-                Path(args.explain) / file, grey, placement(model.config, *grey.shape), fine[k], places[k].tolist(),
-                [(p[k], w[k]) for p, w in levels], f"{name}: {row[name]:.3f}",
-            )  # fmt: skip
-        except OSError as error:
-            raise UserError(f"--explain: {error.filename or file} cannot be written ({error.strerror})") from error
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -276,66 +263,101 @@ def predict(args):
     ]
     for note in fitted_notes:
         print(f"note: {note}")
-    images = list_images(paths)
+    left_out = Counter()
+    images = list_images(paths, left_out)
+    shown = [str(k + 1) if args.no_ids else image.path for k, image in enumerate(images)]
 
     command = {
         "checkpoints": [model.digest for model in models],
-        **{k: getattr(args, k) for k in ("paths", "format", "ema", "tta", "calibrated", "thresholds", "dicom_recipe")},
+        **{k: getattr(args, k) for k in COMMAND},
         "rule": rule,
-        "explain": [args.explain, [names[k] for k in labels]] if args.explain else None,
+        "explain": [args.explain, [names[k] for k in labels], args.sampling_points] if args.explain else None,
     }
     about = {
         "checkpoint_paths": [str(model.path) for model in models],
         "device": str(device),
         "batch_size": batch,
         "notes": fitted_notes,
+        "thresholds": _on_one_scale(cuts, names, adjust),
         "started": datetime.now().isoformat(timespec="seconds"),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "dcnv3": dcnv3.__version__},
     }
-    columns = ["path", "error", *IDS, *names, *(f"{name}_positive" for name in names if args.thresholds)]
+    ids = [name for name in IDS if not args.no_ids or name == "view"]
+    columns = ["path", "error", *ids, *names, *(f"{name}_positive" for name in names if args.thresholds)]
     if repeated := [name for k, name in enumerate(columns) if name in columns[:k]]:
         raise UserError(f"{first.path}: the label {repeated[0]!r} has the name of another column of the table")
+    stamps = [image.stamp() for image in images]
     table = PredictionFile(
-        args.output, columns, [image.path for image in images], command=command, about=about, batch=batch,
-        form=args.format,
-    )  # fmt: skip
-    if table.done:
-        print(f"{table.done:,} of {len(images):,} rows are there already")
+        args.output, columns, list(zip(shown, stamps)), command=command, about=about, batch=batch, form=args.format
+    )
+    waiting = sum(map(len, table.todo))
+    if waiting < len(images):
+        done = len(images) - waiting
+        print(f"{done:,} of {len(images):,} images are done already, {table.changed:,} have changed since")
 
     notes = _Notes(first)
-    with tqdm(total=len(images), initial=table.done, unit="image", disable=not sys.stderr.isatty()) as bar:
-        for items in _loader(images, models, table.done, batch, workers):
-            good = [k for k, item in enumerate(items) if not item["error"]]
+    with tqdm(total=len(images), initial=len(images) - waiting, unit="image", disable=not sys.stderr.isatty()) as bar:
+        loader = _loader(images, models, table.todo, workers, args.only_chest)
+        for numbers, items in zip(table.todo, loader):
+            good = [k for k, item in enumerate(items) if "images" in item]
             found = np.full((len(items), len(names)), np.nan)
             if good:
                 tensors = [torch.stack([items[k]["images"][m] for k in good]) for m in range(len(models))]
                 found[good] = np.mean([probabilities(m, t, args.tta) for m, t in zip(models, tensors)], 0)
-            rows = _rows(images, table.done, items, found, names, adjust, cuts)
             for k in good:
                 notes.look(items[k])
-                if labels:
-                    number = table.done + k
-                    _draw(args, first, images[number], number + 1, items[k]["images"][0], rows[k], labels)
-            table.add(rows)
+            rows = _rows([(shown[k], images[k]) for k in numbers], items, found, names, adjust, cuts)
+            contents = [item["content"] for item in items]
+            table.add(numbers.start, list(zip(rows, contents)))
             bar.update(len(rows))
-    table.finish(images=table.done, errors=table.errors, finished=datetime.now().isoformat(timespec="seconds"))
-    for line in notes.lines():
-        print(line)
-    return table.done, table.errors
+    finished = {"images": table.count(ROW, ERROR), "errors": table.count(ERROR)}
+    if labels and (waiting or "overlay_scale" not in table.before):
+        from predicting import overlays  # matplotlib takes longer to import than sixty images to predict
+
+        finished["overlay_scale"] = overlays.draw_overlays(
+            args.explain, first, images, table.read(), labels, cuts=about["thresholds"],
+            calibrated=bool(args.calibrated), points=args.sampling_points, no_ids=args.no_ids,
+            areas=overlays.read_areas(args.thresholds or args.calibrated, first.digest),
+        )  # fmt: skip
+    elif labels:
+        finished["overlay_scale"] = table.before["overlay_scale"]
+    table.finish(**finished, finished=datetime.now().isoformat(timespec="seconds"))
+    for text, count in notes.counts.items():
+        print(f"note, {count} image(s): {text}")
+    for count, kinds in ((table.contents(True), NOT_CHEST), (table.contents(False), "no image: not in the table")):
+        if count:
+            print(f"note, {sum(count.values()):,} file(s), {kinds}: {count_kinds(count)}")
+    if left_out:
+        print(f"note, {sum(left_out.values()):,} file(s) left out, not of an image format: {count_kinds(left_out)}")
+    return finished["images"], finished["errors"]
 
 
-def _rows(images, first, items, found, names, adjust, cuts):
-    """Rows of the table, of a batch that begins with image `first`; found: probabilities [N, L], NaN where none."""
-    shown = adjust(found) if adjust else found
+def _on_one_scale(cuts, names, adjust):
+    """Thresholds on the scale of the table: calibrated like its probabilities; {} without any."""
+    if adjust is None or not cuts:
+        return cuts
+    values = adjust(np.array([[np.nan if cuts[name] is None else cuts[name] for name in names]]))[0]
+    return {name: None if cuts[name] is None else float(value) for name, value in zip(names, values)}
+
+
+def _rows(images, items, found, names, adjust, cuts):
+    """Rows of the table for a batch, None for what is no image.
+
+    images: of each (what the table has as its path, the `Listed`); found: probabilities [N, L], NaN where none.
+    """
+    adjusted = adjust(found) if adjust else found
     rows = []
-    for k, item in enumerate(items):
-        row = {"path": images[first + k].path, "error": item["error"], **{name: item[name] for name in IDS}}
+    for k, (item, (shown, listed)) in enumerate(zip(items, images)):
+        error = item["error"]
+        if shown != listed.path:  # --no-ids
+            error = error.replace(str(listed.file), shown).replace(listed.path, shown)
+        row = {"path": shown, "error": error, **{name: item[name] for name in IDS}}
         for j, name in enumerate(names):
-            row[name] = None if item["error"] else float(f"{shown[k, j]:.8g}")
+            row[name] = None if error else float(f"{adjusted[k, j]:.8g}")
             # Thresholds were chosen among probabilities as evaluation writes them, so before any calibration.
-            known = not item["error"] and cuts.get(name) is not None
+            known = not error and cuts.get(name) is not None
             row[f"{name}_positive"] = int(float(f"{found[k, j]:.8g}") >= cuts[name]) if known else None
-        rows.append(row)
+        rows.append(row if item["row"] else None)
     return rows
 
 
@@ -344,7 +366,7 @@ def main(argv=None):
     try:
         count, errors = predict(args)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes here", file=sys.stderr)
         sys.exit(130)
     print(f"{count:,} images, {errors:,} of them could not be read: {args.output}")
     if errors:

@@ -23,14 +23,16 @@ def _with_build(module):
         return None
 
 
-def find(package, name, key):
+def find(package, name, key, outside=True):
     """The module `package.name`, else the module `name`, which has a `build`; `key`: the config key that named it.
+
+    outside: False where a file that may be anyone's names it: then nothing outside the package is imported.
 
     Raises:
         UserError: no such module, one without `build`, or one that cannot be imported.
     """
     try:
-        module = _with_build(f"{package}.{name}") or _with_build(name)
+        module = _with_build(f"{package}.{name}") or (_with_build(name) if outside else None)
     except ModuleNotFoundError as error:
         raise UserError(f"{key} {name} cannot be imported: {error}") from error
     except RuntimeError as error:
@@ -43,6 +45,8 @@ def find(package, name, key):
     if module is None:
         files = [file.name for file in pkgutil.iter_modules(importlib.import_module(package).__path__)]
         known = [file for file in files if _with_build(f"{package}.{file}")]
+        if not outside:
+            raise UserError(f"{key} is {name!r}, no file of {package}/ with a function build; put your own file there")
         raise UserError(
             f"{key} is {name!r}; choose one of {', '.join(known)}{did_you_mean(name, known)}, "
             "or name a module that has a function build"

@@ -25,8 +25,8 @@ from common.errors import UserError
 from models.classifier import Classifier
 
 
-def _module(config):
-    return builders.find("models", config.MODEL.TYPE, "MODEL.TYPE")
+def _module(config, outside=True):
+    return builders.find("models", config.MODEL.TYPE, "MODEL.TYPE", outside)
 
 
 def own_values(config):
@@ -43,13 +43,15 @@ def pretrained_file(config):
     return module.pretrained_file(config)
 
 
-def build_model(config):
+def build_model(config, outside=True):
     """The model of MODEL.TYPE, see above: images [N, 3, S, S] -> float32 logits [N, MODEL.NUM_CLASSES].
+
+    outside: whether MODEL.TYPE may name a module outside this folder; not where the config comes from a checkpoint.
 
     Raises:
         UserError: no such backbone, or one that lacks an attribute above.
     """
-    model = _module(config).build(config)
+    model = _module(config, outside).build(config)
     missing = [name for name in ("classifier", "uses") if not hasattr(model, name)]
     if missing:
         raise UserError(f"MODEL.TYPE {config.MODEL.TYPE}: its build() returns a model without `{missing[0]}`")

@@ -1,14 +1,9 @@
-"""Why a model says so: Grad-CAM, and the places that DCNv3 samples; and their picture over the X-ray."""
+"""What a prediction rests on: Grad-CAM, and the positions that DCNv3 samples."""
 
 import functools
 
-import matplotlib
-
-matplotlib.use("Agg")  # compute nodes have no display
 import numpy as np
 import torch
-from matplotlib import colors
-from matplotlib import pyplot as plt
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,9 +13,9 @@ from dcnv3.definition import kernel_points
 
 
 def check(model, size, name):
-    """Raise a UserError unless the model has features with places, at images of this side."""
+    """Raise a UserError unless the model has features with positions, at images of this side."""
     if not hasattr(model, "feature_maps") or not hasattr(model, "classify"):
-        raise UserError(f"--explain: the model of {name} has no features with places (feature_maps, classify)")
+        raise UserError(f"--explain: the model of {name} has no features with positions (feature_maps, classify)")
     with torch.no_grad():
         model.feature_maps(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
 
@@ -34,12 +29,12 @@ def _maps(model, features, labels):
 
 
 def grad_cam(model, images, labels):
-    """Grad-CAM (Selvaraju et al. 2017, equations 1 and 2) at the model's last features with places.
+    """Grad-CAM (Selvaraju et al. 2017, equations 1 and 2) at the model's last features with positions.
 
     images: [N, 3, S, S], normalised. labels: indices of the K labels asked for.
 
     Returns:
-        [N, K, h, w], at least 0: where linear pooling follows (InternImage T to XL), what each place adds to the
+        [N, K, h, w], at least 0: where linear pooling follows (InternImage T to XL), what each position adds to the
         logit. Nothing is normalised, so maps of different images compare.
     """
     with torch.no_grad():
@@ -50,11 +45,11 @@ def grad_cam(model, images, labels):
 def full_resolution(model, images, labels):
     """Grad-CAM over the pixels that it is made of: [N, K, S, S], of the same mean as :func:`grad_cam`, so in its unit.
 
-    The features of a place are not made of what lies under it: DCNv3 samples where its offsets say, and a network is
-    free to write down at one place what it has seen at another, some places away. So a map is not stretched over the
-    image but traced back: a pixel counts by how much the places of the map depend on it, each weighted by its own
-    value (the size of the gradient of half the map's sum of squares; for one place, its effective receptive field,
-    Luo et al. 2016), smoothed over half the distance of two places. It costs a backward pass a label.
+    The features of a position are not made of the pixels under it: DCNv3 samples where its offsets say, and a network
+    may store at one position what it has seen at another. So a map is not stretched over the image but traced back: a
+    pixel counts by how much the positions of the map depend on it, each weighted by its own value (the size of the
+    gradient of half the map's sum of squares; for one position, its effective receptive field, Luo et al. 2016),
+    smoothed over half the distance of two positions. It costs a backward pass a label.
     """
     images = images.detach().requires_grad_()
     found = []
@@ -77,16 +72,16 @@ def _smooth(maps, sigma):
 
 @functools.lru_cache(maxsize=1)  # asked for with every image
 @torch.no_grad()
-def first_places(model, size):
-    """Where the first place of each resolution lies in the image: {places in a row: its x (= y) as a part of the side}.
+def first_positions(model, size):
+    """The first position of each resolution: {positions in a row: x (= y) of the first as a part of the image's side}.
 
-    Place k of n lies at that x + k / n, which is not always the middle of the k-th of n squares: a padded 3 x 3
-    convolution of stride 2 looks around its first pixel, so the places of InternImage or of a ResNet lie nearly half a
-    square further left and up than those of ConvNeXt or Swin, which cut squares. Found from the kernels, strides and
+    Position k of n has that x + k / n, which is not always the middle of the k-th of n squares: a padded 3 x 3
+    convolution of stride 2 looks around its first pixel, so the positions of InternImage or of a ResNet are nearly half
+    a square further left and up than those of ConvNeXt or Swin, which cut squares. Found from the kernels, strides and
     paddings (Araujo et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks"); where no convolution
     or pooling shrinks, squares are cut.
     """
-    steps = {}  # places in a row before a layer -> (after it, by how many of those before the first one moves)
+    steps = {}  # positions in a row before a layer -> (after it, by how many of those before the first one moves)
 
     def note(layer, inputs, output):
         kernel, stride, padding = (v[-1] if isinstance(v, tuple) else v for v in map(layer.__getattribute__, shape))
@@ -114,10 +109,10 @@ def first_places(model, size):
 
 
 @torch.no_grad()
-def sampling_points(model, images, places):
-    """Where the last DCNv3 layer of each resolution looks, seen from one place of each image.
+def sampling_points(model, images, positions):
+    """Where the last DCNv3 layer of each resolution looks, seen from one position of each image.
 
-    images: [N, 3, S, S], normalised. places: [N, 2], x and y as parts of the side.
+    images: [N, 3, S, S], normalised. positions: [N, 2], x and y as parts of the side.
 
     Returns:
         a list, from the finest resolution on, of (points [N, G * P, 2] as parts of the side, which may lie beyond the
@@ -138,11 +133,11 @@ def sampling_points(model, images, places):
     finally:
         for hook in hooks:
             hook.remove()
-    first, levels = first_places(model, images.shape[-1]), []
+    first, levels = first_positions(model, images.shape[-1]), []
     for (height, width), (layer, features) in sorted(found.items(), reverse=True):
         size = torch.tensor([width, height])
         cell = (
-            ((places.cpu() - first[width]) * size)
+            ((positions.cpu() - first[width]) * size)
             .round()
             .long()
             .clamp(min=torch.zeros(2, dtype=torch.long), max=size - 1)
@@ -158,68 +153,10 @@ def sampling_points(model, images, places):
 
 
 def maximum(cam, first=None):
-    """Where a map [h, w] is largest: (x, y) as parts of the sides. first: of :func:`first_places`; pixels without."""
+    """Where a map [h, w] is largest: (x, y) as parts of the sides.
+
+    first: of :func:`first_positions`, for a map of positions; without it, a map of pixels.
+    """
     row, column = np.unravel_index(np.argmax(cam), cam.shape)
     first = 0.5 / cam.shape[0] if first is None else first
     return first + column / cam.shape[1], first + row / cam.shape[0]
-
-
-COLOURS = ("#4cc9f0", "#80ed99", "#ffd166", "#ef476f")  # of the levels, from the finest on
-
-
-def draw_overlay(path, grey, extent, fine, place, levels, title):
-    """Grad-CAM over the X-ray with its scale; beside it, if there are any, the sampling points of one place.
-
-    Args:
-        grey: the X-ray, uint8 [H, W].
-        extent: left, top, right, bottom of what the model sees of it, in its pixels.
-        fine: of :func:`full_resolution`, [S, S].
-        place: of the last level that adds most, (x, y) as parts of the sides.
-        levels: (points [M, 2], weights [M]) by level, of :func:`sampling_points` from there; empty without DCNv3. Not
-            drawn for a map of zeros, in which no place adds anything.
-    """
-    levels = levels if fine.any() else []
-    left, top, right, bottom = extent
-    height, width = grey.shape
-    panel, parts = 4.6, 2 if levels else 1
-    size = (parts * panel * width / height + 1.5, panel + 1.0)
-    figure, axes = plt.subplots(1, parts, figsize=size, layout="constrained", facecolor="white", squeeze=False)
-    axes = axes[0]
-    for axis in axes:
-        axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
-        axis.set_axis_off()
-    figure.suptitle(title, fontsize=12, parse_math=False)
-
-    highest = float(fine.max()) or 1.0
-    scale = colors.Normalize(0, highest)
-    axes[0].imshow(
-        fine, cmap="inferno", norm=scale, alpha=0.55 * np.sqrt(fine / highest), extent=(left, right, bottom, top)
-    )
-    axes[0].set_title("Grad-CAM" if fine.any() else "Grad-CAM: no place adds to the logit", fontsize=10)
-    bar = figure.colorbar(
-        matplotlib.cm.ScalarMappable(scale, "inferno"), ax=axes[0], fraction=0.05, pad=0.02, aspect=30
-    )
-    bar.set_label("contribution to the logit, by place", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
-
-    if levels:
-        axes[1].set_title("where DCNv3 looks from the place that adds most", fontsize=10)
-    for k, (points, weights) in reversed(list(enumerate(levels))):
-        spots = np.array([left, top]) + points * [right - left, bottom - top]
-        strength = weights / weights.max()
-        axes[1].scatter(
-            *spots.T, s=7 + 38 * strength, c=[colors.to_rgba(COLOURS[k % 4], 0.3 + 0.7 * a) for a in strength],
-            edgecolors=[(0, 0, 0, 0.3 + 0.7 * a) for a in strength], linewidths=0.5, label=f"level {k + 1}",
-        )  # fmt: skip
-    for axis, (x, y) in zip(axes, (maximum(fine), place)):
-        if fine.any():
-            here = left + x * (right - left), top + y * (bottom - top)
-            axis.plot(*here, "+", color="white", markersize=11, markeredgewidth=1.6)
-        axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    if levels:  # outside: sampling points may lie anywhere
-        handles, labels = axes[1].get_legend_handles_labels()
-        figure.legend(
-            handles[::-1], labels[::-1], loc="outside lower right", ncols=len(levels), fontsize=8, frameon=False
-        )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -11,15 +11,17 @@ from yacs.config import CfgNode
 
 import config as config_module
 from common.errors import UserError
-from dataset.files.images import decode
+from dataset.files.images import ImageError, decode
 from dataset.preparing import evaluation_transform, normalize, resized_side
 from models import build_model
 from training import checkpoint
 
+LEAST = 16  # pixels in a row or column of what may be an X-ray
+
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint holds for whoever asks it: path, its sha256, model (eval mode), labels and config.
+    """What a checkpoint holds: path, its sha256, model (eval mode), labels and config.
 
     domain: of the images it was trained on, see `dataset.files.domain`; empty where the checkpoint does not say.
     """
@@ -50,17 +52,20 @@ class _Reader:
         self.transform = evaluation_transform(config)
 
     def __call__(self, data, name):
-        return self.transform(Image.fromarray(decode(data, name, **self.decoding)))
+        grayscale = decode(data, name, **self.decoding)
+        if min(grayscale.shape) < LEAST:
+            raise ImageError(f"{name}: {' x '.join(map(str, grayscale.shape))} pixels are too few for an X-ray")
+        return self.transform(Image.fromarray(grayscale))
 
 
 def load(path, *, ema=False, device="cpu", dicom_recipe=None):
     """The model of one of our checkpoints.
 
-    ema: the average that the checkpoint holds beside its weights (TRAIN.EMA.ENABLE).
+    ema: the EMA weights that the checkpoint holds beside its own (TRAIN.EMA.ENABLE).
     dicom_recipe: instead of the one it was trained with.
 
     Raises:
-        UserError: no such file, damaged, not of this project, without labels, or without an average.
+        UserError: no such file, damaged, not of this project, without labels, or without an EMA.
     """
     path = Path(path)
     state, sha256 = checkpoint.read_with_digest(path)
@@ -87,10 +92,13 @@ def load(path, *, ema=False, device="cpu", dicom_recipe=None):
     if ema:
         weights = state.get("model_ema")
         if not weights:
-            raise UserError(f"--ema: {path} holds no average; it was trained with TRAIN.EMA.ENABLE False")
+            raise UserError(f"--ema: {path} holds no EMA weights; it was trained with TRAIN.EMA.ENABLE False")
     # Shapes are compared before any memory is taken: the config of a hostile file can ask for all of it.
-    with torch.device("meta"):
-        checkpoint.check_weights(build_model(config), weights, path)
-    model = build_model(config)
+    try:
+        with torch.device("meta"):
+            checkpoint.check_weights(build_model(config, outside=False), weights, path)
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    model = build_model(config, outside=False)
     model.load_state_dict(weights)
     return Trained(path, sha256, model.to(device).eval(), tuple(names), config, state.get("domain") or "")

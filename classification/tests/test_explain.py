@@ -1,14 +1,21 @@
 """Grad-CAM against its closed form, where its places lie, and what DCNv3 samples."""
 
+import json
+
+import matplotlib.axes
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+import predict
 from config import from_dict
+from conftest import write_checkpoint
+from dataset import tables
+from dataset.labels import LABELS
 from models import build_model
-from predicting import explain
+from predicting import explain, overlays
 
 SMALL = {"CHANNELS": 16, "DEPTHS": [1, 1, 1, 1], "GROUPS": [1, 2, 4, 8]}
 
@@ -91,11 +98,11 @@ def test_a_place_lies_in_the_middle_of_what_it_sees(layers):
     (gradient,) = torch.autograd.grad(features[0, 0, n // 2, n // 2], images)
     seen = gradient[0, 0].sum(0).nonzero()
     middle = (seen.min() + seen.max() + 1).item() / 2 / 96
-    assert explain.first_places(model, 96)[n] + (n // 2) / n == pytest.approx(middle, abs=1e-3)
+    assert explain.first_positions(model, 96)[n] + (n // 2) / n == pytest.approx(middle, abs=1e-3)
 
 
 def test_the_places_of_intern_image():
-    assert explain.first_places(model_of(), 64) == {n: 0.5 / 64 for n in (64, 32, 16, 8, 4, 2)}
+    assert explain.first_positions(model_of(), 64) == {n: 0.5 / 64 for n in (64, 32, 16, 8, 4, 2)}
 
 
 class Elsewhere(nn.Module):
@@ -166,11 +173,94 @@ def test_sampling_points_are_those_of_the_kernel_where_the_offsets_are_zero(imag
         np.testing.assert_allclose(weights, 1 / (9 * groups), rtol=1e-5)
 
 
-def test_a_map_of_zeros_has_no_mark(tmp_path):
-    """One panel instead of two: there is no place to look from."""
-    grey, widths = np.zeros((40, 30), np.uint8), []
-    levels = [(np.array([[0.2, 0.3], [2.0, 0.5]]), np.array([0.5, 0.5]))]
+@pytest.fixture(scope="module")
+def gray():
+    return np.random.default_rng(0).integers(0, 256, (40, 30), np.uint8)
+
+
+def panel(path):
+    """The pixels of an overlay."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_one_map_has_one_mark_and_no_map_none(gray, tmp_path, monkeypatch):
+    """The mark is where the map is largest; sampling points have none of their own."""
+    marks, levels = [], [(np.array([[0.2, 0.3], [2.0, 0.5]]), np.array([0.5, 0.5]))]
+    plot = matplotlib.axes.Axes.plot
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "plot", lambda self, *a, **k: marks.append((*a[:2], a[2])) or plot(self, *a, **k)
+    )
     for cam in (np.zeros((2, 2), np.float32), np.array([[0, 0.5], [0, 0]], np.float32)):
-        explain.draw_overlay(tmp_path / "o.png", grey, (0, 0, 30, 40), cam, (0.3, 0.4), levels, "Edema: 0.1")
-        widths.append(Image.open(tmp_path / "o.png").width)
-    assert widths[0] < widths[1]
+        for points in ((), levels):
+            overlays.draw_overlay(tmp_path / "o.png", gray, (0, 0, 30, 40), cam, "Edema", levels=points)
+    assert marks == [(22.5, 10.0, "+")] * 2
+
+
+def test_one_scale_for_a_run_and_negatives_faded(gray, tmp_path):
+    """How far an overlay is from the X-ray alone: by its own value against the scale's end, and weaker if negative."""
+
+    def drawn(value, **options):
+        cam = np.full((2, 2), value, np.float32)
+        overlays.draw_overlay(tmp_path / "o.png", gray, (0, 0, 30, 40), cam, "Edema", highest=1.0, **options)
+        return panel(tmp_path / "o.png")
+
+    none = drawn(0.0)
+    strength = [np.abs(drawn(value) - none).sum() for value in (0.05, 0.3, 1.0)]
+    assert 0 < strength[0] < strength[1] < strength[2]
+    assert np.abs(drawn(1.0, faded=True) - none).sum() < 0.6 * strength[2]
+
+
+def test_the_title_names_threshold_calibration_and_auroc():
+    text = overlays.title("Edema", 0.063, 0.21, False, True, 0.894)
+    for part in ("Edema", "0.063", "threshold 0.210: negative", "AUROC in the test 0.894"):
+        assert part in text
+    assert "not calibrated" not in text and "positive" in overlays.title("Edema", 0.21, 0.21, True, False, None)
+    assert (
+        "not calibrated" in (bare := overlays.title("Edema", 0.5, None, True, False, None)) and "no threshold" in bare
+    )
+
+
+def test_file_names_of_labels_do_not_collide():
+    names = ["Pleural Effusion", "A B", "A/B", "a_b", "A_B_2", "Röntgen (PA)"]
+    files = overlays.file_names(names)
+    assert files[0] == "Pleural_Effusion" and len({file.lower() for file in files}) == len(names)
+    assert all("/" not in file for file in files)
+
+
+def test_overlays_of_a_run(tmp_path, capsys):
+    """Probability and threshold of a title are on one scale; a label is faded by its threshold; a rerun draws none."""
+    path, _ = write_checkpoint(tmp_path / "a.pth")
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 60), np.uint8))
+    for name in ("a.png", "b.png"):
+        image.save(tmp_path / name)
+    evaluation, out, drawn = tmp_path / "e", tmp_path / "o.csv", []
+    evaluation.mkdir()
+    argv = [str(path), str(tmp_path / "a.png"), str(tmp_path / "b.png"), "-j", "0", "--output"]
+    assert predict.main([*argv, str(out)]) == 0
+    raw = float(tables.read_csv(out, ()).iloc[0]["Edema"])
+    labels = {name: {"threshold": raw} for name in LABELS}
+    report = {"thresholds": {"youden": {"rule": "", "labels": labels}}}
+    (evaluation / "report.json").write_text(json.dumps(report))
+    platt = {name: {"slope": 2.0, "intercept": -1.0} for name in LABELS}
+    digest = predict.trained.load(path).digest
+    calibration = {"platt": platt, "temperature": None, "checkpoint_sha256": digest, "label_names": list(LABELS)}
+    (evaluation / "calibration.json").write_text(json.dumps(calibration))
+    metrics = {"auc": dict.fromkeys(LABELS, 0.75), "checkpoint_sha256": digest}
+    (evaluation / "metrics.json").write_text(json.dumps(metrics))
+    flags = ["--thresholds", str(evaluation), "--calibrated", str(evaluation), "--sampling-points"]
+    flags += ["--explain", str(tmp_path / "x"), "--labels", "Edema", "Fracture"]
+    with pytest.MonkeyPatch.context() as patch:
+        draw = overlays.draw_overlay
+        patch.setattr(overlays, "draw_overlay", lambda *a, **k: drawn.append((a, k)) or draw(*a, **k))
+        for _ in range(2):
+            assert predict.main([*argv, str(tmp_path / "c.csv"), *flags]) == 0
+    calibrated = 1 / (1 + np.exp(1.0 - 2 * np.log(raw / (1 - raw))))
+    text = drawn[0][0][4]
+    assert f"probability {calibrated:.3f}, threshold {calibrated:.3f}: positive\ncalibrated" in text and "0.750" in text
+    files = sorted(file.name for file in (tmp_path / "x").iterdir())
+    assert files == [f"00000{k}_{n}_{label}.png" for k, n in ((1, "a"), (2, "b")) for label in ("Edema", "Fracture")]
+    assert len(drawn) == 4 and len({k["highest"] for _, k in drawn}) == 1 and all(k["levels"] for _, k in drawn)
+    assert max(float(a[3].max()) for a, _ in drawn) == pytest.approx(drawn[0][1]["highest"])
+    entry = json.loads((tmp_path / "run.json").read_text())["c.csv"]
+    assert entry["thresholds"]["Edema"] == pytest.approx(calibrated) and entry["overlay_scale"] > 0

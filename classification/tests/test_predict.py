@@ -1,6 +1,8 @@
 """predict.py: the values of --eval, every way to name images, going on after a kill, options, and clear errors."""
 
 import csv
+import errno
+import io
 import json
 import os
 import signal
@@ -17,8 +19,11 @@ from PIL import Image
 import predict
 from common.errors import UserError
 from conftest import ROOT, write_checkpoint
+from dataset.files.images import decode
 from dataset.labels import LABELS
 from dataset.synthetic.tree import write_tree
+from dicom_writer import EXPLICIT, encapsulated
+from dicom_writer import image as dicom
 from predicting import prediction_file
 
 
@@ -84,8 +89,6 @@ def test_dicom_png_and_jpg_of_one_image(model, tmp_path):
     """The format is told from the content: each file also lies there under the name of another format."""
     write_tree(tmp_path / "dicom", patients=10, size=64, image_format="dicom", progress=False)
     dicom = sorted((tmp_path / "dicom").rglob("*.dcm"))[:4]
-    from dataset.files.images import decode
-
     for k, path in enumerate(dicom):
         grey = Image.fromarray(decode(path.read_bytes(), str(path)))
         grey.save(tmp_path / f"{k}.png")
@@ -192,6 +195,164 @@ def test_files_folders_patterns_and_tables(model, pictures, tmp_path):
     np.testing.assert_allclose(values(rows[1::2]), values([good[str(deep / "0.jpg")]] * 2), atol=1e-6)
 
 
+def test_a_folder_holds_what_the_decoder_reads(model, pictures, tmp_path, capsys):
+    folder, grey = tmp_path / "in", Image.open(pictures / "deep/0.jpg")
+    folder.mkdir()
+    named = ["a.tif", "b.BMP", "c.webp", "d.gif", "e.png", "f.jp2", "g.pgm", "h.jfif"]
+    for name in named:
+        grey.save(folder / name, format={"jfif": "JPEG", "jp2": "JPEG2000", "pgm": "PPM"}.get(name[2:]))
+    grey.save(folder / "i.pcx")  # known by its content
+    (folder / "j.tga").write_bytes(b"broken")
+    for name in ("k.txt", "l.txt", "m.csv", "n.zip", "noname", ".hidden", "o.eps"):
+        (folder / name).write_bytes(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n" if name == "o.eps" else b"no image"
+        )
+    (folder / ".git").mkdir()
+    rows = run(model, folder, output=tmp_path / "a.csv")
+    assert [os.path.basename(row["path"]) for row in rows] == [*named, "i.pcx"]
+    tif = values(rows)[0]
+    assert np.abs(values(rows)[[1, 4, 6, 8]] - tif).max() < 1e-6 and np.abs(values(rows) - tif).max() < 0.1
+    lines = capsys.readouterr().out.splitlines()
+    (left,) = [line for line in lines if "left out" in line]
+    assert left.startswith("note, 9 file(s) left out") and ".txt" in left
+    for kind in ("2 .txt", "2 hidden", "1 .csv", "1 .zip", "1 without an ending", "1 .eps", "1 .tga"):
+        assert kind in left
+
+
+# What a folder of a hospital holds beside chest radiographs: name -> (SOP class, modality, body part, in the table)
+CR, DX, SC = (f"1.2.840.10008.5.1.4.1.1.{k}" for k in ("1", "1.1", "7"))
+CONTENTS = {
+    "chest": (DX, "DX", "CHEST", "chest"),
+    "thorax": (CR, "CR", "PORT THORAX", "chest"),
+    "plain": (None, None, None, "chest"),
+    "ct": ("1.2.840.10008.5.1.4.1.1.2", "CT", "CHEST", "other"),
+    "mr": ("1.2.840.10008.5.1.4.1.1.4", "MR", None, "other"),
+    "mammogram": ("1.2.840.10008.5.1.4.1.1.1.2", "MG", "BREAST", "other"),
+    "hand": (DX, "DX", "HAND", "other"),
+    "abdomen": (CR, "CR", "ABDOMEN", "other"),
+    "spine": (CR, "CR", "THORACIC SPINE", "other"),
+    "tooth": (None, "IO", None, "other"),
+    "video": ("1.2.840.10008.5.1.4.1.1.77.1.4.1", "XC", None, "none"),
+    "state": ("1.2.840.10008.5.1.4.1.1.11.1", "PR", None, "none"),
+    "report": ("1.2.840.10008.5.1.4.1.1.88.11", "SR", None, "none"),
+    "dose": (None, "SR", None, "none"),
+    "pdf": ("1.2.840.10008.5.1.4.1.1.104.1", "DOC", None, "none"),
+}
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hospital")
+    pixels = np.random.default_rng(2).integers(0, 4000, (60, 50))
+    for name, (kind, modality, part, table) in CONTENTS.items():
+        extra = [("SOPClassUID", "UI", kind), ("Modality", "CS", modality), ("BodyPartExamined", "CS", part)]
+        extra += [("PatientID", "LO", "SMITH"), ("StudyID", "SH", "S77")]
+        gone = ("PixelData", "Rows", "Columns") if table == "none" else ()
+        (root / f"{name}.dcm").write_bytes(dicom(pixels, *extra, *((what, "", None) for what in gone)))
+    import pydicom.data
+
+    (root / "DICOMDIR").write_bytes(open(pydicom.data.get_testdata_file("DICOMDIR"), "rb").read())
+    return root
+
+
+def test_what_is_no_chest_radiograph_is_said_and_what_is_no_image_is_counted(model, hospital, tmp_path, capsys):
+    rows = {os.path.basename(r["path"]).split(".")[0]: r for r in run(model, hospital, output=tmp_path / "a.csv")}
+    assert set(rows) == {name for name, (*_, table) in CONTENTS.items() if table != "none"}
+    assert all(row["Edema"] and not row["error"] for row in rows.values())
+    said = capsys.readouterr().out
+    assert "note, 7 file(s), not a chest radiograph: " in said and "1 CT Image" in said
+    assert "1 BodyPartExamined HAND" in said and "BodyPartExamined CHEST" not in said
+    assert "note, 6 file(s), no image: not in the table: " in said and "1 Basic Text SR" in said and "Directory" in said
+    # The same of a table that is whole already, and with changes in it.
+    assert len(run(model, hospital, output=tmp_path / "a.csv")) == len(rows)
+    assert "note, 7 file(s), not a chest" in capsys.readouterr().out
+    only = run(model, hospital, "--only-chest", output=tmp_path / "b.csv", fails=1)
+    wrong = {os.path.basename(row["path"]) for row in only if row["error"]}
+    assert wrong == {f"{name}.dcm" for name, (*_, table) in CONTENTS.items() if table == "other"}
+    assert all("not a chest radiograph" in row["error"] for row in only if row["error"])
+    assert [row["Edema"] for row in only if row["error"]] == [""] * 7
+
+
+def test_no_ids(model, hospital, tmp_path):
+    with_ids = run(model, hospital / "chest.dcm", hospital / "hand.dcm", output=tmp_path / "a.csv")
+    assert [with_ids[0][k] for k in ("dicom_id", "study_id", "subject_id")] == ["1.2.3", "S77", "SMITH"]
+    (hospital / "SMITH.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    try:
+        paths = [hospital / name for name in ("chest.dcm", "hand.dcm", "SMITH.dcm")]
+        rows = run(model, *paths, "--no-ids", output=tmp_path / "b.csv", fails=1)
+    finally:
+        (hospital / "SMITH.dcm").unlink()
+    assert list(rows[0]) == ["path", "error", "view", *LABELS] and [row["path"] for row in rows] == ["1", "2", "3"]
+    assert values(rows[:2]).tolist() == values(with_ids).tolist() and rows[2]["error"].startswith("3: ")
+    for text in ("SMITH", "S77", "1.2.3", str(hospital)):
+        assert text not in (tmp_path / "b.csv").read_text()
+
+
+def test_headers_that_make_no_sense_cost_no_batch(model, tmp_path):
+    pixels = np.random.default_rng(2).integers(0, 4000, (60, 50))
+    odd = {
+        "fl": ("StudyID", "FL", b"123456"),
+        "code": ("ViewCodeSequence", "LO", "PA"),
+        "vr": ("PatientID", "ZZ", b"12"),
+        "nul": ("SpecificCharacterSet", "CS", b"ISO_IR 100\0\0"),
+        "many": ("Modality", "CS", "CR\\DX"),
+        "plain": ("PatientID", "LO", "7"),
+    }
+    for name, element in odd.items():
+        (tmp_path / f"{name}.dcm").write_bytes(dicom(pixels, element))
+    rows = {os.path.basename(row["path"])[:-4]: row for row in run(model, tmp_path, output=tmp_path / "out" / "a.csv")}
+    assert set(rows) == set(odd) and {row["error"] for row in rows.values()} == {""}
+    assert len({row["Edema"] for row in rows.values()}) == 1
+
+
+def colour(pixels, kind, planar=0, compress=None):
+    """A secondary capture with RGB pixels [H, W, 3] as the DICOM says."""
+    height, width, _ = pixels.shape
+    if kind.startswith("YBR") and not compress:
+        pixels = np.asarray(Image.fromarray(pixels).convert("YCbCr"))
+    data = np.moveaxis(pixels, 2, 0).tobytes() if planar else pixels.tobytes()
+    syntax = EXPLICIT
+    if compress:
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "JPEG", quality=95, subsampling=compress)
+        data, syntax = encapsulated(out.getvalue()), "1.2.840.10008.1.2.4.50"
+    extra = [("SOPClassUID", "UI", SC), ("SamplesPerPixel", "US", 3), ("PhotometricInterpretation", "CS", kind)]
+    extra += [("PlanarConfiguration", "US", planar)]
+    return dicom((data, height, width), *extra, bits=(8, 8, 7), syntax=syntax)
+
+
+def test_a_secondary_capture_of_grey_pixels_is_read(model, tmp_path):
+    picture = Image.fromarray(np.random.default_rng(4).integers(0, 256, (9, 8), np.uint8)).resize((80, 90), 3)
+    grey = np.asarray(picture).copy()
+    grey[0, :2] = 0, 255  # so that a window over its own range changes nothing
+    rgb = np.repeat(grey[..., None], 3, 2)
+    for content, levels in (
+        (colour(rgb, "RGB"), 0), (colour(rgb, "RGB", 1), 0), (colour(rgb, "YBR_FULL"), 1),
+        (colour(rgb, "YBR_FULL", compress=0), 1), (colour(rgb, "YBR_FULL_422", compress=1), 8),
+    ):  # fmt: skip
+        assert np.abs(decode(content, "x").astype(int) - grey).max() <= levels
+    marked = rgb.copy()
+    marked[:4, 60:] = 255, 255, 0
+    assert (decode(colour(marked, "RGB"), "x")[4:] == grey[4:]).all()
+    Image.fromarray(grey).save(tmp_path / "0.png")
+    (tmp_path / "1.dcm").write_bytes(colour(rgb, "RGB"))
+    found = values(run(model, tmp_path, output=tmp_path / "out/a.csv"))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    red = np.zeros_like(rgb)
+    red[..., 0] = grey
+    (tmp_path / "red.dcm").write_bytes(colour(red, "RGB"))
+    (row,) = run(model, tmp_path / "red.dcm", output=tmp_path / "out/b.csv", fails=1)
+    assert "colour image" in row["error"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (300, 3)])
+def test_few_pixels_are_no_x_ray(model, size, tmp_path):
+    Image.new("L", size).save(tmp_path / "a.png")
+    (tmp_path / "b.dcm").write_bytes(dicom(np.full(size[::-1], 7)))
+    for row in run(model, tmp_path, output=tmp_path / "out/a.csv", fails=2):
+        assert f"{size[1]} x {size[0]} pixels are too few for an X-ray" in row["error"] and row["Edema"] == ""
+
+
 def test_any_name_and_a_circle_of_links(model, pictures, tmp_path):
     """Names with commas, line ends and bytes that are no UTF-8; links that lead back; a pipe, which is never read."""
     folder, content = tmp_path / "in", (pictures / "deep/0.jpg").read_bytes()
@@ -263,26 +424,95 @@ def test_another_domain_and_view_are_said(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------- going on
+def table_of(path, stamps, texts, form="csv", most=99):
+    """Write, or resume, a table of images with these stamps; image 1 has an error, image 5 no row."""
+    names = [f'a,{k}\n"x' for k in range(len(stamps))]
+    table = prediction_file.PredictionFile(
+        path, ["path", "error", "p"], [(n, [n, s]) for n, s in zip(names, stamps)], command={"a": (1, 2)}, about={},
+        batch=3, form=form,
+    )  # fmt: skip
+    done = []
+    for batch in table.todo[:most]:
+        rows = [{"path": names[k], "error": "x" if k == 1 else "", "p": texts[k]} for k in batch]
+        table.add(batch.start, [(None, "SR") if k == 5 else (row, "") for k, row in zip(batch, rows)])
+        done += batch
+    table.finish()
+    assert table.count(prediction_file.ERROR) == (1 in range(len(table.entries)))
+    return done
+
+
 @pytest.mark.parametrize("form", ["csv", "json"])
 def test_a_table_cut_anywhere_becomes_the_whole_one(form, tmp_path):
-    names = [f'a,{k}\n"x' for k in range(7)]
+    stamps, texts = range(7), "abcdefg"
+    table_of(tmp_path / "whole", stamps, texts, form)
+    whole, beside = (tmp_path / "whole").read_bytes(), (tmp_path / "whole.images").read_bytes()
+    if form == "json":
+        assert [row["p"] for row in json.loads(whole)] == list("abcdeg")
+    table_of(tmp_path / "cut", stamps, texts, form, most=1)
+    for name, content in (("cut", whole), ("cut.images", beside)):
+        for length in range(len(content)):
+            (tmp_path / "cut").write_bytes(whole)
+            (tmp_path / "cut.images").write_bytes(beside)
+            (tmp_path / name).write_bytes(content[:length])
+            table_of(tmp_path / "cut", stamps, texts, form)
+            assert (tmp_path / "cut").read_bytes() == whole, (name, length)
+            assert (tmp_path / "cut.images").read_bytes() == beside
 
-    def write(path, batches=99):
-        table = prediction_file.PredictionFile(
-            path, ["path", "error", "p"], names, command={"a": (1, 2)}, about={}, batch=3, form=form
-        )
-        for k in range(table.done, 7, 3)[:batches]:
-            table.add([{"path": n, "error": "x" if n == names[1] else "", "p": k / 7} for n in names[k : k + 3]])
-        table.finish()
-        return table
 
-    write(tmp_path / "whole")
-    whole = (tmp_path / "whole").read_bytes()
-    write(tmp_path / "cut", batches=1)
-    for length in range(len(whole)):
-        (tmp_path / "cut").write_bytes(whole[:length])
-        assert write(tmp_path / "cut").errors == 1
-        assert (tmp_path / "cut").read_bytes() == whole, length
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_batches_with_a_changed_image_are_made_again(form, tmp_path):
+    """As if the table had been made with the new images from the start, in whatever state it was."""
+    new = [0, 1, 2, 3, 99, 5, 6]
+    for batches in (2, 3):
+        table_of(tmp_path / "a", range(7), "abcdefg", form, most=batches)
+        assert table_of(tmp_path / "a", new, "ABCDEFG", form) == [3, 4, 5, *([6] if batches == 2 else [])]
+        table_of(tmp_path / "b", new, "abcDEFG" if batches == 2 else "abcDEFg", form)
+        for name in ("", ".images"):
+            assert (tmp_path / f"a{name}").read_bytes() == (tmp_path / f"b{name}").read_bytes()
+            (tmp_path / f"a{name}").unlink(), (tmp_path / f"b{name}").unlink()
+
+
+def test_an_image_replaced_or_mended_under_its_name_is_predicted_again(model, pictures, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = ("0.jpg", "2.png", "4.png", "6.jpg")
+    for name in names:
+        (folder / name).write_bytes((pictures / "deep" / name).read_bytes())
+    other = (pictures / "deep/8.png").read_bytes()
+    (folder / "4.png").write_bytes(b"")
+    flags = (model, folder, "-b", "1")
+    before = run(*flags, output=tmp_path / "a.csv", fails=1)
+    assert "1 have changed" not in capsys.readouterr().out
+    (folder / "4.png").write_bytes((pictures / "deep/4.png").read_bytes())
+    (folder / "2.png").write_bytes(other)
+    after = run(*flags, output=tmp_path / "a.csv")
+    assert "2 of 4 images are done already, 2 have changed since" in capsys.readouterr().out
+    assert after[::3] == before[::3] and after[2]["error"] == "" and after[1] != before[1]
+    np.testing.assert_allclose(values(after), values(run(*flags, output=tmp_path / "new.csv")), atol=1e-7)
+    # The same size and another content: the time of the change tells.
+    size = (folder / "0.jpg").stat()
+    content = bytearray((folder / "0.jpg").read_bytes())
+    content[-20:-10] = bytes(10)
+    (folder / "0.jpg").write_bytes(content)
+    os.utime(folder / "0.jpg", ns=(size.st_atime_ns, size.st_mtime_ns + 1))
+    run(*flags, output=tmp_path / "a.csv")
+    assert "3 of 4 images are done already, 1 have changed since" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EACCES])
+def test_a_file_system_without_locks_is_one_note(number, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(prediction_file.fcntl, "lockf", refuse)
+    if number == errno.EACCES:
+        with pytest.raises(UserError, match="is being written by another process"):
+            table_of(tmp_path / "a", range(7), "abcdefg")
+    else:
+        table_of(tmp_path / "a", range(7), "abcdefg")
+        table_of(tmp_path / "a", [9, *range(1, 7)], "abcdefg")
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2 and all("no locks" in line and str(tmp_path / "a") in line for line in lines)
 
 
 def test_killed_and_gone_on_equals_the_whole(model, tree, tmp_path, capsys):
@@ -301,7 +531,7 @@ def test_killed_and_gone_on_equals_the_whole(model, tree, tmp_path, capsys):
     assert 8 < rows < whole.read_bytes().count(b"\n") - 1, "killed too late to show anything"
     assert predict.main(argv) == 0
     assert killed.read_bytes() == whole.read_bytes()
-    assert "rows are there already" in capsys.readouterr().out
+    assert "are done already" in capsys.readouterr().out
     before = killed.stat().st_size
     assert predict.main(argv) == 0 and killed.stat().st_size == before
 
@@ -321,7 +551,7 @@ def test_the_output_of_another_command_is_left_alone(model, pictures, tmp_path):
             run(*arguments, output=tmp_path / "a.csv")
         assert (tmp_path / "a.csv").read_bytes() == before
     (tmp_path / "mine.csv").write_text("my own table\n")
-    with pytest.raises(UserError, match="mine.csv is there already, and not by predict.py"):
+    with pytest.raises(UserError, match="mine.csv exists already, and not by predict.py"):
         run(model, image, output=tmp_path / "mine.csv")
     assert (tmp_path / "mine.csv").read_text() == "my own table\n"
     with pytest.raises(UserError, match="cannot be written"):
@@ -375,7 +605,7 @@ def test_bad_input_is_one_line(model, pictures, tmp_path):
         ((checkpoint("b.pth", {**whole, "config": bent}), image), "b.pth: .*INTERN_IMAGE"),
         ((checkpoint("nan.pth", {**whole, "model": nan}), image), "not finite"),
         ((model, few, image), "few.pth has other labels than"),
-        ((no_average, image, "--ema"), "--ema: .*plain.pth holds no average"),
+        ((no_average, image, "--ema"), "--ema: .*plain.pth holds no EMA weights"),
         ((model, tmp_path / "gone"), "gone: does not exist"),
         ((model, str(tmp_path / "*.gone")), "no image matches this pattern"),
         ((model, pictures / "none"), "none: no image in this folder"),
@@ -386,7 +616,7 @@ def test_bad_input_is_one_line(model, pictures, tmp_path):
         ((model, image, "--explain", tmp_path / "e", "--labels", "Edma"), "no label 'Edma' .did you mean Edema"),
         ((model, no_average, image, "--explain", tmp_path / "e"), "--explain takes one checkpoint"),
         ((model, image, "--explain", image), "--explain .* cannot be written"),
-        ((model, pictures / "deep", "--explain", pictures / "deep/e"), "e lies in .*deep: its pictures would be"),
+        ((model, pictures / "deep", "--explain", pictures / "deep/e"), "e is in .*deep: its overlays would be"),
         ((model, image, "--device", "gpu"), "--device gpu"),
         ((model, image, "--device", "meta"), "--device meta: the models run on cpu and cuda"),
         ((model, image, "--rule", "f1"), "--rule .* give --thresholds"),
@@ -418,3 +648,22 @@ def test_the_command_ends_with_one_line(model, tmp_path):
     )  # fmt: skip
     assert process.returncode == 2
     assert process.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in process.stderr
+
+
+def test_a_checkpoint_imports_no_module_of_its_choice(model, pictures, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = torch.load(model, weights_only=True)
+    for name in ("evil", "this", "models.evil", "classifier"):
+        content["config"]["MODEL"]["TYPE"] = name
+        torch.save(content, tmp_path / "e.pth")
+        with pytest.raises(UserError, match=f"e.pth: MODEL.TYPE is '{name}', no file of models/"):
+            run(tmp_path / "e.pth", pictures / "deep/0.jpg", output=tmp_path / "a.csv")
+    assert "this" not in sys.modules and "evil" not in sys.modules
+
+
+def test_the_start_imports_what_it_needs():
+    code = "import sys, predict; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    loaded = set(process.stdout.split())
+    assert "torch" in loaded and not loaded & {"torchvision", "timm", "matplotlib"}

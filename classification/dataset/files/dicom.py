@@ -10,6 +10,7 @@ import struct
 import warnings
 
 import numpy as np
+from PIL import Image
 from pydicom import filereader
 from pydicom.charset import default_encoding
 from pydicom.encaps import encapsulate, generate_fragments
@@ -57,11 +58,12 @@ UNCOMPRESSED = (IMPLICIT, EXPLICIT, BIG_ENDIAN)
 PIXEL_DATA = 0x7FE00010
 # The elements that are read; the others are skipped.
 NAMES = """
-SamplesPerPixel PhotometricInterpretation NumberOfFrames Rows Columns BitsAllocated BitsStored HighBit
-PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit ModalityLUTSequence RescaleIntercept RescaleSlope
+SamplesPerPixel PlanarConfiguration PhotometricInterpretation NumberOfFrames Rows Columns BitsAllocated BitsStored
+HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit ModalityLUTSequence RescaleIntercept RescaleSlope
 VOILUTSequence WindowCenter WindowWidth VOILUTFunction
 """
 HEADER = [Tag(name) for name in NAMES.split()]
+COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # PS3.3 C.7.6.3.1.2
 NEEDED = ("Rows", "Columns", "BitsAllocated", "BitsStored")
 
 
@@ -164,14 +166,17 @@ def _integer(dataset, name, default):
 
 
 def _check_kind(dataset):
-    """Raises Unusable if the header describes anything but one grayscale image of whole numbers."""
+    """Raises where the header describes something else than one image of whole numbers, grayscale or RGB."""
     check_size(dataset.Rows, dataset.Columns)
     frames, samples = (_integer(dataset, name, 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
-    if frames > 1 or samples != 1:
-        raise Unusable(f"the DICOM is not a single grayscale image: {frames} frame(s), {samples} sample(s) a pixel")
     kind = photometric(dataset)
-    if kind not in ("MONOCHROME1", "MONOCHROME2"):
-        raise Unusable(f"PhotometricInterpretation is {kind!r}; expected MONOCHROME1 or MONOCHROME2")
+    colour = samples == 3 and kind in COLOUR
+    if frames > 1 or (samples != 1 and not colour):
+        raise Unusable(f"the DICOM is not a single grayscale image: {frames} frame(s), {samples} sample(s) a pixel")
+    if not colour and kind not in ("MONOCHROME1", "MONOCHROME2"):
+        raise Unusable(f"PhotometricInterpretation is {kind!r}; expected MONOCHROME1 or MONOCHROME2, or RGB")
+    if colour and (dataset.BitsAllocated, dataset.BitsStored) != (8, 8):
+        raise Unusable(f"{dataset.BitsStored} of {dataset.BitsAllocated} bits a sample of {kind}; 8 of 8 are read")
     if dataset.BitsAllocated not in (1, 8, 16, 32) or not 1 <= dataset.BitsStored <= dataset.BitsAllocated:
         raise Unusable(f"{dataset.BitsStored} of {dataset.BitsAllocated} bits a pixel; all of 1, 8, 16 or 32 are read")
 
@@ -183,6 +188,8 @@ def _stored_values(dataset, syntax, pixels):
         words, precision = _uncompressed(dataset, syntax, *pixels), dataset.BitsAllocated
     else:
         words, precision = _decompressed(dataset, syntax, *pixels)
+    if words.ndim == 3:
+        return _gray_of(words)
     words = words.view(f"{'i' if _integer(dataset, 'PixelRepresentation', 0) == 1 else 'u'}{words.itemsize}")
     # PS3.5 8.1.1: the value is in some bits of the word, up to HighBit; the others may hold anything.
     bits = min(dataset.BitsStored, precision)
@@ -196,9 +203,17 @@ def _stored_values(dataset, syntax, pixels):
     return words
 
 
+def _gray_of(colours):
+    """RGB uint8 [H, W, 3] of gray pixels, as a secondary capture of an X-ray has them, -> uint8 [H, W]."""
+    if (np.ptp(colours, axis=2) > 24).mean() > 0.05:  # a coloured mark or text may be in it
+        raise Unusable("the DICOM is a colour image, and no X-ray is")
+    return np.asarray(Image.fromarray(np.ascontiguousarray(colours)).convert("L"))
+
+
 def _uncompressed(dataset, syntax, vr, length, data):
-    """Words [H, W], unsigned."""
-    count, bits = dataset.Rows * dataset.Columns, dataset.BitsAllocated
+    """Words [H, W], unsigned; of RGB bytes [H, W, 3]."""
+    samples = _integer(dataset, "SamplesPerPixel", 1)
+    count, bits = dataset.Rows * dataset.Columns * samples, dataset.BitsAllocated
     needed = -(-count * bits // 8)
     if length == 0xFFFFFFFF:
         raise Unusable(f"the pixels are compressed, the transfer syntax is {syntax.name}")
@@ -212,11 +227,22 @@ def _uncompressed(dataset, syntax, vr, length, data):
     else:
         order = ">" if syntax == BIG_ENDIAN else "<"
         words = np.frombuffer(data, f"{order}u{bits // 8}", count).astype(f"u{bits // 8}", copy=False)
-    return words.reshape(dataset.Rows, dataset.Columns)
+    if samples == 1:
+        return words.reshape(dataset.Rows, dataset.Columns)
+    if photometric(dataset) not in ("RGB", "YBR_FULL"):
+        raise Unusable(f"{photometric(dataset)} is read from compressed pixels only")
+    if _integer(dataset, "PlanarConfiguration", 0) == 1:  # plane by plane
+        words = np.moveaxis(words.reshape(3, dataset.Rows, dataset.Columns), 0, 2)
+    else:
+        words = words.reshape(dataset.Rows, dataset.Columns, 3)
+    if photometric(dataset) == "RGB":
+        return words
+    return np.asarray(Image.frombytes("YCbCr", words.shape[1::-1], words.tobytes()).convert("RGB"))
 
 
 def _decompressed(dataset, syntax, _vr, _length, data):
-    """(words [H, W] of 8, 16 or 32 bits, of how many of these the decoder makes use)."""
+    """(words [H, W] of 8, 16 or 32 bits or RGB [H, W, 3], of how many of these the decoder makes use)."""
+    samples = _integer(dataset, "SamplesPerPixel", 1)
     if bytes(data[:4]) != b"\xfe\xff\x00\xe0":
         raise Unusable(f"the pixels are not compressed, the transfer syntax is {syntax.name}")
     # One image: all fragments are of one frame, whatever the table of offsets before them has.
@@ -231,7 +257,7 @@ def _decompressed(dataset, syntax, _vr, _length, data):
         size = stream.height, stream.width
         if size != (dataset.Rows, dataset.Columns):
             raise ValueError(f"the pixels are {size}, the header has {(dataset.Rows, dataset.Columns)}")
-        if stream.components != 1:
+        if stream.components != samples:
             raise Unusable(f"the DICOM is not a single grayscale image: {stream.components} samples a pixel")
         bits, signed = stream.precision, stream.signed
     try:
@@ -241,8 +267,9 @@ def _decompressed(dataset, syntax, _vr, _length, data):
             rows=dataset.Rows,
             columns=dataset.Columns,
             number_of_frames=1,
-            samples_per_pixel=1,
-            photometric_interpretation="MONOCHROME2",
+            samples_per_pixel=samples,
+            photometric_interpretation="MONOCHROME2" if samples == 1 else photometric(dataset),
+            planar_configuration=_integer(dataset, "PlanarConfiguration", 0),
             bits_allocated=next(size for size in (8, 16, 32, 64) if bits <= size),
             bits_stored=bits,
             pixel_representation=int(signed),

@@ -1,35 +1,46 @@
 """What a command line names -> images: files, folders, patterns, tables with a `path` column. Runs without torch."""
 
 import glob
-import io
 import os
 import re
 import stat
+import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
-import pydicom
+from PIL import Image, ImageFile
 
 from common.errors import UserError
-from dataset import tables
+from dataset.files.contents import text_of
 from dataset.files.images import SUFFIXES, ImageError, sniff
 from dataset.views import TEXT_COLUMNS, find_views
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 IDS = ("dicom_id", "study_id", "subject_id", "view")
 _OFFICIAL = re.compile(r"p\d\d/p(?P<subject_id>\d{8})/s(?P<study_id>\d{8})/(?P<dicom_id>[^/]+)\.\w+$")
+# A broken image is known by the ending of its name only.
+_ENDINGS = {ending.lower() for ending in SUFFIXES if ending} | {".gif", ".dib", ".jfif", ".j2k", ".ppm", ".pnm"}
+_DRAWINGS = ("EPS", "MPEG")  # which Pillow opens, and does not read
 _HEADER = {"dicom_id": "SOPInstanceUID", "study_id": "StudyID", "subject_id": "PatientID"}
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An image that was asked for: `path` as the user writes it, `file` where it lies, `known` what a table says of it
+    """An image that was asked for: `path` as the user writes it, its `file`, `known`: what a table has of it
     (a dictionary of some of IDS)."""
 
     path: str
     file: Path
     known: dict = field(default_factory=dict)
+
+    def stamp(self):
+        """What shows that the image is another one: [path, size, time of change in ns, known]; JSON keeps it."""
+        try:
+            found = self.file.stat()
+            return [self.path, found.st_size, found.st_mtime_ns, self.known]
+        except (OSError, ValueError):
+            return [self.path, None, None, self.known]
 
     def read(self):
         """Bytes of the file; an ImageError where it cannot be read."""
@@ -42,32 +53,56 @@ class Listed:
 
 
 def _looks_like_an_image(path):
-    # A broken image is known by its name only, one without a suffix by its content only.
-    if path.suffix and path.suffix.lower() in SUFFIXES:
+    if path.suffix.lower() in _ENDINGS:
         return os.path.isfile(path) or os.path.islink(path)
     if not os.path.isfile(path):
         return False
     try:
         with open(path, "rb") as file:
-            return sniff(file.read(4096)) != ""
+            return sniff(file.read(4096)) != "" or _pillow_reads(path)
     except OSError:
         return False
+
+
+def _pillow_reads(path):
+    try:
+        with warnings.catch_warnings(), Image.open(path) as picture:
+            warnings.simplefilter("ignore")
+            return not isinstance(picture, ImageFile.StubImageFile) and picture.format not in _DRAWINGS
+    except Exception:  # its plugins raise whatever they meet
+        return False
+
+
+def _kind(path):
+    """What a file is counted as that is left out."""
+    return "hidden" if path.name.startswith(".") else path.suffix.lower() or "without an ending"
+
+
+def _sorted_out(paths, left_out):
+    """The images among files, as Listed; the others are counted by kind in `left_out`."""
+    found = []
+    for path in paths:
+        if not path.name.startswith(".") and _looks_like_an_image(path):
+            found.append(Listed(str(path), path))
+        elif not os.path.isdir(path):
+            left_out[_kind(path)] += 1
+    return found
 
 
 def _cannot_be_listed(error):
     raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror})") from error
 
 
-def _images_below(folder):
+def _images_below(folder, left_out):
     found, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_be_listed):
         if (real := os.path.realpath(where)) in seen:  # a link to where the search has been: a circle, perhaps
             folders.clear()
             continue
         seen.add(real)
+        left_out.update("hidden" for name in folders if name.startswith("."))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = (Path(where, name) for name in sorted(names) if not name.startswith("."))
-        found += [Listed(str(path), path) for path in paths if _looks_like_an_image(path)]
+        found += _sorted_out((Path(where, name) for name in sorted(names)), left_out)
     return found
 
 
@@ -76,6 +111,8 @@ def _is_table(name):
 
 
 def _of_table(table):
+    from dataset import tables  # pandas takes longer to import than ten images to predict
+
     frame = tables.read_csv(table, ("path",))
     frame["path"] = tables.names(frame, "path", table)
     if "ViewPosition" in frame and "view" not in frame:
@@ -87,79 +124,77 @@ def _of_table(table):
     ]
 
 
-def _of_pattern(pattern):
+def _of_pattern(pattern, left_out):
     """What a pattern names: of folders and of files what looks like an image; tables where it asks for them."""
     found = []
     for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
         if path.is_dir():
-            found += _images_below(path)
+            found += _images_below(path, left_out)
         elif _is_table(pattern):
             found += _of_table(path)
-        elif _looks_like_an_image(path):
-            found.append(Listed(str(path), path))
-    if not found:
-        raise UserError(f"{pattern}: no image matches this pattern (DICOM, JPG or PNG)")
+        else:
+            found += _sorted_out([path], left_out)
     return found
 
 
-def _expand(name):
-    path = Path(name)
+def _expand(name, left_out):
+    path, mine = Path(name), Counter()
     if os.path.isdir(name):
-        if images := _images_below(path):
-            return images
-        raise UserError(f"{name}: no image in this folder or below it (DICOM, JPG or PNG)")
-    if os.path.isfile(name) and _is_table(name):
-        return _of_table(path)
-    if os.path.lexists(name):
-        return [Listed(name, path)]
-    if glob.has_magic(name):
-        return _of_pattern(name)
-    raise UserError(f"{name}: does not exist")
+        found = _images_below(path, mine)
+    elif os.path.isfile(name) and _is_table(name):
+        found = _of_table(path)
+    elif os.path.lexists(name):
+        found = [Listed(name, path)]
+    elif glob.has_magic(name):
+        found = _of_pattern(name, mine)
+    else:
+        raise UserError(f"{name}: does not exist")
+    if not found:
+        what = "no image in this folder or below it" if path.is_dir() else "no image matches this pattern"
+        raise UserError(f"{name}: {what} ({count_kinds(mine) or 'it is empty'}); name what holds DICOM, JPG or PNG")
+    left_out.update(mine)
+    return found
 
 
-def list_images(names):
+def list_images(names, left_out=None):
     """The images that files, folders, patterns (`*`, `**`) and tables name, each path once, in the order given.
 
-    Folders are searched to the bottom, for files with the suffix or the content of an image; hidden ones are left out.
+    left_out: a Counter to which the files are added that are no images, by their ending.
+
+    Folders are searched to the bottom, for files with the ending or the content of an image; hidden ones are left out.
     A table is a CSV with the column `path`, relative to the folder of the table; it may have those of IDS, or
     ViewPosition.
 
     Raises:
-        UserError: a path that is not there, a folder without an image or that cannot be read, a table without `path`.
+        UserError: no such path, a folder without an image or that cannot be read, a table without `path`.
     """
-    listed = [image for name in names for image in _expand(str(name))]
+    left_out = Counter() if left_out is None else left_out
+    listed = [image for name in names for image in _expand(str(name), left_out)]
     # Tables of two folders may call two images alike.
     return list({(image.path, os.path.abspath(image.file)): image for image in listed}.values())
 
 
-def identify(listed, data):
-    """{id: text} of IDS for an image with the bytes `data`; an empty text where nothing tells.
+def count_kinds(kinds):
+    """A Counter as text, the most frequent first: "12 .txt, 2 hidden"."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common() if count)
+
+
+def identify(listed, header):
+    """{id: text} of IDS for an image with this header (None: no DICOM); an empty text where it is unknown.
 
     Its row of a table comes first, then the folders of the official layout, then the header of a DICOM.
     """
     ids = dict.fromkeys(IDS, "")
-    if sniff(data) == "dcm":
-        try:
-            header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
-        except Exception:  # whatever pydicom raises: reading the image says it better
-            header = {}
-        ids |= {name: _text(header, tag) for name, tag in _HEADER.items()}
+    if header is not None:
+        ids |= {name: text_of(header, keyword) for name, keyword in _HEADER.items()}
         ids["view"] = _view(header)
     official = _OFFICIAL.search(listed.file.as_posix())
     return ids | (official.groupdict() if official else {}) | listed.known
 
 
-def _text(header, *names):
-    """An element of a header as text, through the first items of sequences; empty where it cannot be read as such."""
-    try:
-        for name in names[:-1]:
-            header = header.get(name)[0]
-        return str(header.get(names[-1]) or "")
-    except Exception:  # pydicom raises whatever it meets in an element of a wrong length or kind
-        return ""
-
-
 def _view(header):
-    texts = {name: _text(header, name) for name in ("ViewPosition", "PerformedProcedureStepDescription")}
-    texts["ViewCodeSequence_CodeMeaning"] = _text(header, "ViewCodeSequence", "CodeMeaning")
+    import pandas as pd
+
+    texts = {name: text_of(header, name) for name in ("ViewPosition", "PerformedProcedureStepDescription")}
+    texts["ViewCodeSequence_CodeMeaning"] = text_of(header, "ViewCodeSequence")
     return find_views(pd.DataFrame([texts | dict.fromkeys(set(TEXT_COLUMNS) - texts.keys(), "")]))[0]
