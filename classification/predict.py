@@ -159,9 +159,8 @@ class _Images(torch.utils.data.Dataset):
         item = {"error": "", "dicom": False, "content": "", "row": True, **dict.fromkeys(IDS, "")}
         try:
             data = listed.read()
-            header = read_header(data)
-            item |= identify(listed, header)
-            if header is not None:
+            item |= identify(listed, data)
+            if (header := read_header(data)) is not None:
                 item["dicom"] = True
                 kind, item["content"] = find_content(header)
                 item["row"] = kind != NO_IMAGE

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageFile
 
 from common.errors import UserError
-from dataset.files.contents import text_of
+from dataset.files.contents import read_header, text_of
 from dataset.files.images import SUFFIXES, ImageError, sniff
 from dataset.views import TEXT_COLUMNS, find_views
 
@@ -179,13 +179,13 @@ def count_kinds(kinds):
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common() if count)
 
 
-def identify(listed, header):
-    """{id: text} of IDS for an image with this header (None: no DICOM); an empty text where it is unknown.
+def identify(listed, data):
+    """{id: text} of IDS for an image with the bytes `data`; an empty text where it is unknown.
 
     Its row of a table comes first, then the folders of the official layout, then the header of a DICOM.
     """
     ids = dict.fromkeys(IDS, "")
-    if header is not None:
+    if (header := read_header(data)) is not None:
         ids |= {name: text_of(header, keyword) for name, keyword in _HEADER.items()}
         ids["view"] = _view(header)
     official = _OFFICIAL.search(listed.file.as_posix())
