@@ -80,8 +80,12 @@ def folder_below(value):
     return None if inside else "it must be the name of a folder, without .. and without a / in front"
 
 
+def not_empty(value):
+    return None if value.strip() else "it must not be empty"
+
+
 def run_folder(value):
-    return folder_below(value) if value.strip() else "it must not be empty"
+    return not_empty(value) or folder_below(value)
 
 
 def other_than(*choices):
@@ -326,7 +330,8 @@ KNOBS = {
                       takes_effect={"AMP_OPT_LEVEL": "O1"}),
     "TF32": Knob(False, "(new) float32 products with 10 bits of mantissa, which is faster", takes_effect=GPU),
     "DETERMINISTIC": Knob(False, "(new) two identical runs on a GPU give the same bits too; slower"),
-    "OUTPUT": Knob("output", "root of all runs; the folder of a run is OUTPUT/MODEL.NAME/TAG", flag="--output"),
+    "OUTPUT": Knob("output", "root of all runs; the folder of a run is OUTPUT/MODEL.NAME/TAG", not_empty,
+                   flag="--output"),
     "RESULTS": Knob("", "(new) evaluations are written to RESULTS/evaluation_<timestamp>; empty: results/<dataset>"),
     "TAG": Knob("default", "name of this run", run_folder, flag="--tag"),
     "SAVE_FREQ": Knob(1, "epochs between ckpt_epoch_N.pth; last_ckpt.pth is written after every epoch", at_least(1)),

@@ -274,6 +274,8 @@ def test_a_run_does_not_leave_its_output(key, name):
     with pytest.raises(UserError, match=f"{key} is .*; it must be the name of a folder"):
         load("--opts", key, name)
     assert lookup(load("--opts", key, "a/b..c"), key) == "a/b..c"
+    with pytest.raises(UserError, match="OUTPUT is ' '; it must not be empty"):
+        load("--opts", "OUTPUT", " ")
 
 
 def test_a_run_is_resumed_by_its_own_file_only(tmp_path):

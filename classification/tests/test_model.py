@@ -263,6 +263,8 @@ class TestPretrained:
             ),
             (b"<!DOCTYPE html>\n<html><body>404</body></html>", "is a web page, not a checkpoint"),
             (b"\n<HTML>", "is a web page, not a checkpoint"),
+            (b"hello", "is not a whole checkpoint .it does not begin as a file of torch.save does.;"),
+            (b"\x80\2h\7.", "is not a whole checkpoint .its content is damaged.;"),
         ],
     )
     def test_what_a_download_left_instead(self, tmp_path, content, message):

@@ -196,7 +196,10 @@ def _what_is_wrong(path, error):
     # torch's own text about unpickling advises to load unsafely: it is not handed on.
     reason = str(error).splitlines()[0] if str(error) and "weights_only" not in str(error) else type(error).__name__
     reason = reason.split(". ")[0]  # the rest guesses at causes
-    reason = reason if start else "the file is empty"
+    if isinstance(error, LookupError):  # of a pickle: a number, or a list that is empty
+        reason = "its content is damaged"
+    if path.suffix != ".safetensors" and not start.startswith((b"pk", b"\x80")):
+        reason = "it does not begin as a file of torch.save does" if start else "the file is empty"
     return f"{path} is not a whole checkpoint ({reason}); use another one"
 
 
