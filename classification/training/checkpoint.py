@@ -5,7 +5,6 @@ Nothing here ever runs code from a file: everything is read with `weights_only=T
 
 import contextlib
 import os
-import pkgutil
 import re
 import shutil
 import warnings
@@ -17,10 +16,10 @@ import torch
 from safetensors.torch import load
 
 import config as config_module
+from common import builders
 from common.errors import UserError
 from common.files import rename, sha256
 
-ROOT = Path(__file__).resolve().parents[1]
 LAST = "last_ckpt.pth"  # after every epoch, or where a signal stopped the run
 PREVIOUS = "last_ckpt.previous.pth"
 BEST = "best_ckpt.pth"
@@ -128,13 +127,14 @@ def _refuse_foreign_modules(config, path):
     """Raise a UserError where the config in `path`, which may be anyone's file, names a module outside this project."""
     model, data = (config[key] if isinstance(config.get(key), dict) else {} for key in ("MODEL", "DATA"))
     sources = data["SOURCES"] if isinstance(data.get("SOURCES"), list) else []
-    named = [("models", "MODEL.TYPE", model.get("TYPE")), ("dataset", "DATA.DATASET", data.get("DATASET"))]
+    named = [("models", "MODEL.TYPE", model["TYPE"])] if "TYPE" in model else []
+    named += [("dataset", "DATA.DATASET", data["DATASET"])] if "DATASET" in data else []
     named += [("dataset", "DATA.SOURCES", one.get("dataset")) for one in sources if isinstance(one, dict)]
     for package, key, name in named:
-        if name is not None and str(name) not in {file.name for file in pkgutil.iter_modules([str(ROOT / package)])}:
-            raise UserError(
-                f"{path}: {key} is {name!r}, no file of {package}/; to run that module, name your --cfg as well"
-            )
+        try:
+            builders.find(package, name, key, outside=False)
+        except UserError as error:
+            raise UserError(f"{path}: {error}, or name your --cfg as well") from error
 
 
 def read_with_digest(path):
