@@ -68,7 +68,7 @@ def test_a_dataset_from_outside_trains_and_is_evaluated(outside, run_main, tmp_p
     run_main("--eval", **own)
     (result,) = (tmp_path / "out" / "results").iterdir()
     header, *lines = (result / "predictions.csv").read_text().splitlines()
-    assert header == "number,left_target,left_probability,right_target,right_probability"
+    assert header == "number,left_target,left_probability,left_logit,right_target,right_probability,right_logit"
     assert [line.split(",")[0] for line in lines] == [str(k) for k in range(50)]
 
 

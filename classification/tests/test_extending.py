@@ -176,14 +176,16 @@ def test_a_metric_of_which_less_is_better_chooses_the_best(run_main, rows, monke
     assert line["best_mean_auc"] == line["mean_auc"] and checkpoint.read(folder / checkpoint.BEST)["epoch"] == 4
 
     run_main("--eval")
+    run_main("--eval", "--ema")
     capsys.readouterr()
-    found = next(folder.parents[1].glob("results/evaluation_*"))
+    found, ema = sorted(folder.parents[1].glob("results/evaluation_*"))
     report.main(
-        [str(found), "--ensemble", str(found), "--output", str(found / "both"), "--resamples", "200", "--no-images"]
+        [str(found), "--ensemble", str(ema), "--output", str(found / "both"), "--resamples", "200", "--no-images"]
     )
-    predictions = pd.read_csv(found / "predictions.csv")
-    edema = np.mean((predictions["Edema_target"] - predictions["Edema_probability"]) ** 2)
-    for path in (found, found / "both"):
+    one, other = (pd.read_csv(folder / "predictions.csv") for folder in (found, ema))
+    mean = (one["Edema_probability"] + other["Edema_probability"]) / 2
+    for path, p in ((found, one["Edema_probability"]), (found / "both", mean)):
+        edema = np.mean((one["Edema_target"] - p) ** 2)
         assert json.loads((path / "metrics.json").read_text())["brier"]["Edema"] == pytest.approx(edema, abs=1e-6)
     written = json.loads((found / "both" / "report.json").read_text())
     assert written["metrics"]["brier"]["labels"]["Edema"] == pytest.approx(edema, abs=1e-6)

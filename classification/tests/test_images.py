@@ -819,13 +819,13 @@ def test_loading_says_what_is_odd_once_a_kind(workers, capfd):
     said = []
     log = logging.Logger("said")
     log.addHandler(type("Said", (logging.Handler,), {"emit": lambda self, record: said.append(record.getMessage())})())
-    data = Node(NUM_WORKERS=workers, PIN_MEMORY=False, ON_BAD_IMAGE="error")
+    data = Node(NUM_WORKERS=workers, PIN_MEMORY=False, ON_BAD_IMAGE="error", IMG_SIZE=8)
     config = Node(DATA=data, AUG=Node(MEAN=[0.5] * 3, STD=[0.5] * 3), SEED=0)
     sampler = EvalSampler(16, batch_size=2, rank=0, world_size=1)
     loader = Loader(config, Images(), sampler, torch.device("cpu"), log)
     for _ in range(2):
         assert len(list(loader)) == 8
-    text = "VOILUTFunction 'F0' is unknown: taken for LINEAR; said once, `prepare_mimic.py audit` counts such images"
+    text = "VOILUTFunction 'F0' is unknown: taken for LINEAR; logged once, `prepare_mimic.py audit` counts such images"
     assert said == [f"0.dcm: {text}"]
     assert capfd.readouterr() == ("", "")
 

@@ -499,10 +499,10 @@ def test_an_external_test_in_one_command(run_main, nih_at, tmp_path, monkeypatch
     assert mapping["Fracture"] == {"from": [], "kind": "unknown"} and metrics["positives"]["Fracture"] == 0
     assert metrics["negatives"]["Fracture"] == 0 and metrics["auc"]["Fracture"] is None
     summary = (folder / "summary.md").read_text()
-    assert "## Labels compared" in summary and "7 of 14 labels are the same in nih." in summary
+    assert "Labels of the model in these data" in summary and "7 of 14 labels are the same in nih." in summary
     assert "| Lung Lesion | Mass, Nodule | nearly the same | 4 |" in summary
     assert "| Fracture | – | not comparable: unknown to the data | 0 |" in summary
-    assert "Labels compared" in (folder / "report.html").read_text()
+    assert "Labels of the model in these data" in (folder / "report.html").read_text()
     assert "An external test: trained on mimic_cxr, tested on nih." in (folder / "model_card.md").read_text()
     predictions = pd.read_csv(folder / "predictions.csv")
     assert predictions["Fracture_target"].isna().all() and (predictions["Fracture_label"] == UNKNOWN).all()
