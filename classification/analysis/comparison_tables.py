@@ -4,7 +4,7 @@ from dataclasses import replace
 from math import floor, log10
 
 from analysis import tables
-from analysis.tables import DASH, Cell, Table, count, figure, p_value, policy_text, signed, unit_text
+from analysis.tables import DASH, Cell, count, figure, make, p_value, policy_text, signed, unit_text
 
 APPROXIMATE = "†"
 PRINTED = ("overview", "models", "labels")  # sections that the terminal shows; the page has all
@@ -151,12 +151,11 @@ def _models(name, part, k):
         rows.append(cells)
     names, sections = list(part["models"]), list(part["models"].values())
     labels = [n for n, found in sections[0]["labels"].items() if found["auroc"]["value"] is not None]
-    text = (
-        f"{part['images']:,} test images. Mean AUROC over {len(labels)} labels: "
-        f"{_marked(labels, sections) or 'none has both classes'}. Difference: to {part['first']}, on the same "
-        f"images; p: paired bootstrap over the same {sections[0]['bootstrap']['unit']}s"
-        f"{', then adjusted by Holm over the models' if several else ''}."
-    )
+    values = {
+        "images": part["images"], "count": len(labels), "labels": _marked(labels, sections) or "none has both classes",
+        "first": part["first"], "unit": sections[0]["bootstrap"]["unit"],
+        "adjusted": ", then adjusted by Holm over the models" * several,
+    }  # fmt: skip
     speeds = [(m, f["cost"]["device"] or "device not recorded") for m, f in part["models"].items()
               if f["cost"]["images_per_s"] is not None]  # fmt: skip
     devices = {device for _, device in speeds}
@@ -166,9 +165,8 @@ def _models(name, part, k):
     remarks += _remarks(names, sections, labels)
     lacking = _listed((m, ", ".join(found)) for m, found in part["left_out_labels"].items())
     remarks += [f"left out, since not every model has them: {lacking}"] if lacking else []
-    heads = ["model", "backbone", "parameters (M)", "GMACs", "images/s", "mean AUROC (95% CI)", "difference (95% CI)"]
-    heads += ["p"] + ["p (Holm)"] * several
-    return Table(f"models-{k}", f"Models on {name}", _note(sections), text, heads, rows, remarks)
+    more = ["p (Holm)"] * several
+    return make("models", _note(sections), rows, remarks, key=f"models-{k}", more=more, name=name, **values)
 
 
 def _by_label(report, model, chosen, k):
@@ -191,11 +189,11 @@ def _by_label(report, model, chosen, k):
     total.append([Cell("images"), *(count(found["bootstrap"]["images"]) for found in sections)])
     patients = [f["bootstrap"]["units"] if f["bootstrap"]["unit"] == "patient" else None for f in sections]
     total.append([Cell("patients"), *(count(n) for n in patients)])
-    of_all = "" if len(chosen) == len(columns(report)) else " of this report"
-    text = (
-        f"The common labels, those with an AUROC in every evaluation{of_all}: "
-        f"{_marked(common, [c[2] for c in columns(report)]) or 'none'}."
-    )
+    everything = [c[2] for c in columns(report)]
+    values = {
+        "title": f"AUROC of {model} by label" if model else "AUROC by label",
+        "of_all": " of this report" * (len(chosen) < len(everything)), "common": _marked(common, everything) or "none",
+    }  # fmt: skip
     remarks = _remarks(names, sections, labels)
     absent = _listed((name, ", ".join(n for n in labels if n not in f["labels"])) for name, f in zip(names, sections))
     remarks += [f"not among its labels: {absent}"] if absent else []
@@ -203,8 +201,8 @@ def _by_label(report, model, chosen, k):
         remarks.append(f"the models differ: {_listed(zip(names, (c[1] for c in chosen)))}")
     if len({c[0] for c in chosen}) > 1 and names == [c[1] for c in chosen]:
         remarks.append(f"test sets: {_listed(zip(names, (c[0] for c in chosen)))}")
-    title = f"AUROC of {model} by label" if model else "AUROC by label"
-    return Table(f"labels-{k}", title, _note(sections), text, ["label", *names], rows + total, remarks, len(total))
+    key = f"labels-{k}"
+    return make("of-models", _note(sections), rows + total, remarks, key=key, more=names, total=len(total), **values)
 
 
 def _overview(report):
@@ -216,13 +214,9 @@ def _overview(report):
         for m in report["models"]
     ]
     sections, common = [c[2] for c in everything], report["common_labels"]
-    text = (
-        f"Mean AUROC over the {len(common)} labels that have one in every evaluation: "
-        f"{_marked(common, sections) or 'none'}."
-    )
     remark = _approximate_remark([c[0] for c in everything], sections, common)
-    remarks = [remark] if remark else []
-    return Table("overview", "Models by test set", _note(sections), text, ["model", *sets], rows, remarks)
+    values = {"count": len(common), "common": _marked(common, sections) or "none"}
+    return make("overview", _note(sections), rows, [remark] if remark else [], more=sets, **values)
 
 
 def _differences(part, k):

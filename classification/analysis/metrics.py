@@ -57,13 +57,13 @@ def per_label(function, probabilities, targets):
     return values
 
 
-def label_metrics(probabilities, targets, label_names, logits=None):
+def label_metrics(probabilities, targets, label_names, logits=None, rows=None):
     """{key: mean, name: {label: value}} of each row of METRICS; a mean is over the labels that have a value.
 
-    logits: [N, L] for the metrics of ranks, None where only probabilities are known.
+    logits: [N, L] for the metrics of ranks, None where only probabilities are known. rows: those of METRICS to compute.
     """
     found = {}
-    for metric in METRICS:
+    for metric in METRICS if rows is None else rows:
         scores = logits if metric.of_ranks and logits is not None else probabilities
         values = per_label(metric.function, scores, targets)
         defined = [v for v in values if v is not None]

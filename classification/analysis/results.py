@@ -53,6 +53,9 @@ class Options:
     tables: tuple = ()  # CSV files of subgroups
 
 
+NO_FIGURE = {"value": None, "low": None, "high": None}
+
+
 def _figure(value, draws, **more):
     low, high = statistics.interval(draws) if value is not None else (None, None)
     return {"value": value, "low": low, "high": high, **more}
@@ -85,15 +88,13 @@ class Measured:
     def label(self, k):
         counts, placed = self.counts(k), self.placements[k]
         if placed is None:
-            nothing = {"value": None, "low": None, "high": None}
             reason = ONE_CLASS if counts["images"] else "not known of any image"
-            return {"auroc": nothing | {"se": None}, "auprc": nothing, **counts, "left_out": reason}
+            return {"auroc": NO_FIGURE | {"se": None}, "auprc": dict(NO_FIGURE), **counts, "left_out": reason}
         undefined = int(np.isnan(self.auroc_draws[k]).sum())
         auroc = _figure(float(self.auroc[k]), self.auroc_draws[k], undefined_resamples=undefined)
         found = {"auroc": auroc | {"se": statistics.standard_error(placed)}, "auprc": self._precision([k]), **counts}
         if too_few(counts):
             found["warning"] = f"fewer than {statistics.FEW} {self.unit}s of a class: do not rely on the interval"
-            found["auprc"] |= {"low": None, "high": None}  # benchmarks/coverage.py: it held the truth in 81%
             found["auprc"] |= {"low": None, "high": None}  # such intervals held the truth in 81%
         if placed.bound:
             low, high = placed.bound
@@ -117,8 +118,7 @@ class Measured:
         """Over the labels that have a value; in a resample, over those that have one there."""
         k = np.flatnonzero(~np.isnan(self.auroc) if chosen is None else chosen)
         if not len(k):
-            reason = {"left_out": "no label has both classes"}
-            return {key: {"value": None, "low": None, "high": None, **reason} for key in ("auroc", "auprc")}
+            return dict.fromkeys(("auroc", "auprc"), NO_FIGURE | {"left_out": "no label has both classes"})
         draws, placed = self.auroc_draws[k], [self.placements[i] for i in k]
         auroc = _figure(
             float(self.auroc[k].mean()), statistics.mean_defined(draws),
@@ -158,24 +158,18 @@ def too_few(counts):
 # --------------------------------------------------------------------------------------- sections
 def further_metrics(predictions):
     """The rows of METRICS beside those of :class:`Measured`, without intervals."""
-    found = label_metrics(predictions.probabilities, predictions.targets, predictions.label_names, predictions.logits)
+    rows = [metric for metric in METRICS if metric.name not in MEASURED]
+    p = predictions
+    found = label_metrics(p.probabilities, p.targets, p.label_names, p.logits, rows)
     return {
-        metric.name: {
-            "column": metric.column, "direction": metric.direction, "mean": found[metric.key],
-            "labels": found[metric.name],
-        }
-        for metric in METRICS
-        if metric.name not in MEASURED
-    }  # fmt: skip
-
-
-def compare(measured, other, predictions, cluster, weights):
-    """The paired difference, this minus `other` (an :class:`Evaluation`), by label and of the mean."""
-    return difference(measured, Measured(aligned(predictions, other.test), cluster, weights), other.name)
+        m.name: {"column": m.column, "direction": m.direction, "mean": found[m.key], "labels": found[m.name]}
+        for m in rows
+    }
 
 
 def difference(measured, theirs, name):
-    """The same of two :class:`Measured` of the same images, labels and resamples; name: of the other."""
+    """The paired difference, by label and of the mean, of two :class:`Measured` of the same images, labels and
+    resamples; name: of the other."""
     labels, draws = {}, measured.auroc_draws - theirs.auroc_draws
     for k, label in enumerate(measured.names):
         a, b = measured.placements[k], theirs.placements[k]
@@ -197,9 +191,8 @@ def difference(measured, theirs, name):
     mean = {"difference": None, "low": None, "high": None, "p": None, "left_out": "no label has both classes"}
     defined = ~np.isnan(measured.auroc)
     if defined.any():
-        draws = statistics.mean_defined(measured.auroc_draws[defined]) - statistics.mean_defined(
-            theirs.auroc_draws[defined]
-        )
+        ours, other = (statistics.mean_defined(m.auroc_draws[defined]) for m in (measured, theirs))
+        draws = ours - other
         low, high = statistics.interval(draws)
         mean = {
             "difference": float(measured.auroc[defined].mean() - theirs.auroc[defined].mean()),
@@ -215,6 +208,7 @@ def between_seeds(evaluations, measured, cluster, weights):
     check_apart("--seeds-of", evaluations)
     check_one_configuration(first, others)
     runs = [measured, *(Measured(aligned(first.test, e.test), cluster, weights) for e in others)]
+    of = list(zip(evaluations, (run.mean()["auroc"] for run in runs)))
 
     def spread(values):
         values = [v for v in values if v is not None]
@@ -222,14 +216,10 @@ def between_seeds(evaluations, measured, cluster, weights):
             return {"mean": None, "sd": None, "left_out": ONE_CLASS}
         return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
-    means = [run.mean()["auroc"] for run in runs]
     return {
-        "runs": [
-            {"name": e.name, "given": e.given, "seed": e.config.get("SEED"), "auroc": m}
-            for e, m in zip(evaluations, means)
-        ],
+        "runs": [{"name": e.name, "given": e.given, "seed": e.config.get("SEED"), "auroc": mean} for e, mean in of],
         "remark": None if first.config else "the tables do not record that they are of one configuration",
-        "mean": spread([m["value"] for m in means]),
+        "mean": spread([mean["value"] for _, mean in of]),
         "labels": {n: spread([_or_none(r.auroc[k]) for r in runs]) for k, n in enumerate(measured.names)},
     }
 
@@ -250,14 +240,11 @@ def by_group(predictions, cluster, weights, options):
     """Subgroups of every variable: each group's figures, and the largest gap between two."""
     found = {}
     for name, (of, reason) in groups.find_groups(predictions, options.tables).items():
-        if of is None:
-            found[name] = {"left_out": reason}
-            continue
-        kept = [g for g in sorted(set(of)) if g]
-        if not kept:
-            found[name] = {"left_out": "not known of any image"}
-            continue
-        found[name] = _one_variable(predictions, cluster, weights, of, kept, reason)
+        kept = [] if of is None else [g for g in sorted(set(of)) if g]
+        if kept:
+            found[name] = _one_variable(predictions, cluster, weights, of, kept, reason)
+        else:
+            found[name] = {"left_out": reason if of is None else "not known of any image"}
     return found
 
 
@@ -277,23 +264,17 @@ def _one_variable(predictions, cluster, weights, of, kept, note):
         if not able:
             for figure in mean.values():
                 figure["left_out"] = f"judges {len(names) - len(poor)} of {len(names)} labels"
-        section["groups"][g] = {
-            "images": int((of == g).sum()),
-            "patients": len(np.unique(m.cluster)) if unit == "patient" else None,
-            "mean": mean,
-            "labels": labels,
-        }
+        patients = len(np.unique(m.cluster)) if unit == "patient" else None
+        group = {"images": int((of == g).sum()), "patients": patients, "mean": mean, "labels": labels}
         if poor:
-            section["groups"][g]["warning"] = (
-                f"too few {unit}s of a class (under {statistics.FEW}) to judge: {', '.join(poor)}"
-            )
+            group["warning"] = f"too few {unit}s of a class (under {statistics.FEW}) to judge: {', '.join(poor)}"
+        section["groups"][g] = group
 
     def gap(judged, k):
         """Of the mean over the labels `k`, between the groups that can judge it."""
         able = {g: m for (g, m), fine in zip(parts.items(), judged) if fine}
         if len(able) < 2:
-            return {"value": None, "low": None, "high": None, "p": None,
-                    "left_out": "fewer than two groups that can be judged"}  # fmt: skip
+            return NO_FIGURE | {"p": None, "left_out": "fewer than two groups that can be judged"}
         values = np.array([m.auroc[k].mean() for m in able.values()])
         draws = np.array([statistics.mean_defined(m.auroc_draws[k]) for m in able.values()])
         p, reach = statistics.largest_gap(values, draws)
@@ -321,8 +302,7 @@ def operating_points(evaluation, cluster, options):
     found = {rule: {"rule": text, "target": vars(options).get(rule), "labels": {}} for rule, text in texts.items()}
     for k, name in enumerate(test.label_names):
         p, y = held_out.probabilities[:, k], held_out.targets[:, k]
-        counts = count(y, held_cluster, held_out.unit)
-        fitted_on = _fitted_on(counts, held_cluster[~np.isnan(y)], held_out.unit)
+        fitted_on = _fitted_on(y, held_cluster, held_out.unit)
         for rule, threshold in thresholds.choose(p, y, options.sensitivity, options.specificity).items():
             if threshold is None:
                 one_class = len(set(y) & {0.0, 1.0}) < 2
@@ -334,15 +314,16 @@ def operating_points(evaluation, cluster, options):
             point = thresholds.apply(threshold, test.probabilities[:, k], test.targets[:, k], cluster)
             target, value = found[rule]["target"], point.get(rule, {}).get("value")
             point |= {"fitted_on": fitted_on | reached, "missed": None if None in (target, value) else value < target}
-            if too_few(counts):
+            if too_few(count(y, held_cluster, held_out.unit)):
                 point["warning"] = TOO_FEW_TO_FIT.format(few=statistics.FEW, unit=held_out.unit)
             found[rule]["labels"][name] = point
     return found
 
 
-def _fitted_on(counts, cluster, unit):
-    """The numbers of the validation split; cluster: of its images where the label is known."""
-    patients = len(np.unique(cluster)) if unit == "patient" else None
+def _fitted_on(targets, cluster, unit):
+    """The numbers of a label in the validation split, [N] each."""
+    counts = count(targets, cluster, unit)
+    patients = len(np.unique(cluster[~np.isnan(targets)])) if unit == "patient" else None
     return {"patients": patients, **{key: counts[key] for key in ("positive_patients", "images", "positives")}}
 
 
@@ -366,33 +347,25 @@ def calibrations(evaluation, cluster, weights):
         }
         return {"labels": labels, "mean": mean}
 
+    def scaled(methods):
+        """The test split's probabilities by one method a label."""
+        by_label = zip(methods, names, test.probabilities.T)
+        return stage(np.stack([calibration.scale(scaling, method, n, p) for method, n, p in by_label], 1))
+
     section = {"before": stage(test.probabilities)}
     if held_out is None:
         return section | {"left_out": NO_VALIDATION}, None
     held_cluster, _ = held_out.clusters
     scaling = calibration.fit(held_out.probabilities, held_out.targets, held_cluster, names, held_out.unit)
-    scaled = {
-        method: np.stack([calibration.scale(scaling, method, n, p) for n, p in zip(names, test.probabilities.T)], 1)
-        for method in ("temperature", "platt")
-    }
-    section["temperature"] = (
-        {"left_out": "the validation split cannot fit it"}
-        if scaling["temperature"] is None
-        else stage(scaled["temperature"])
-    )
-    section["platt"] = stage(scaled["platt"])
-    used = [scaling["chosen"][n]["method"] for n in names]
-    section["calibrated"] = stage(
-        np.stack([calibration.scale(scaling, m, n, p) for m, n, p in zip(used, names, test.probabilities.T)], 1)
-    )
-    fitted_on = {}
-    for k, n in enumerate(names):
-        y = held_out.targets[:, k]
-        fitted_on[n] = _fitted_on(count(y, held_cluster, held_out.unit), held_cluster[~np.isnan(y)], held_out.unit)
+    section["temperature"] = {"left_out": "the validation split cannot fit it"}
+    if scaling["temperature"] is not None:
+        section["temperature"] = scaled(["temperature"] * len(names))
+    section["platt"] = scaled(["platt"] * len(names))
+    section["calibrated"] = scaled([scaling["chosen"][n]["method"] for n in names])
     fitted = {
         "fitted_on": held_out.path.name,
         "images": len(held_out),
-        "labels": fitted_on,
+        "labels": {n: _fitted_on(y, held_cluster, held_out.unit) for n, y in zip(names, held_out.targets.T)},
         "label_names": list(names),
         "checkpoint_sha256": evaluation.validate_of,
         "fitted_for": evaluation.fitted_for,
@@ -416,18 +389,15 @@ def other_policies(predictions, cluster, weights):
             targets = apply_policy(raw, predictions.label_names, uncertain=u, missing=m, soft=False).astype(float)
             same = bool(((targets == predictions.targets) | (np.isnan(targets) & np.isnan(predictions.targets))).all())
             tried = Measured(replace(predictions, targets=targets), cluster, weights)
-            found.append(
-                {"uncertain": u, "missing": m, "as_used": same, "mean": tried.mean(), "labels": tried.labels()}
-            )
+            policy = {"uncertain": u, "missing": m, "as_used": same}
+            found.append(policy | {"mean": tried.mean(), "labels": tried.labels()})
     return {"policies": found}
 
 
 def curves(predictions, cluster, weights):
     """ROC and precision-recall of every label on a grid, with the band of the first BANDS resamples."""
-    found, ones = (
-        {"grid": GRID.tolist(), "resamples": min(BANDS, weights.shape[1]), "labels": {}},
-        np.ones((len(weights), 1), int),
-    )
+    found = {"grid": GRID.tolist(), "resamples": min(BANDS, weights.shape[1]), "labels": {}}
+    ones = np.ones((len(weights), 1), int)
     for k, name in enumerate(predictions.label_names):
         ranking = statistics.Ranking(predictions.scores[:, k], predictions.targets[:, k], cluster)
         if not ranking.both:
@@ -449,10 +419,8 @@ def worst_errors(predictions):
         p, y = predictions.probabilities[:, k], predictions.targets[:, k]
         scores = predictions.scores[:, k]
         found[name] = {}
-        for kind, rows, sign in (
-            ("missed", np.flatnonzero(y == 1), 1),
-            ("false_alarms", np.flatnonzero(y == 0), -1),
-        ):
+        for kind, truth, sign in (("missed", 1, 1), ("false_alarms", 0, -1)):
+            rows = np.flatnonzero(y == truth)
             rows = rows[np.argsort(sign * scores[rows], kind="stable")][:WORST]
             found[name][kind] = [
                 {"image": predictions.image_ids.iloc[r], "probability": float(p[r]), "row": int(r)}
@@ -462,15 +430,14 @@ def worst_errors(predictions):
     return found
 
 
-def _counted(known, positives):
-    return {"known": known, "positives": positives, "prevalence": positives / known if known else None}
-
-
-def _as_in_file(labels, k):
-    """How often a label is -1 and blank in the label file; nothing where the table does not keep that."""
-    if labels is None:
-        return {}
-    return {"uncertain": int((labels[:, k] == -1).sum()), "blank": int(np.isnan(labels[:, k]).sum())}
+def _count_values(predictions, k):
+    """Known and positive images of a label, and, where the table keeps the label file's values, -1 and blank ones."""
+    targets, labels = predictions.targets[:, k], predictions.labels
+    known, positives = int((~np.isnan(targets)).sum()), int((targets == 1).sum())
+    found = {"known": known, "positives": positives, "prevalence": positives / known if known else None}
+    if labels is not None:
+        found |= {"uncertain": int((labels[:, k] == -1).sum()), "blank": int(np.isnan(labels[:, k]).sum())}
+    return found
 
 
 def cohort(evaluation, options):
@@ -483,19 +450,14 @@ def cohort(evaluation, options):
         found = {"images": len(predictions)}
         for name, column in (("studies", "study_id"), ("patients", "subject_id")):
             found[name] = int(predictions.ids[column].nunique()) if column in predictions.ids else None
-        known, positive = ~np.isnan(predictions.targets), predictions.targets == 1
-        found["labels"] = {
-            n: _counted(int(known[:, k].sum()), int(positive[:, k].sum())) | _as_in_file(predictions.labels, k)
-            for k, n in enumerate(predictions.label_names)
-        }
+        found["labels"] = {n: _count_values(predictions, k) for k, n in enumerate(predictions.label_names)}
         found["groups"] = {
             name: {g: {"images": int((of == g).sum()), "share": float((of == g).mean())} for g in sorted(set(of))}
             for name, (of, _) in groups.find_groups(predictions, options.tables, required=False).items()
             if of is not None
         }
         splits[split] = splits.get(split, {}) | found
-    order = [s for s in ("train", "validate", "test") if s in splits]
-    found = {"splits": {s: splits[s] for s in order}}
+    found = {"splits": {s: splits[s] for s in ("train", "validate", "test") if s in splits}}
     found["left_out"] = recorded.get("left_out", {})
     found["skipped"] = evaluation.metrics.get("skipped", 0)
     if not recorded:
@@ -567,7 +529,7 @@ def drawn_from(predictions, patients, options):
 def collect(evaluation, options, against=(), seeds=()):
     """The report of an :class:`Evaluation` as one dictionary, and what calibration.json holds (or None).
 
-    against, seeds: further :class:`Evaluation`, see :func:`compare` and :func:`between_seeds`.
+    against, seeds: further :class:`Evaluation`, see :func:`difference` and :func:`between_seeds`.
 
     Raises:
         UserError: a comparison with other images, labels or targets; a table of groups that does not fit.
@@ -592,7 +554,8 @@ def collect(evaluation, options, against=(), seeds=()):
     }  # fmt: skip
     if against:
         check_apart("--against", [evaluation, *against])
-        report["against"] = {e.given: compare(measured, e, test, cluster, weights) for e in against}
+        others = [Measured(aligned(test, e.test), cluster, weights) for e in against]
+        report["against"] = {e.given: difference(measured, m, e.name) for e, m in zip(against, others)}
     if seeds:
         report["seeds"] = between_seeds([evaluation, *seeds], measured, cluster, weights)
     report["calibration"], fitted = calibrations(evaluation, cluster, weights)

@@ -18,7 +18,7 @@ import numpy as np
 from analysis import figures, page, tables
 from analysis.evaluation import learned_by
 from analysis.metrics import METRICS
-from analysis.tables import DASH, Cell, Table, count, figure, number, plain
+from analysis.tables import DASH, Cell, count, figure, make, number, plain
 from analysis.text import short_names
 from analysis.training_log import chosen_by, read_metrics
 from common.errors import UserError
@@ -224,12 +224,7 @@ def _all_runs(runs, unlike):
             Cell(_tested(r), max((e["value"] or 0 for e in r["evaluations"]), default=None), wide=True),
         ])  # fmt: skip
     best = f"best {scores.pop()}" if len(scores) == 1 else "best score"
-    columns = ["run", *_heads(unlike), best, "best of the EMA", "epochs", "images/s", "state", "tests (95% CI)"]
-    text = (
-        "Best score on the validation split, its epoch in brackets. Options: those that differ among the runs. Images "
-        "per second: the median of the epochs. Runs of one configuration are neighbours, the best configuration first."
-    )
-    return Table("runs", "Runs", "", text, columns, rows)
+    return make("runs", "", rows, more=[*_heads(unlike), best])
 
 
 def _configurations(runs, unlike):
@@ -253,18 +248,7 @@ def _configurations(runs, unlike):
             Cell(", ".join(names[k] for k in members), wide=True), *(_value(unlike[key][members[0]]) for key in keys),
             *spread([runs[k]["best"] for k in members]), *spread([v for found in tests for v in found]),
         ])  # fmt: skip
-    columns = [
-        "run",
-        *_heads(keys),
-        "seeds",
-        "mean of the best",
-        "SD",
-        "tested",
-        "mean of the tests",
-        "SD of the tests",
-    ]
-    text = "Runs that differ in nothing but the seed. SD: between the runs. Of several tests of a run the last counts."
-    return Table("configurations", "Configurations", "", text, columns, rows)
+    return make("configurations", "", rows, more=_heads(keys))
 
 
 def _states(runs):

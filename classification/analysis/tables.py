@@ -9,8 +9,11 @@ import yaml
 
 from analysis import statistics
 
-# What guidelines ask for, and what only the authors can state.
-ASKED = yaml.safe_load(Path(__file__).with_name("reporting.yaml").read_text(encoding="utf-8"))
+# ASKED: what guidelines ask for, and what only the authors can state. TEXTS: title, note and columns of every table.
+ASKED, TEXTS = (
+    yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    for name in ("reporting.yaml", "tables.yaml")
+)
 NO_CLASSES = "no label has both classes"
 STAGES = {"before": "as predicted", "calibrated": "as --calibrated applies it",
           "temperature": "after temperature scaling", "platt": "after Platt scaling"}  # fmt: skip
@@ -157,14 +160,11 @@ def _mapping(report):
     mapping = report["label_mapping"]
     if all(m["kind"] == "exact" and m["from"] == [label] for label, m in mapping.items()):
         return None
-    rows = []
-    for label in report["label_names"]:
-        m, images = mapping[label], report["labels"][label]["images"]
-        rows.append([Cell(label), Cell(", ".join(m["from"]) or DASH), Cell(KINDS[m["kind"]]), count(images)])
+    found = [(n, mapping[n], report["labels"][n]["images"]) for n in report["label_names"]]
+    rows = [[Cell(n), Cell(", ".join(m["from"]) or DASH), Cell(KINDS[m["kind"]]), count(k)] for n, m, k in found]
     exact = sum(m["kind"] == "exact" for m in mapping.values())
-    text = f"{exact} of {len(rows)} labels are the same in {report['about']['dataset']}."
-    columns = ["label", "from", "meaning", "known"]
-    return Table("mapping", "Labels of the model in these data", policy_text(report), text, columns, rows)
+    values = {"exact": exact, "labels": len(rows), "dataset": report["about"]["dataset"]}
+    return make("mapping", policy_text(report), rows, **values)
 
 
 def label_remarks(labels):
@@ -185,14 +185,17 @@ def _undefined(labels, resamples):
 
 
 # ----------------------------------------------------------------------------------------- tables
-BARS = "Bars run from 0.5 to 1; an arrow at an end means that the interval continues beyond it."
+def make(kind, common, rows, remarks=(), *, key="", more=(), total=0, folded=False, **values):
+    """The :class:`Table` of a kind of tables.yaml; more: columns for `...`; values: for the {} of title and note."""
+    texts = TEXTS[kind]
+    columns = [c for column in texts["columns"] for c in (more if column == "..." else [column])]
+    title, said = (texts.get(part, "").format(**values) for part in ("title", "note"))
+    return Table(key or kind, title, common, said, columns, rows, list(remarks), total, folded)
 
 
-def _by_label(report, key, title, section):
+def _by_label(report, kind, section, **values):
     """AUROC and average precision by label, of the report itself and of its level of studies."""
-    unit = report["bootstrap"]["unit"]
-    columns = ["label", "AUROC (95% CI)", "SE", "AUPRC (95% CI)", "positive", "of known", "prevalence"]
-    columns += ["positive patients"] * (unit == "patient")
+    of_patients = ["positive patients"] * (report["bootstrap"]["unit"] == "patient")
 
     def row(name, found, counts):
         auroc, auprc = figure(found["auroc"], line=True), figure(found["auprc"])
@@ -201,86 +204,61 @@ def _by_label(report, key, title, section):
     rows = []
     for name, found in section["labels"].items():
         counts = [count(found["positives"]), count(found["images"]), share(found["prevalence"])]
-        counts += [count(found["positive_patients"])] * (unit == "patient")
-        rows.append(row(name, found, counts))
+        rows.append(row(name, found, [*counts, *(count(found["positive_patients"]) for _ in of_patients)]))
     if section["mean"]["auroc"]["value"] is not None:
-        rows.append(row(f"mean of {section['mean']['labels']}", section["mean"], [Cell("")] * (len(columns) - 4)))
-    remarks = [
-        *label_remarks(section["labels"] | {"mean": section["mean"]}),
-        *_undefined(section["labels"], report["bootstrap"]["resamples"]),
-    ]
-    return Table(key, title, note(report), BARS, columns, rows, remarks, total=1)
+        rows.append(row(f"mean of {section['mean']['labels']}", section["mean"], [Cell("")] * (3 + len(of_patients))))
+    remarks = label_remarks(section["labels"] | {"mean": section["mean"]})
+    remarks += _undefined(section["labels"], report["bootstrap"]["resamples"])
+    return make(kind, note(report), rows, remarks, more=of_patients, total=1, **values)
 
 
 def _further_metrics(report):
     found = report["metrics"].values()
     if not found:
         return None
-    columns = ["label", *(f"{metric['column']} ({metric['direction']})" for metric in found)]
     rows = [[Cell(n, n), *(plain(metric["labels"][n]) for metric in found)] for n in report["label_names"]]
     rows.append([Cell("mean"), *(plain(metric["mean"]) for metric in found)])
-    text = f"{policy_text(report)} No intervals."
-    return Table("metrics", "Further metrics", text, "", columns, rows, total=1)
+    more = [f"{metric['column']} ({metric['direction']})" for metric in found]
+    return make("metrics", f"{policy_text(report)} No intervals.", rows, more=more, total=1)
 
 
 def against(report, k, other):
-    columns = ["label", "this", "other", "difference (95% CI)", "p", "p (Holm)"]
     rows = []
     for name, d in other["labels"].items():
-        this = report["labels"][name]["auroc"]["value"]
-        rows.append(
-            [Cell(name, name), plain(this), plain(d.get("other")), signed(d), p_value(d["p"]), p_value(d["p_holm"])]
-        )
+        values = [plain(report["labels"][name]["auroc"]["value"]), plain(d.get("other")), signed(d)]
+        rows.append([Cell(name, name), *values, p_value(d["p"]), p_value(d["p_holm"])])
     mean = other["mean"]
-    theirs = mean["other"]["value"] if "other" in mean else None
-    rows.append([
-        Cell("mean AUROC (the primary test)"), plain(report["mean"]["auroc"]["value"]), plain(theirs), signed(mean),
-        p_value(mean["p"]), Cell(""),
-    ])  # fmt: skip
-    text = (
-        f"Difference: this evaluation minus {other['name']}, on the same images. By label: p of "
-        "Obuchowski's paired test clustered by patient, and Holm's adjustment over the labels; of the mean: p of the "
-        "paired bootstrap."
-    )
-    return Table(
-        f"against-{k}", f"Compared with {other['name']}", note(report), text, columns, rows,
-        label_remarks(other["labels"]), total=1,
-    )  # fmt: skip
+    values = [plain(report["mean"]["auroc"]["value"]), plain(mean.get("other", {}).get("value")), signed(mean)]
+    rows.append([Cell("mean AUROC (the primary test)"), *values, p_value(mean["p"]), Cell("")])
+    remarks = label_remarks(other["labels"])
+    return make("against", note(report), rows, remarks, key=f"against-{k}", total=1, name=other["name"])
 
 
 def _seeds(report):
     seeds = report["seeds"]
     runs = [[Cell(r["name"], r["name"]), plain(r["seed"], 0), figure(r["auroc"], line=True)] for r in seeds["runs"]]
-
-    def spread(found):
-        return [plain(found["mean"]), plain(found["sd"], 4)]
-
-    labels = [
-        [Cell(n, n), *spread(found), figure(report["labels"][n]["auroc"], line=True)]
-        for n, found in seeds["labels"].items()
-    ]
-    labels.append([Cell("mean AUROC"), *spread(seeds["mean"]), figure(report["mean"]["auroc"], line=True)])
-    text = (
-        f"The deviation between the {len(runs)} runs is that of training alone; the interval within one is that of the "
-        "test patients."
-    ) + (f" Not checked: {seeds['remark']}." if seeds["remark"] else "")
-    columns = ["run", "seed", "mean AUROC (95% CI)"]
+    labels = [(Cell(n, n), found, report["labels"][n]) for n, found in seeds["labels"].items()]
+    labels.append((Cell("mean AUROC"), seeds["mean"], report["mean"]))
+    rows = [[name, plain(f["mean"]), plain(f["sd"], 4), figure(own["auroc"], line=True)] for name, f, own in labels]
+    unchecked = f" Not checked: {seeds['remark']}." if seeds["remark"] else ""
     return [
-        Table("seeds", "Runs of the same configuration", note(report), BARS, columns, runs),
-        Table(
-            "seeds-labels", "Between the runs and within one", note(report), text,
-            ["label", "mean of the runs", "SD between runs", "this run (95% CI)"], labels, total=1,
-        ),
-    ]  # fmt: skip
+        make("seeds", note(report), runs),
+        make("seeds-labels", note(report), rows, total=1, runs=len(runs), unchecked=unchecked),
+    ]
+
+
+def _on(found):
+    """'[40/12]': positive images, and patients where they are known."""
+    patients = found["positive_patients"]
+    return f"[{found['positives']:,}" + (f"/{patients:,}]" if patients is not None else "]")
 
 
 def _group(report, k, name, section):
     groups, gap = section["groups"], section["gap"]
-    columns = ["label"]
+    more = []
     for g, found in groups.items():
         people = f", {found['patients']:,} patients" if found["patients"] is not None else ""
-        columns.append(f"{g} ({found['images']:,} images{people})")
-    columns += ["largest gap (95% CI)", "p", "p (Holm)"]
+        more.append(f"{g} ({found['images']:,} images{people})")
 
     def gap_cells(found):
         ps = [p_value(found["p"]), p_value(found.get("p_holm"))]
@@ -290,72 +268,42 @@ def _group(report, k, name, section):
 
     def cell(found):
         """AUROC, and how many positive images and patients it rests on; marked where they are too few."""
-        if found["auroc"]["value"] is None:
-            return Cell(DASH, None)
-        patients = found["positive_patients"]
-        rests = f" [{found['positives']:,}" + (f"/{patients:,}]" if patients is not None else "]")
-        return Cell(figure(found["auroc"]).text + rests + (" *" if "warning" in found else ""), found["auroc"]["value"])
+        auroc = figure(found["auroc"])
+        rests = "" if auroc.sort is None else f" {_on(found)}" + " *" * ("warning" in found)
+        return Cell(auroc.text + rests, auroc.sort)
 
     rows = [
         [Cell(n, n), *(cell(found["labels"][n]) for found in groups.values()), *gap_cells(gap["labels"][n])]
         for n in report["label_names"]
     ]
-    if section["mean_of"]:
-        means = [found["mean"]["auroc"] for found in groups.values()]
-        rows.append([
-            Cell(f"mean of {len(section['mean_of'])}"),
-            *(Cell(f"{DASH} *") if mean["value"] is None else figure(mean) for mean in means), *gap_cells(gap["mean"]),
-        ])  # fmt: skip
-    unit = report["bootstrap"]["unit"]
-    text = (
-        f"AUROC; in brackets the positive images{' and patients' if unit == 'patient' else ''}. The gap is that of the "
-        "two groups found furthest apart. Its p compares it with the largest gap that chance gives between so many "
-        "groups, its interval holds for all pairs at once, and Holm's adjustment is over the labels of this table. * "
-        f"fewer than {statistics.FEW} {unit}s of a class: too few to judge, and not counted in the gap."
-    )
     remarks = [f"{g}: {found['warning']}" for g, found in groups.items() if "warning" in found]
     if section["unknown"]:
         remarks.append(f"{section['unknown']:,} images of unknown {name} are in no group")
     if section["mean_of"]:
+        means = {g: found["mean"]["auroc"] for g, found in groups.items()}
+        cells = [Cell(f"{DASH} *") if mean["value"] is None else figure(mean) for mean in means.values()]
+        rows.append([Cell(f"mean of {len(section['mean_of'])}"), *cells, *gap_cells(gap["mean"])])
         remarks.append(f"the mean is over the labels that every group can judge: {', '.join(section['mean_of'])}")
-        remarks += [f"{g} * has no mean: it {found['mean']['auroc']['left_out']}" for g, found in groups.items()
-                    if found["mean"]["auroc"]["value"] is None]  # fmt: skip
+        remarks += [f"{g} * has no mean: it {m['left_out']}" for g, m in means.items() if m["value"] is None]
     remarks += [section["remark"]] if "remark" in section else []
-    total = int(bool(section["mean_of"]))
-    return Table(slug(f"group-{k}-{name}"), f"By {name}", note(report), text, columns, rows, remarks, total)
+    unit = report["bootstrap"]["unit"]
+    values = {"unit": unit, "and_patients": " and patients" * (unit == "patient"), "few": statistics.FEW}
+    return make("group", note(report), rows, remarks, key=slug(f"group-{k}-{name}"), more=more,
+                total=int(bool(section["mean_of"])), name=name, **values)  # fmt: skip
 
 
 def _rates(report, k, name, labels):
     """Sensitivity, specificity and calibration of each group; None where no label can be judged in any."""
-    judged = [(n, g, f) for n, found in labels.items() for g, f in found.items() if "left_out" not in f]
-    if not judged:
-        return None
-    columns = ["label", "group", "images", "positive", "sensitivity (95% CI)", "specificity (95% CI)", "slope (95% CI)",
-               "intercept (95% CI)", "ECE"]  # fmt: skip
     keys = ("sensitivity", "specificity", "slope", "intercept")
     rows = [
         [Cell(n, n), Cell(g, g), count(f["images"]), count(f["positives"]),
          *(figure(f[key]) if f.get(key) else Cell(DASH) for key in keys), plain(f["ece"])]
-        for n, g, f in judged
+        for n, found in labels.items() for g, f in found.items() if "left_out" not in f
     ]  # fmt: skip
-    text = (
-        "Sensitivity and specificity at the threshold of largest sensitivity + specificity in validation, the same for "
-        "all groups; slope, intercept and ECE as in the tables of calibration. Groups with too few of a class are left "
-        "out."
-    )
-    title = f"Sensitivity, specificity and calibration by {name}"
-    return Table(slug(f"rates-{k}-{name}"), title, note(report), text, columns, rows, folded=True)
-
-
-def _on(found):
-    """' [40/12]': positive images, and patients where they are known, of the validation split."""
-    patients = found["positive_patients"]
-    return f"[{found['positives']:,}" + (f"/{patients:,}]" if patients is not None else "]")
+    return make("rates", note(report), rows, key=slug(f"rates-{k}-{name}"), folded=True, name=name) if rows else None
 
 
 def _thresholds(report, rule, section):
-    columns = ["label", "threshold", "TP", "FP", "FN", "TN", "sensitivity", "specificity", "PPV", "NPV",
-               "in validation"]  # fmt: skip
     rows, missed = [], []
     for name, t in section["labels"].items():
         on = t["fitted_on"]
@@ -369,14 +317,11 @@ def _thresholds(report, rule, section):
         missed += [f"{name} ({number(t[rule]['value'])})"] if t["missed"] else []
     patients = next((t["fitted_on"]["patients"] for t in section["labels"].values()), None)
     people = "" if patients is None else f" of {patients:,} patients"
-    text = (
-        f"Thresholds chosen on the validation split{people} ({section['rule']}) and applied to the test split. In "
-        f"validation: sensitivity and specificity there, [positive images{'/patients' * bool(people)}]. PPV and NPV "
-        "hold at the prevalence of this test split, not at another."
-    )
-    remarks, title = label_remarks(section["labels"]), f"Operating points: {section['rule']}"
+    remarks = label_remarks(section["labels"])
     remarks += [f"missed in the test split ({section['rule']}): {', '.join(missed)}"] if missed else []
-    return Table(f"threshold-{rule}", title, note(report), text, columns, rows, remarks, folded=rule == "f1")
+    values = {"rule": section["rule"], "people": people, "and_patients": "/patients" * bool(people)}
+    key = f"threshold-{rule}"
+    return make("threshold", note(report), rows, remarks, key=key, folded=rule == "f1", **values)
 
 
 def _chosen(report):
@@ -386,108 +331,67 @@ def _chosen(report):
         losses = [plain(found["log_loss"][method], 4) for method in ("none", "temperature", "platt")]
         rows.append([Cell(name, name), Cell(found["method"]), Cell(_on(fitted["labels"][name])), *losses,
                      Cell(found["why"], wide=True)])  # fmt: skip
-    text = (
-        f"Fitted on {fitted['images']:,} validation images; in brackets the positive ones and their patients. Log "
-        "loss: cross-validated over the patients of the validation split."
-    )
-    columns = ["label", "method", "positive", "log loss as predicted", "temperature", "Platt", "reason"]
-    return Table("calibration-chosen", "What --calibrated applies", note(report), text, columns, rows)
+    return make("calibration-chosen", note(report), rows, images=fitted["images"])
 
 
 def _calibration(report, stage, section):
-    columns = ["label", "slope (95% CI)", "intercept (95% CI)", "Brier (95% CI)", "ECE"]
-
     def maybe(found, right):
         return Cell(DASH) if found is None else figure(found)._replace(sort=abs(found["value"] - right))
 
     rows = []
     for name, c in section["labels"].items():
+        cells = [Cell(DASH)] * 4
         if "ece" in c:
             cells = [maybe(c["slope"], 1), maybe(c["intercept"], 0), figure(c["brier"], 4), plain(c["ece"], 4)]
-        else:
-            cells = [Cell(DASH)] * 4
         rows.append([Cell(name, name), *cells])
     mean = section["mean"]
     rows.append([Cell(f"mean of {mean['labels']}"), Cell(""), Cell(""), plain(mean["brier"], 4), plain(mean["ece"], 4)])
-    text = (
-        "Slope 1 and intercept 0 are right: a slope below 1 means probabilities too extreme, an "
-        "intercept below 0 too high (slope held at 1). Their intervals are clustered by the same unit. ECE: 15 bins of "
-        "equal width."
-    )
-    return Table(
-        f"calibration-{stage}", f"Calibration {STAGES[stage]}", note(report), text, columns, rows,
-        label_remarks(section["labels"]), total=1, folded=stage in ("temperature", "platt"),
-    )  # fmt: skip
-
-
-def _policy_name(p):
-    uncertain, missing = (COUNTED[p[key]].removeprefix("counted as ") for key in ("uncertain", "missing"))
-    return f"uncertain {uncertain}, blank {missing}"
+    remarks, folded = label_remarks(section["labels"]), stage in ("temperature", "platt")
+    key = f"calibration-{stage}"
+    return make("calibration", note(report), rows, remarks, key=key, total=1, folded=folded, stage=STAGES[stage])
 
 
 def _sensitivity(report):
-    policies = report["sensitivity"]["policies"]
-    used = {True: " (as used)", False: ""}
-    whole = [
-        [
-            Cell(_policy_name(p) + used[p["as_used"]]),
-            figure(p["mean"]["auroc"], line=True),
-            figure(p["mean"]["auprc"]),
-            count(p["mean"].get("labels")),
-        ]
-        for p in policies
-    ]
+    policies, names, whole = report["sensitivity"]["policies"], [], []
+    for p in policies:
+        uncertain, missing = (COUNTED[p[key]].removeprefix("counted as ") for key in ("uncertain", "missing"))
+        names.append(f"uncertain {uncertain}, blank {missing}" + " (as used)" * p["as_used"])
+        mean = p["mean"]
+        means = [figure(mean["auroc"], line=True), figure(mean["auprc"]), count(mean.get("labels"))]
+        whole.append([Cell(names[-1]), *means])
     rows = [[Cell(n, n), *(figure(p["labels"][n]["auroc"]) for p in policies)] for n in report["label_names"]]
-    text = "The same test under other readings of uncertain and blank labels."
     return [
-        Table("policies", "Other label policies", note(report), text,
-              ["policy", "mean AUROC (95% CI)", "mean AUPRC (95% CI)", "labels in the mean"], whole, folded=True),
-        Table("policies-labels", "Other label policies per label: AUROC", note(report), text,
-              ["label", *(_policy_name(p) + used[p["as_used"]] for p in policies)], rows, folded=True),
-    ]  # fmt: skip
+        make("policies", note(report), whole, folded=True),
+        make("policies-labels", note(report), rows, more=names, folded=True),
+    ]
 
 
 def _flow(report):
-    splits = report["cohort"]["splits"]
-    columns = ["count", *(SPLIT_NAMES[s] for s in splits)]
-    rows = [
-        [Cell(what), *(count(found.get(what)) for found in splits.values())]
-        for what in ("patients", "studies", "images")
-    ]
-    variables = dict.fromkeys(v for found in splits.values() for v in found.get("groups", {}))
-    for v in variables:
-        for g in dict.fromkeys(g for found in splits.values() for g in found.get("groups", {}).get(v, {})):
-            cells = []
-            for found in splits.values():
-                groups = found.get("groups", {}).get(v)
-                if groups is None:
-                    cells.append(Cell(DASH))
-                else:
-                    n = groups.get(g, {"images": 0, "share": 0.0})
-                    cells.append(Cell(f"{n['images']:,} ({n['share']:.1%})", n["images"]))
+    cohort, splits = report["cohort"], report["cohort"]["splits"]
+    rows = [[Cell(what), *(count(f.get(what)) for f in splits.values())] for what in ("patients", "studies", "images")]
+    grouped = [found.get("groups", {}) for found in splits.values()]
+    for v in dict.fromkeys(v for groups in grouped for v in groups):
+        for g in dict.fromkeys(g for groups in grouped for g in groups.get(v, {})):
+            found = [groups[v].get(g, {"images": 0, "share": 0.0}) if v in groups else None for groups in grouped]
+            cells = [Cell(f"{n['images']:,} ({n['share']:.1%})", n["images"]) if n else Cell(DASH) for n in found]
             rows.append([Cell(f"{v}: {g or 'unknown'}"), *cells])
-    left_out = [f"{n:,} left out: {reason}" for reason, n in report["cohort"]["left_out"].items() if n]
-    if report["cohort"]["skipped"]:
-        left_out.append(f"{report['cohort']['skipped']:,} test images could not be read and do not count")
-    if "note" in report["cohort"]:
-        left_out.append(report["cohort"]["note"])
-    text = "View, sex and age count images."
-    remarks = left_out or ["nothing was left out"]
-    return Table("flow", "Patients, studies, images", policy_text(report), text, columns, rows, remarks)
+    left_out = [f"{n:,} left out: {reason}" for reason, n in cohort["left_out"].items() if n]
+    if cohort["skipped"]:
+        left_out.append(f"{cohort['skipped']:,} test images could not be read and do not count")
+    left_out += [cohort["note"]] if "note" in cohort else []
+    more = [SPLIT_NAMES[s] for s in splits]
+    return make("flow", policy_text(report), rows, left_out or ["nothing was left out"], more=more)
 
 
 def _prevalence(report):
-    splits = {s: found for s, found in report["cohort"]["splits"].items() if "labels" in found}
-    rows = []
-    for name in report["label_names"]:
-        cells = []
-        for found in splits.values():
-            c = found["labels"].get(name)
-            rate = c["prevalence"] if c else None
-            cells.append(Cell(DASH if rate is None else f"{c['positives']:,} of {c['known']:,} ({rate:.1%})", rate))
-        rows.append([Cell(name, name), *cells])
-    columns = ["label", *(SPLIT_NAMES[s] for s in splits)]
-    return Table("prevalence", "Positive images per split", policy_text(report), "", columns, rows)
+    splits = {s: found["labels"] for s, found in report["cohort"]["splits"].items() if "labels" in found}
+
+    def cell(c):
+        rate = c["prevalence"] if c else None
+        return Cell(DASH if rate is None else f"{c['positives']:,} of {c['known']:,} ({rate:.1%})", rate)
+
+    rows = [[Cell(n, n), *(cell(found.get(n)) for found in splits.values())] for n in report["label_names"]]
+    return make("prevalence", policy_text(report), rows, more=[SPLIT_NAMES[s] for s in splits])
 
 
 def _label_values(report):
@@ -496,18 +400,16 @@ def _label_values(report):
     splits = {s: f for s, f in splits.items() if any("uncertain" in c for c in f.values())}
     if not splits:
         return []
-    columns = ["label", *(f"{SPLIT_NAMES[s]}: {kind}" for s in splits for kind in ("-1", "blank"))]
     rows = [
         [Cell(n, n), *(count(f.get(n, {}).get(kind)) for f in splits.values() for kind in ("uncertain", "blank"))]
         for n in report["label_names"]
     ]
-    text = "Images whose label is uncertain (-1) or not mentioned (blank) in the label file, before the policy."
-    return [Table("label-values", "Uncertain and blank labels", policy_text(report), text, columns, rows)]
+    more = [f"{SPLIT_NAMES[s]}: {kind}" for s in splits for kind in ("-1", "blank")]
+    return [make("label-values", policy_text(report), rows, more=more)]
 
 
 def _methods(report):
-    rows = [[Cell(r["what"], r["what"]), Cell(r["text"], wide=True)] for r in report["methods"]]
-    return Table("methods", "Preparation, training, software", "", "", ["what", "as recorded"], rows)
+    return make("methods", "", [[Cell(r["what"], r["what"]), Cell(r["text"], wide=True)] for r in report["methods"]])
 
 
 def _stated(report):
@@ -517,8 +419,7 @@ def _stated(report):
         [Cell(what, what), Cell(stated.get(key, f"to fill in: {key} in report.py --about FILE.yaml"), wide=True)]
         for key, what in ASKED["about"].items()
     ]
-    title = f"Stated by the authors ({len(stated)} of {len(rows)})"
-    return Table("stated", title, "", "", ["what", "statement"], rows, folded=not stated)
+    return make("stated", "", rows, folded=not stated, stated=len(stated), asked=len(rows))
 
 
 def _study(report):
@@ -526,10 +427,9 @@ def _study(report):
     study = report["study"]
     if study["views"] == "all" and study["studies"] == report["bootstrap"]["images"]:
         return None
-    frontal = ", frontal images only" if study["views"] == "frontal" else ""
+    frontal = ", frontal images only" * (study["views"] == "frontal")
     how = {"mean": "mean", "max": "largest"}[study["by"]]
-    title = f"Test split, by study ({study['studies']:,}; {how} of its images{frontal})"
-    return _by_label(report, "study-labels", title, study)
+    return _by_label(report, "study-labels", study, studies=study["studies"], how=how, frontal=frontal)
 
 
 def sections(report):
@@ -537,7 +437,7 @@ def sections(report):
 
     Those without tables and reason are charts of the page alone.
     """
-    labels = [_by_label(report, "labels", "Test split, by image", report), _further_metrics(report), _mapping(report)]
+    labels = [_by_label(report, "labels", report), _further_metrics(report), _mapping(report)]
     found = [
         ("cohort", "Patients and images", [_flow(report), _prevalence(report), *_label_values(report)], None),
         ("labels", "Results per label", [t for t in labels if t], None),

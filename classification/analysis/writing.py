@@ -5,27 +5,29 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from analysis import (
-    card,
-    checklist,
-    comparison_tables,
-    decisions,
-    figures,
-    methods,
-    page,
-    results,
-    statistics,
-    subgroups,
-    tables,
-)
+from analysis import card, checklist, comparison_tables, decisions, figures
+from analysis import methods, page, results, statistics, subgroups, tables
 from analysis.groups import read_table
 from analysis.sharing import without_paths
 from common.errors import UserError
 from common.files import write_whole
 
 
-def _write_files(report, fitted, folder, pictures, no_pictures, model_card):
-    """Everything the report consists of, into `folder`."""
+def _write_files(folder, texts, rows, draw):
+    """Texts by file name, the rows of per_label.csv, and figures by `draw(folder)`; a text of None removes the file."""
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        draw(folder / "figures")
+        for name, text in texts.items():
+            (folder / name).unlink(missing_ok=True) if text is None else write_whole(folder / name, text)
+        with open(folder / "per_label.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
+
+
+def _write_one(report, fitted, folder, pictures, no_pictures, model_card):
+    """Everything the report of one evaluation consists of, into `folder`."""
     shown = [t for _, _, found, _ in tables.sections(report) for t in found]
     texts = {
         "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
@@ -34,20 +36,11 @@ def _write_files(report, fitted, folder, pictures, no_pictures, model_card):
         "summary.md": tables.summary(report),
         "model_card.md": model_card,
         "checklist.md": checklist.checklist(report),
+        # None: that of an earlier report with other predictions goes.
+        "calibration.json": None if fitted is None else json.dumps(fitted, indent=1) + "\n",
     }
-    if fitted is not None:
-        texts["calibration.json"] = json.dumps(fitted, indent=1) + "\n"
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        if fitted is None:
-            (folder / "calibration.json").unlink(missing_ok=True)  # of an earlier report with other predictions
-        for name, text in texts.items():
-            write_whole(folder / name, text)
-        with open(folder / "per_label.csv", "w", newline="") as file:
-            csv.writer(file).writerows([tables.CSV_COLUMNS, *tables.per_label(report)])
-        figures.write_figures(report, folder / "figures")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
+    rows = [tables.CSV_COLUMNS, *tables.per_label(report)]
+    _write_files(folder, texts, rows, lambda drawn: figures.write_figures(report, drawn))
 
 
 def write_report(evaluation, options, folder, against=(), seeds=(), *, with_images=True, share=False, stated=None):
@@ -77,7 +70,7 @@ def write_report(evaluation, options, folder, against=(), seeds=(), *, with_imag
         pictures, reason = page.thumbnails(evaluation, report["errors"])
     else:
         report["errors"] = {}
-    _write_files(report, fitted, folder, pictures, reason, card.model_card(named[0]))
+    _write_one(report, fitted, folder, pictures, reason, card.model_card(named[0]))
     return report
 
 
@@ -91,16 +84,12 @@ def write_comparison(report, folder, evaluations, share=False):
         "tables.tex": tables.latex(found),
         "summary.md": comparison_tables.summary(report),
     }
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        figures.write_forest(comparison_tables.panels(report), folder / "figures")
-        texts["report.html"] = page.render_comparison(report, folder / "figures" / "auroc.svg")
-        for name, text in texts.items():
-            write_whole(folder / name, text)
-        with open(folder / "per_label.csv", "w", newline="") as file:
-            csv.writer(file).writerows(comparison_tables.per_label(report))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
+
+    def draw(drawn):
+        figures.write_forest(comparison_tables.panels(report), drawn)
+        texts["report.html"] = page.render_comparison(report, drawn / "auroc.svg")  # the page holds the figure
+
+    _write_files(folder, texts, comparison_tables.per_label(report), draw)
 
 
 def _patients_tables(evaluation):
