@@ -5,8 +5,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from analysis import card, checklist, comparison_tables, decisions, figures
-from analysis import methods, page, results, statistics, subgroups, tables
+from analysis import (
+    card,
+    checklist,
+    comparison_tables,
+    decisions,
+    figures,
+    methods,
+    page,
+    results,
+    statistics,
+    subgroups,
+    tables,
+)
 from analysis.groups import read_table
 from analysis.sharing import without_paths
 from common.errors import UserError
