@@ -13,7 +13,6 @@ predictions_validate.csv    the validation split by the same checkpoint
 metrics.jsonl               the training run's epochs
 """
 
-import contextlib
 import json
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -25,6 +24,7 @@ import pandas as pd
 from analysis.metrics import METRICS, label_metrics
 from common.errors import UserError
 from common.files import write_whole
+from config import KNOBS
 from dataset.tables import need_columns, read_csv
 
 TEST, VALIDATE = "predictions.csv", "predictions_validate.csv"
@@ -34,21 +34,20 @@ FRONTAL = ("AP", "PA", "frontal")
 
 
 # ------------------------------------------------------------------------------------------ write
-def _new_folder(parent, name):
-    """A new folder; two evaluations within one second get two."""
-    for suffix in ["", *(f"_{k}" for k in range(2, 100))]:
-        with contextlib.suppress(FileExistsError):
-            (parent / (name + suffix)).mkdir(parents=True)
-            return parent / (name + suffix)
-    raise UserError(f"{parent}: too many evaluations named {name}")
-
-
 def new_evaluation(parent, what="evaluation"):
-    """A new folder `evaluation_<timestamp>` in `parent`, made before the work whose results it takes."""
-    try:
-        return _new_folder(Path(parent), datetime.now().strftime(f"{what}_%Y%m%d_%H%M%S"))
-    except OSError as error:
-        raise UserError(f"RESULTS {parent} cannot be written ({error.strerror}); choose another folder") from error
+    """A new folder `evaluation_<timestamp>` in `parent`, made before the work whose results it takes; two evaluations
+    within one second get two."""
+    name = datetime.now().strftime(f"{what}_%Y%m%d_%H%M%S")
+    for suffix in ["", *(f"_{k}" for k in range(2, 100))]:
+        folder = Path(parent) / (name + suffix)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"RESULTS {parent} cannot be written ({error.strerror}); choose another folder") from error
+    raise UserError(f"{parent}: too many evaluations named {name}")
 
 
 def write_evaluation(folder, metrics, predicted, epochs=None):
@@ -63,11 +62,8 @@ def write_evaluation(folder, metrics, predicted, epochs=None):
         columns = dataset.ids() | getattr(dataset, "descriptions", dict)()
         ids = {column: np.asarray(values)[rows] for column, values in columns.items()}
         labels = getattr(dataset, "labels", None)
-        labels = None if labels is None else labels[rows]
-        write_predictions(
-            folder / name, ids, dataset.label_names, found["targets"], found["probabilities"], labels,
-            found.get("logits"),
-        )  # fmt: skip
+        labels, values = None if labels is None else labels[rows], (found["targets"], found["probabilities"])
+        write_predictions(folder / name, ids, dataset.label_names, *values, labels, found.get("logits"))
     if epochs is not None and epochs.is_file():
         write_whole(folder / "metrics.jsonl", epochs.read_text())
     # Last: a folder that has it is whole.
@@ -143,20 +139,13 @@ class Predictions:
         return pd.Series([f"row {k + 1}" for k in range(len(self))])
 
     def select(self, rows):
-        return replace(
-            self,
-            ids=self.ids.iloc[rows].reset_index(drop=True),
-            **self._arrays(lambda values: values[rows]),
-        )
+        ids = self.ids.iloc[rows].reset_index(drop=True)
+        return replace(self, ids=ids, **self._arrays(lambda values: values[rows]))
 
     def with_labels(self, names):
         """The same rows with these of its labels, in this order."""
         k = [self.label_names.index(name) for name in names]
-        return replace(
-            self,
-            label_names=tuple(names),
-            **self._arrays(lambda values: values[:, k]),
-        )
+        return replace(self, label_names=tuple(names), **self._arrays(lambda values: values[:, k]))
 
     def by_study(self, how="mean", frontal=False):
         """One row a study: the mean (or max) of its images' probabilities; target 1 if any image has it.
@@ -172,27 +161,19 @@ class Predictions:
         part = self.select(self.ids["view"].isin(FRONTAL).to_numpy()) if frontal else self
         if len(part) == 0:
             raise UserError(f"{self.path} has no frontal image (view AP or PA)")
-        key = part.ids[[c for c in ("subject_id", "study_id") if c in part.ids]].agg("/".join, axis=1)
-        first = ~key.duplicated().to_numpy()
-        order = key[first]
+        keep = [c for c in ("subject_id", "study_id") if c in part.ids]
+        study, keys = pd.factorize(part.ids[keep].agg("/".join, axis=1).to_numpy())
+        first = np.unique(study, return_index=True)[1]
 
         def grouped(values, how):
-            return pd.DataFrame(values).groupby(key.to_numpy(), sort=False).agg(how).loc[order].to_numpy()
+            return pd.DataFrame(values).groupby(study).agg(how).to_numpy()
 
-        def grouped_logits():
-            if part.logits is None or how == "max":
-                return None if part.logits is None else grouped(part.logits, how)
-            return logit_of_mean(part.logits, pd.factorize(key.to_numpy())[0])
-
-        keep = [c for c in ("subject_id", "study_id") if c in part.ids]
-        return replace(
-            part,
-            ids=part.ids.loc[first, keep].reset_index(drop=True),
-            targets=grouped(part.targets, "max"),
-            probabilities=grouped(part.probabilities, how),
-            labels=None,
-            logits=grouped_logits(),
-        )
+        logits = part.logits
+        if logits is not None:
+            logits = grouped(logits, how) if how == "max" else logit_of_mean(logits, study)
+        ids = part.ids.iloc[first][keep].reset_index(drop=True)
+        probabilities, targets = grouped(part.probabilities, how), grouped(part.targets, "max")
+        return replace(part, ids=ids, targets=targets, probabilities=probabilities, labels=None, logits=logits)
 
 
 def logit_of_mean(logits, group):
@@ -305,9 +286,11 @@ def read_predictions(path):
         return np.stack([_numbers(frame, name + suffix, path) for name in names], 1)
 
     y, p = columns("_target"), columns("_probability")
+    labels, logits = (columns(s) if all(name + s in frame for name in names) else None for s in ("_label", "_logit"))
     for suffix, good, wanted in (
         ("_probability", (p >= 0) & (p <= 1), "a probability from 0 to 1"),
         ("_target", np.isin(y, (0, 1)) | np.isnan(y), "1, 0 or nothing (unknown)"),
+        ("_logit", np.isfinite(0 if logits is None else logits), "a finite number"),
     ):
         if not good.all():
             row, k = np.argwhere(~good)[0]
@@ -327,11 +310,6 @@ def read_predictions(path):
             )
     if "study_id" in ids and ids["study_id"].isin(["", "-1"]).any():
         ids = ids.drop(columns="study_id")
-    labels, logits = (columns(s) if all(name + s in frame for name in names) else None for s in ("_label", "_logit"))
-    if logits is not None and not np.isfinite(logits).all():
-        row, k = np.argwhere(~np.isfinite(logits))[0]
-        value = frame[names[k] + "_logit"].iloc[row]
-        raise UserError(f"{path}: {names[k]}_logit is {value!r} in data row {row + 1}; expected a finite number")
     found = Predictions(path, names, ids.astype(object), y, p, labels, logits)
     repeated = found.image_ids.duplicated()
     if repeated.any():
@@ -377,26 +355,20 @@ def _read_metrics(folder, test):
             "the table is not whole, evaluate again"
         )
     labels = next((metrics[metric.name] for metric in METRICS if metric.name in metrics), test.label_names)
-    if tuple(labels) != test.label_names:
-        raise UserError(
-            f"{test.path} has other labels than {path.name} beside it: {_difference(test.label_names, labels)}"
-        )
+    _check_labels(test.path, test.label_names, f"{path.name} beside it", tuple(labels))
     return metrics
 
 
-def _difference(ours, theirs):
+def _check_labels(path, ours, others, theirs):
+    """UserError where the labels `ours` of `path` are not, in this order, those of `others`."""
     extra, lacking = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
-    parts = [
-        f"{len(names)} {what} ({', '.join(names)})" for what, names in (("missing", lacking), ("more", extra)) if names
-    ]
-    return ", ".join(parts) or "another order"
+    parts = [f"{len(n)} {what} ({', '.join(n)})" for what, n in (("missing", lacking), ("more", extra)) if n]
+    if ours != theirs:
+        raise UserError(f"{path} has other labels than {others}: {', '.join(parts) or 'another order'}")
 
 
 def _check_validate(test, validate):
-    if validate.label_names != test.label_names:
-        raise UserError(
-            f"{validate.path} has other labels than {test.path}: {_difference(validate.label_names, test.label_names)}"
-        )
+    _check_labels(validate.path, validate.label_names, test.path, test.label_names)
     for what, column in (("patients", "subject_id"), ("images", "dicom_id"), ("images", "path")):
         if column in test.ids and column in validate.ids:
             shared = set(test.ids[column]) & set(validate.ids[column])
@@ -415,22 +387,17 @@ def read_evaluation(given, validate=None):
     Raises:
         UserError: names the file and what is wrong with it.
     """
-    path = Path(given).expanduser()
+    path, remedy = Path(given).expanduser(), "give a folder that main.py --eval wrote, or a CSV of predictions"
     if path.is_dir():
-        if not (path / TEST).is_file() or not (path / "metrics.json").is_file():
-            lacks = TEST if not (path / TEST).is_file() else "metrics.json"
-            raise UserError(
-                f"{path} is no evaluation: it has no {lacks}; give a folder that main.py --eval wrote, or a CSV of "
-                "predictions"
-            )
+        if lacks := next((name for name in (TEST, "metrics.json") if not (path / name).is_file()), None):
+            raise UserError(f"{path} is no evaluation: it has no {lacks}; {remedy}")
         test = read_predictions(path / TEST)
-        metrics = _read_metrics(path, test)
-        own = path / VALIDATE
+        metrics, own = _read_metrics(path, test), path / VALIDATE
         validate = validate or (own if own.is_file() else None)
     elif path.is_file():
         test, metrics = read_predictions(path), {}
     else:
-        raise UserError(f"{path} does not exist; give a folder that main.py --eval wrote, or a CSV of predictions")
+        raise UserError(f"{path} does not exist; {remedy}")
     held_out, digest_of = None, metrics.get("checkpoint_sha256")
     if validate is not None:
         held_out = read_predictions(validate)
@@ -463,9 +430,7 @@ def aligned(first, other):
         UserError: other images, labels or targets than the first, counted.
     """
     if set(first.label_names) != set(other.label_names):
-        raise UserError(
-            f"{other.path} has other labels than {first.path}: {_difference(other.label_names, first.label_names)}"
-        )
+        _check_labels(other.path, other.label_names, first.path, first.label_names)
     shared = next((c for c in IMAGE_IDS if c in first.ids and c in other.ids), None)
     ours, theirs = (pd.Index(t.ids[shared] if shared else t.image_ids) for t in (first, other))
     missing, extra = len(ours.difference(theirs)), len(theirs.difference(ours))
@@ -529,7 +494,10 @@ def check_apart(option, evaluations):
 
 
 def check_one_configuration(first, others):
-    """UserError, naming the keys, where runs differ in more than their seed, or are not known to be of one."""
+    """UserError, naming the keys, where runs differ in more than their seed, or are not known to be of one.
+
+    A key that one run lacks, since it is newer than the run, has its default there.
+    """
     ours = dict(learned_by(first.config))
     digests = {first.metrics.get("checkpoint_sha256"): first.path}
     for other in others:
@@ -547,7 +515,9 @@ def check_one_configuration(first, others):
                 f"{digest_of[:12]}...); give an evaluation of a run with another SEED"
             )
         digests[digest_of] = other.path
-        unlike = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+        defaults = {key: knob.default if knob.xrays is None else knob.xrays for key, knob in KNOBS.items()}
+        ours_now, theirs = defaults | ours, defaults | theirs
+        unlike = [key for key in sorted({*ours_now, *theirs}) if ours_now.get(key) != theirs.get(key)]
         if unlike:
             raise UserError(
                 f"--seeds-of: {other.path} is no other seed of {first.path}: {', '.join(unlike[:5])}"
@@ -581,11 +551,7 @@ def ensemble(evaluations, folder):
     tables = {TEST: averaged([e.test for e in evaluations])}
     if all(e.validate is not None for e in evaluations):
         tables[VALIDATE] = averaged([e.validate for e in evaluations])
-    kept = {
-        k: first.metrics[k]
-        for k in ("dataset", "root", "label_mapping", "label_policy", "domain", "cohort")
-        if k in first.metrics
-    }
+    keys = ("dataset", "root", "label_mapping", "label_policy", "domain", "cohort")
     data, test = first.config.get("DATA"), tables[TEST]
     metrics = {
         "ensemble": [e.given for e in evaluations],
@@ -593,7 +559,7 @@ def ensemble(evaluations, folder):
         "checkpoints_sha256": [e.metrics.get("checkpoint_sha256") for e in evaluations],
         "images": len(test),
         **_scores(test),
-        **kept,
+        **{key: first.metrics[key] for key in keys if key in first.metrics},
         **({"config": {"DATA": data}} if data else {}),
     }
     try:
