@@ -11,17 +11,14 @@ def _lines(pairs):
 
 def _weak(report):
     """Sentences about what the numbers are too few or too uncertain for."""
-    found = []
     for name, label in report["labels"].items():
+        low = label["auroc"]["low"]
         if "left_out" in label:
-            found.append(f"{name} has no result: {label['left_out']}.")
+            yield f"{name} has no result: {label['left_out']}."
         elif "warning" in label:
-            found.append(f"{name} rests on {label['positives']:,} positive images: {label['warning']}.")
-        elif label["auroc"]["low"] is not None and label["auroc"]["low"] <= 0.5:
-            found.append(
-                f"{name} is not told apart from chance: the interval of its AUROC reaches {label['auroc']['low']:.3f}."
-            )
-    return found
+            yield f"{name} rests on {label['positives']:,} positive images: {label['warning']}."
+        elif low is not None and low <= 0.5:
+            yield f"{name} is not told apart from chance: the interval of its AUROC reaches {low:.3f}."
 
 
 def model_card(report):
@@ -44,12 +41,8 @@ def model_card(report):
         ("data set", about["dataset"]), ("image domain", about["domain"]), ("splits", splits), ("left out", left_out),
         ("label policy", tables.policy_text(report)),
     ])]  # fmt: skip
-    shown = [
-        t
-        for key, _, found, _ in tables.sections(report)
-        if key in ("labels", "mapping", "study", "cohort")
-        for t in found
-    ]
+    wanted = ("labels", "mapping", "study", "cohort")
+    shown = [t for key, _, found, _ in tables.sections(report) if key in wanted for t in found]
     parts += ["## Results", tables.plain_markdown(tables.note(report))]
     parts += [tables.markdown(t, tables.note(report)) for t in shown]
     if "left_out" not in report["thresholds"]:
@@ -66,7 +59,6 @@ def model_card(report):
     ]
     if b["unit"] == "image":
         limits.append("Patients are unknown: images were treated as independent, and the intervals may be too narrow.")
-    for name, section in report["groups"].items():
-        limits.append(f"Not judged by {name}: {section['left_out']}.") if "left_out" in section else None
+    limits += [f"Not judged by {n}: {s['left_out']}." for n, s in report["groups"].items() if "left_out" in s]
     parts += ["## Limits", "\n".join(f"- {line}" for line in limits)]
     return "\n\n".join(parts) + "\n"

@@ -171,9 +171,8 @@ def _tables(members):
 
 
 def _costs(evaluation):
-    m = evaluation.metrics
-    backbone = m.get("backbone") or evaluation.config.get("MODEL", {}).get("TYPE")
-    return {"backbone": backbone, **{key: m.get(key) for key in COST}}
+    backbone = evaluation.metrics.get("backbone") or evaluation.config.get("MODEL", {}).get("TYPE")
+    return {"backbone": backbone, **{key: evaluation.metrics.get(key) for key in COST}}
 
 
 def _one_set(members, models, tables, options):
@@ -183,16 +182,13 @@ def _one_set(members, models, tables, options):
     measured = {m: Measured(t, cluster, weights) for m, t in zip(models, tables)}
     names = tables[0].label_names
     first = models[0]
+    left_out = {m: [n for n in e.test.label_names if n not in names] for m, e in zip(models, members)}
     section = {
         "dataset": _dataset(members[0]),
         "images": len(tables[0]),
         "first": first,
         "label_names": list(names),
-        "left_out_labels": {
-            m: lacking
-            for m, e in zip(models, members)
-            if (lacking := [n for n in e.test.label_names if n not in names])
-        },
+        "left_out_labels": {m: lacking for m, lacking in left_out.items() if lacking},
         "models": {
             m: {
                 "about": about(e),
@@ -235,22 +231,15 @@ def collect(evaluations, options, names=None, set_names=None):
     common = [n for n in defined[0] if all(n in found for found in defined)]
     for section, measured in done:
         for model, found in section["models"].items():
-            chosen = np.isin(section["label_names"], common)
-            found["mean_common"] = measured[model].mean(chosen)
+            found["mean_common"] = measured[model].mean(np.isin(section["label_names"], common))
     of = {m: [e for e, name in zip(evaluations, of_model) if name == m] for m in dict.fromkeys(of_model)}
+    recorded = ("checkpoint", "checkpoint_sha256")
     return {
-        "named": bool(names),
-        "resamples": options.resamples,
-        "seed": options.seed,
-        "level": LEVEL,
+        "named": bool(names), "resamples": options.resamples, "seed": options.seed, "level": LEVEL,
         "common_labels": common,
         "models": {
-            m: {
-                "given": [e.given for e in es],
-                "checkpoint": es[0].metrics.get("checkpoint"),
-                "checkpoint_sha256": es[0].metrics.get("checkpoint_sha256"),
-            }
+            m: {"given": [e.given for e in es], **{key: es[0].metrics.get(key) for key in recorded}}
             for m, es in of.items()
         },
         "sets": dict(zip(titles, (section for section, _ in done))),
-    }
+    }  # fmt: skip

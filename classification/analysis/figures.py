@@ -63,14 +63,19 @@ def plot_training(folder, rows):
     plt.close(figure)
 
 
-def _panels(names, side=1.75):
-    """A figure with one square axis a name; the rest of the last row stays empty."""
+def _panels(titles, x_label, y_label, side=1.75):
+    """A figure with one square axis from 0 to 1 a title; the rest of the last row stays empty."""
+    names = list(titles)
     columns = min(5, max(2, int(np.ceil(np.sqrt(len(names))))))
     rows = -(-len(names) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows + 0.2), layout="constrained",
                                 sharex=True, sharey=True, squeeze=False)  # fmt: skip
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
+    for axis, title in zip(axes.flat, names):
+        axis.set(title=title, xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    figure.supxlabel(x_label, fontsize=8)
+    figure.supylabel(y_label, fontsize=8)
     return figure, axes
 
 
@@ -78,24 +83,15 @@ def _curves(report, key, x_label, y_label):
     found, grid = report["curves"]["labels"], report["curves"]["grid"]
     if not found:
         return None
-    figure, axes = _panels(list(found))
     area = {"roc": "auroc", "precision_recall": "auprc"}[key]
+    titles = (f"{name}\n{report['labels'][name][area]['value']:.3f}" for name in found)
+    figure, axes = _panels(titles, x_label, y_label)
     for axis, (name, curves) in zip(axes.flat, found.items()):
-        c, value = curves[key], report["labels"][name][area]["value"]
+        c = curves[key]
         axis.fill_between(grid, c["low"], c["high"], color=BLUE, alpha=0.2, lw=0)
         axis.plot(grid, c["value"], color=BLUE, lw=1.2)
         chance = [0, 1] if key == "roc" else [report["labels"][name]["prevalence"]] * 2
         axis.plot([0, 1], chance, color="grey", lw=0.7, ls="--")
-        axis.set(
-            title=f"{name}\n{value:.3f}",
-            xlim=(0, 1),
-            ylim=(0, 1),
-            aspect="equal",
-            xticks=(0, 0.5, 1),
-            yticks=(0, 0.5, 1),
-        )
-    figure.supxlabel(x_label, fontsize=8)
-    figure.supylabel(y_label, fontsize=8)
     return figure
 
 
@@ -133,17 +129,13 @@ def _calibration(report):
     curves = {n: c for n, c in curves.items() if c}
     if not curves:
         return None
-    figure, axes = _panels(list(curves))
-    for axis, (name, lines) in zip(axes.flat, curves.items()):
+    figure, axes = _panels(curves, "mean probability", "share of positives")
+    for axis, lines in zip(axes.flat, curves.values()):
         axis.plot([0, 1], [0, 1], color="grey", lw=0.7, ls="--")
         for color, style, curve, stage in lines:
             axis.plot(curve["probability"], curve["rate"], style, color=color, ms=2.5, lw=1, label=stage)
-            if "low" in curve:
-                axis.vlines(curve["probability"], curve["low"], curve["high"], color=color, lw=0.6, alpha=0.6)
-        axis.set(title=name, xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+            axis.vlines(curve["probability"], curve["low"], curve["high"], color=color, lw=0.6, alpha=0.6)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    figure.supxlabel("mean probability", fontsize=8)
-    figure.supylabel("share of positives", fontsize=8)
     return figure
 
 

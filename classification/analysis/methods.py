@@ -37,10 +37,8 @@ def describe_software():
 
 # ------------------------------------------------------------------------------------------ lines
 def _labels(about):
-    labelers = [LABELERS.get(about["labeler"])]
-    if about["test_labeler"] == "radiologist":
-        labelers.append("a radiologist for the test split")
-    found = ", ".join(filter(None, labelers))
+    read = "a radiologist for the test split" * (about["test_labeler"] == "radiologist")
+    found = ", ".join(filter(None, [LABELERS.get(about["labeler"]), read]))
     return f"{found}, from the radiology reports" if found else "the label file of the data set"
 
 
@@ -145,7 +143,7 @@ def collect(evaluation, about, epochs):
 
     about: as in the report; epochs: of metrics.jsonl.
     """
-    m = evaluation.metrics
+    m, what = evaluation.metrics, about["architecture"]
     record, software = m.get("training", {}), m.get("software", {})
     config = record.get("config", {})
     versions = ", ".join(f"{k} {v}" for k, v in software.items() if k not in ("date", "code", "system"))
@@ -153,10 +151,7 @@ def collect(evaluation, about, epochs):
         ("labels", _labels(about)),
         ("splits", _disjoint(evaluation)),
         *_preparation(evaluation.config),
-        (
-            "architecture",
-            about["architecture"] and f"{about['architecture']}, {about.get('parameters', 0):,} parameters",
-        ),
+        ("architecture", what and f"{what}, {about.get('parameters', 0):,} parameters"),
         *(_training(config, record) or [("training", f"not recorded: {OFF}")]),
         ("epochs", _chosen(config, record, epochs)),
         ("checkpoint written", record.get("written")),

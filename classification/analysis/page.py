@@ -88,26 +88,22 @@ def _curve_charts(report):
     grid, found = report["curves"]["grid"], []
     for name, c in report["curves"]["labels"].items():
         label, drawn = report["labels"][name], []
-        for key, axes, chance, title in (
-            ("roc", ("1 - specificity", "sensitivity"), (0, 1), f"ROC curve of {name}"),
-            ("precision_recall", ("sensitivity", "precision"), (label["prevalence"],) * 2, f"PR curve of {name}"),
+        for line, axes, chance, kind in (
+            (c["roc"], ("1 - specificity", "sensitivity"), (0, 1), "ROC"),
+            (c["precision_recall"], ("sensitivity", "precision"), (label["prevalence"],) * 2, "PR"),
         ):
-            line = c[key]
-            band = (grid, line["low"], line["high"])
-            drawn.append(chart([(grid, line["value"])], band=band, chance=chance, labels=axes, title=title))
+            more = {"band": (grid, line["low"], line["high"]), "chance": chance, "labels": axes}
+            drawn.append(chart([(grid, line["value"])], **more, title=f"{kind} curve of {name}"))
         found.append((name, tables.figure(label["auroc"]).text, tables.figure(label["auprc"]).text, *drawn))
     return found
 
 
 def _reliability_charts(report):
     """[(label, chart)]: share of positives by mean probability, as predicted and as --calibrated applies it."""
-    stages, found = report["calibration"], []
+    stages, found = [report["calibration"].get(stage, {}).get("labels", {}) for stage in ("before", "calibrated")], []
     for name in report["label_names"]:
-        lines = []
-        for stage in ("before", "calibrated"):
-            curve = stages.get(stage, {}).get("labels", {}).get(name, {}).get("curve")
-            if curve:
-                lines.append([curve[k] for k in ("probability", "rate", "low", "high") if k in curve])
+        curves = [labels[name]["curve"] for labels in stages if "curve" in labels.get(name, {})]
+        lines = [[curve[k] for k in ("probability", "rate", "low", "high")] for curve in curves]
         if lines:
             end = max(max(xs + ys) for xs, ys, *_ in lines) or 1
             axes = {"x": (0, end), "y": (0, end), "chance": (0, end), "labels": ("probability", "positives")}
@@ -239,30 +235,16 @@ def render(report, pictures, no_pictures):
     pictures: row -> data URI, see :func:`thumbnails`; no_pictures: the reason where there are none.
     """
     largest = max((n for row in report["cooccurrence"]["counts"] for n in row), default=0)
-    charts = {
-        "curves": _curve_charts(report),
-        "reliability": _reliability_charts(report),
-        "decision": _decision_charts(report),
-        "training": _training_charts(report),
-    }
+    charts = {"curves": _curve_charts, "reliability": _reliability_charts, "decision": _decision_charts,
+              "training": _training_charts}  # fmt: skip
+    charts = {key: drawn_from(report) for key, drawn_from in charts.items()}
     shown = {"calibration": charts["reliability"], "together": True, "errors": report["errors"]} | charts
     return _fill(
-        "page.html.j2",
-        **charts,
-        report=report,
-        title=tables.title(report),
-        headline=tables.headline(report),
-        holds=holds(report, pictures),
-        mean=report["mean"]["auroc"],
-        facts=_facts(report),
-        note=tables.note(report),
-        sections=tables.sections(report),
-        charts=[key for key, found in shown.items() if found],
-        largest=largest or 1,
-        pictures=pictures,
-        no_pictures=no_pictures,
-        number=tables.number,
-    )
+        "page.html.j2", **charts, report=report, title=tables.title(report), headline=tables.headline(report),
+        holds=holds(report, pictures), mean=report["mean"]["auroc"], facts=_facts(report), note=tables.note(report),
+        sections=tables.sections(report), charts=[key for key, found in shown.items() if found], largest=largest or 1,
+        pictures=pictures, no_pictures=no_pictures, number=tables.number,
+    )  # fmt: skip
 
 
 def embedded(path):
@@ -272,32 +254,20 @@ def embedded(path):
 
 def render_comparison(report, forest):
     """The page of several evaluations as text; forest: the SVG file of the figure."""
-    sections = comparison_tables.sections(report)
+    sections, of = comparison_tables.sections(report), comparison_tables
     return _fill(
-        "comparison.html.j2",
-        title=comparison_tables.title(report),
-        headlines=comparison_tables.headline(report),
-        facts=comparison_tables.facts(report),
-        sections=sections,
-        shared=tables.shared_note(sections),
-        drawn=embedded(forest),
+        "comparison.html.j2", title=of.title(report), headlines=of.headline(report), facts=of.facts(report),
+        sections=sections, shared=tables.shared_note(sections), drawn=embedded(forest),
         drawn_alt="AUROC with its 95% interval per label and evaluation, the numbers of the tables",
-        drawn_note="AUROC and 95% interval. Last the mean over the common labels.",
-        source="Every number is in report.json.",
-    )
+        drawn_note="AUROC and 95% interval. Last the mean over the common labels.", numbers="report.json",
+    )  # fmt: skip
 
 
 def render_runs(title, headline, shown, curves):
     """The page of several training runs as text; shown: [Table]; curves: the SVG file of the figure."""
     return _fill(
-        "comparison.html.j2",
-        title=title,
-        headlines=[headline],
-        facts=[],
+        "comparison.html.j2", title=title, headlines=[headline], facts=[], shared="", drawn=embedded(curves),
         sections=[(t.key, t.title, [t], None) for t in shown],
-        shared="",
-        drawn=embedded(curves),
-        drawn_alt="the validation score of every run over the epochs",
+        drawn_alt="the validation score of every run over the epochs", numbers="runs.csv",
         drawn_note="The validation score over the epochs; runs of one configuration have one colour.",
-        source="Every number is in runs.csv.",
-    )
+    )  # fmt: skip
