@@ -185,7 +185,7 @@ def _undefined(labels, resamples):
 
 
 # ----------------------------------------------------------------------------------------- tables
-def make(kind, common, rows, remarks=(), *, key="", more=(), total=0, folded=False, **values):
+def make(kind, common, rows, remarks=(), /, *, key="", more=(), total=0, folded=False, **values):
     """The :class:`Table` of a kind of tables.yaml; more: columns for `...`; values: for the {} of title and note."""
     texts = TEXTS[kind]
     columns = [c for column in texts["columns"] for c in (more if column == "..." else [column])]
