@@ -182,6 +182,11 @@ def _add(found, column, value, path):
     found[name] = value
 
 
+def listed(groups):
+    """The different groups of a variable, [N] or None, in order and without the blank one."""
+    return [] if groups is None else [g for g in sorted(set(groups)) if g]
+
+
 def find_groups(predictions, tables, required=True):
     """Variables to group by, those of the images and the tables' columns: name -> (groups [N], or None; remark, or the
     reason where None)."""

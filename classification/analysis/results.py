@@ -240,16 +240,15 @@ def by_group(predictions, cluster, weights, options):
     """Subgroups of every variable: each group's figures, and the largest gap between two."""
     found = {}
     for name, (of, reason) in groups.find_groups(predictions, options.tables).items():
-        kept = [] if of is None else [g for g in sorted(set(of)) if g]
-        if kept:
-            found[name] = _one_variable(predictions, cluster, weights, of, kept, reason)
+        if groups.listed(of):
+            found[name] = _one_variable(predictions, cluster, weights, of, reason)
         else:
             found[name] = {"left_out": reason if of is None else "not known of any image"}
     return found
 
 
-def _one_variable(predictions, cluster, weights, of, kept, note):
-    parts = {g: Measured(predictions, cluster, weights, of == g) for g in kept}
+def _one_variable(predictions, cluster, weights, of, note):
+    parts = {g: Measured(predictions, cluster, weights, of == g) for g in groups.listed(of)}
     names, unit = predictions.label_names, predictions.unit
     enough = np.array([[not too_few(m.counts(k)) for k in range(len(names))] for m in parts.values()])
     # Means of groups compare only over the same labels: those that every group judges which judges most of them.

@@ -89,28 +89,17 @@ def _best(epochs, score, of):
 
 def _read_run(folder, root):
     config, epochs = _read_json(folder / "config.json"), read_metrics(folder / "metrics.jsonl")
-    records = _records(folder / "log_rank0.txt")
     score = chosen_by(epochs) if epochs else ""
     wanted, speeds = config.get("TRAIN", {}).get("EPOCHS"), [e["images_per_s"] for e in epochs if "images_per_s" in e]
     last = epochs[-1]["epoch"] if epochs else 0
-    best, ema = _best(epochs, score, lambda e: e), _best(epochs, score, lambda e: e.get("ema"))
+    (best, best_epoch), (ema, ema_epoch) = (_best(epochs, score, of) for of in (dict, lambda e: e.get("ema")))
     return {
-        "name": str(folder.relative_to(root)) if folder != root else folder.name,
-        "folder": folder,
-        "config": config,
-        "options": dict(learned_by(config)),
-        "seed": config.get("SEED"),
-        "state": _state(folder, records, last, bool(wanted) and last >= wanted),
-        "epochs": epochs,
-        "done": last,
-        "wanted": wanted,
-        "score": score,
-        "best": best[0],
-        "best_epoch": best[1],
-        "ema": ema[0],
-        "ema_epoch": ema[1],
-        "images_per_s": float(np.median(speeds)) if speeds else None,
-        "evaluations": [],
+        "name": str(folder.relative_to(root)) if folder != root else folder.name, "folder": folder,
+        "config": config, "options": dict(learned_by(config)), "seed": config.get("SEED"),
+        "state": _state(folder, _records(folder / "log_rank0.txt"), last, bool(wanted) and last >= wanted),
+        "epochs": epochs, "done": last, "wanted": wanted, "score": score,
+        "best": best, "best_epoch": best_epoch, "ema": ema, "ema_epoch": ema_epoch,
+        "images_per_s": float(np.median(speeds)) if speeds else None, "evaluations": [],
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ def rates_by_group(points, predictions, tables, weights):
     chosen, found = points.get(RULE, {"labels": {}})["labels"], {}
     cluster, _ = predictions.clusters
     for variable, (of, _) in groups.find_groups(predictions, tables).items():
-        kept = [] if of is None else [g for g in sorted(set(of)) if g]
+        kept = groups.listed(of)
         if len(kept) < 2:
             continue
         found[variable] = {name: {} for name in predictions.label_names}
