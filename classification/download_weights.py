@@ -1,22 +1,19 @@
 """Fetches published InternImage weights: `python download_weights.py FOLDER [FILE]`. Resumable and checked."""
 
-import hashlib
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-from common.errors import UserError, run_command
+from common.errors import UserError, reason, run_command
+from common.files import sha256
 from config import Parser
 
 REPOSITORY = "OpenGVLab/InternImage"
 
 
-def sha256(path):
-    digest = hashlib.sha256()
+def _checksum(path):
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256(file)
 
 
 def download(folder, name="internimage_b_1k_224.pth"):
@@ -33,15 +30,14 @@ def download(folder, name="internimage_b_1k_224.pth"):
         raise UserError(f"the folder {folder} cannot be made ({error.strerror}); choose another one") from error
     try:
         expected = get_hf_file_metadata(url).etag  # of large files the store's etag is the SHA-256
-        if not (path.exists() and sha256(path) == expected):
+        if not (path.exists() and _checksum(path) == expected):
             hf_hub_download(REPOSITORY, name, local_dir=folder)  # resumes an earlier try
     except Exception as error:  # of the network, of HTTP, of the disk: one remedy for all
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{url} cannot be downloaded ({reason}); fetch it on a machine with a network and put it into {folder}"
+            f"{url} cannot be downloaded ({reason(error)}); fetch it on a machine with a network and put it into "
+            f"{folder}"
         ) from error
-    found = sha256(path)
-    if found != expected:
+    if (found := _checksum(path)) != expected:
         path.unlink()
         raise UserError(f"{path} has the checksum {found}, expected {expected}; it was removed: download it again")
     return path

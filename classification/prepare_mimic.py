@@ -35,7 +35,7 @@ def parse_args(argv=None):
     build.add_argument("--output", required=True, help="folder of the copy")
     build.add_argument("--size", type=int, default=512, help="short side in pixels (512)")
     build.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (95)")
-    build.add_argument("--zip", action="store_true", help="a few uncompressed zip files, for main.py --zip")
+    build.add_argument("--zip", dest="in_zip", action="store_true", help="uncompressed zip files, for main.py --zip")
     build.add_argument("--dicom-recipe", choices=RECIPES, default="window", help="as DATA.DICOM_RECIPE (window)")
     build.add_argument("--allow-missing", action="store_true", help="copy the images that are there of a partial tree")
     build.add_argument("--skip-bad", action="store_true", help="finish without the images that cannot be read")
@@ -51,31 +51,13 @@ def main(argv=None):
     for name, least, most in (("workers", 1, 1024), ("size", 8, 100_000), ("quality", 1, 100)):
         if not least <= getattr(args, name, least) <= most:
             raise UserError(f"--{name} is {getattr(args, name)}; it must lie between {least} and {most}")
+    options = {key: value for key, value in vars(args).items() if key not in ("command", "data_path", "output")}
     try:
-        return _audit(args) if args.command == "audit" else _build(args)
+        if args.command == "audit":
+            return 1 if len(auditing.audit(args.data_path, args.output, **options)) else 0
+        faults = cache.make_copy(args.data_path, args.output, **options)
     except OSError as error:  # of a disk that is full, say, while the work goes on
         raise UserError(f"{error.filename or args.output}: {error.strerror}; mend it and run again") from error
-
-
-def _audit(args):
-    given = {name: getattr(args, name) for name in ("dataset", "csv", "image_format", "workers")}
-    return 1 if len(auditing.audit(args.data_path, args.output, **given)) else 0
-
-
-def _build(args):
-    names = (
-        "dataset",
-        "csv",
-        "image_format",
-        "size",
-        "quality",
-        "dicom_recipe",
-        "allow_missing",
-        "skip_bad",
-        "workers",
-    )
-    given = {name: getattr(args, name) for name in names}
-    faults = cache.make_copy(args.data_path, args.output, in_zip=args.zip, **given)
     if faults:
         path, fault = next(iter(faults.items()))
         print(f"{len(faults)} images cannot be read, all in {Path(args.output) / cache.BAD}; the first: {fault}")

@@ -18,6 +18,11 @@ def did_you_mean(name, known):
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+def reason(error):
+    """The first line of an exception's text, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_command(function, argv=None):
     """Run an entry point: a user's mistake becomes one line on stderr and exit status 2."""
     try:

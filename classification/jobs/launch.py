@@ -23,7 +23,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-from common.errors import UserError, run_command
+from common.errors import UserError, reason, run_command
 from training import distributed
 
 # A signal to the launcher -> what the training processes get. Slurm signals them too: TERM may arrive twice, a second
@@ -65,7 +65,7 @@ def main(argv):
     if isinstance(error, ChildFailedError):
         _explain(*error.get_first_failure())
     if isinstance(error, (RendezvousError, dist.DistError)):
-        raise UserError(f"{socket.gethostname()} lost the other nodes ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{socket.gethostname()} lost the other nodes ({reason(error)})") from None
     if error:
         raise error
     return 0

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.errors import UserError
+from common.errors import UserError, reason
 from config import KNOBS, to_dict
 from dcnv3.definition import kernel_points
 
@@ -168,8 +168,7 @@ def save_onnx(model, size, path, *, metadata, opset=20, decompose=False):
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error  # the exporter's own text is for its developers
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise UserError(f"ONNX of opset {opset} cannot hold this model: {reason}") from error
+        raise UserError(f"ONNX of opset {opset} cannot hold this model: {reason(cause)}") from error
     written = program.model.opset_imports[""]
     if written != opset:
         raise UserError(f"--opset {opset}: this torch and onnxscript write opset {written} instead; choose another")

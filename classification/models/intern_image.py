@@ -85,7 +85,10 @@ class Block(nn.Module):
     sides (`res_post_norm`: H).
     """
 
-    def __init__(self, channels, group, *, mlp_ratio, drop, drop_path, layer_scale, post_norm, res_post_norm, **dcn):
+    def __init__(
+        self, channels, group, *, drop_path, drop=0.0, mlp_ratio=4.0, layer_scale=None, post_norm=False,
+        res_post_norm=False, **dcn,
+    ):  # fmt: skip
         super().__init__()
         self.post_norm, self.res_post_norm = post_norm, res_post_norm
         self.norm1 = _norm_sequential(channels)
@@ -145,16 +148,13 @@ class InternImage(nn.Module):
     Args:
         channels: C of the first level; each further level has twice as many.
         depths, groups: blocks and DCNv3 groups of the levels.
-        layer_scale: initial value of the learnt scale of each branch, None for none.
-        offset_scale: stretches the sampling grid and offsets.
-        post_norm, res_post_norm: positions of the norms, see :class:`Block`.
-        dw_kernel_size: of the depthwise convolution in DCNv3 (3 if None).
-        center_feature_scale, remove_center: see :class:`dcnv3.DCNv3`.
         level2_post_norm_block_ids: blocks of the third level followed by a norm of their own (H, G).
         use_clip_projector: pool by attention over the last two levels instead of by mean (H, G);
             image sides must then be multiples of 32.
         drop_rate, drop_path_rate: dropout, and stochastic depth of the last block (linear from 0).
         use_checkpoint: recompute blocks in the backward pass to save memory.
+        block: the other arguments of :class:`Block` and of :class:`dcnv3.DCNv3`, which have the config's names in
+            lower case. layer_scale: initial value of the learnt scale of each branch, None for none.
     """
 
     classifier = "head"
@@ -173,19 +173,12 @@ class InternImage(nn.Module):
         channels=64,
         depths=(4, 4, 18, 4),
         groups=(4, 8, 16, 32),
-        mlp_ratio=4.0,
         drop_rate=0.0,
         drop_path_rate=0.1,
-        layer_scale=None,
-        offset_scale=1.0,
-        post_norm=False,
-        res_post_norm=False,
-        dw_kernel_size=None,
-        center_feature_scale=False,
-        remove_center=False,
         level2_post_norm_block_ids=(),
         use_clip_projector=False,
         use_checkpoint=False,
+        **block,
     ):
         super().__init__()
         if len(depths) != 4 or len(groups) != 4:
@@ -202,17 +195,10 @@ class InternImage(nn.Module):
                 groups[i],
                 drop_paths=rates[sum(depths[:i]) : sum(depths[: i + 1])],
                 downsample=i < 3,
-                norm=not post_norm or center_feature_scale,
+                norm=not block.get("post_norm") or block.get("center_feature_scale"),
                 extra_norm_after=level2_post_norm_block_ids if i == 2 else (),
-                mlp_ratio=mlp_ratio,
                 drop=drop_rate,
-                layer_scale=layer_scale,
-                post_norm=post_norm,
-                res_post_norm=res_post_norm,
-                offset_scale=offset_scale,
-                dw_kernel_size=dw_kernel_size,
-                center_feature_scale=center_feature_scale,
-                remove_center=remove_center,
+                **block,
             )
             for i in range(4)
         )
@@ -226,11 +212,8 @@ class InternImage(nn.Module):
             self.fc_norm = _norm_sequential(features)
         else:
             features = int(last * self.CLS_SCALE)
-            self.conv_head = nn.Sequential(
-                nn.Conv2d(last, features, 1, bias=False),
-                nn.Sequential(nn.BatchNorm2d(features)),
-                nn.GELU(),
-            )
+            norm = nn.Sequential(nn.BatchNorm2d(features))
+            self.conv_head = nn.Sequential(nn.Conv2d(last, features, 1, bias=False), norm, nn.GELU())
         self.head = Classifier(features, num_classes)
         self._init_weights()
 
@@ -309,20 +292,9 @@ def build(config):
         )
     return InternImage(
         num_classes=config.MODEL.NUM_CLASSES,
-        channels=m.CHANNELS,
-        depths=m.DEPTHS,
-        groups=m.GROUPS,
-        mlp_ratio=m.MLP_RATIO,
         drop_rate=config.MODEL.DROP_RATE,
         drop_path_rate=config.MODEL.DROP_PATH_RATE,
-        layer_scale=m.LAYER_SCALE,
-        offset_scale=m.OFFSET_SCALE,
-        post_norm=m.POST_NORM,
-        res_post_norm=m.RES_POST_NORM,
-        dw_kernel_size=m.DW_KERNEL_SIZE,
-        center_feature_scale=m.CENTER_FEATURE_SCALE,
-        remove_center=m.REMOVE_CENTER,
-        level2_post_norm_block_ids=normed,
-        use_clip_projector=m.USE_CLIP_PROJECTOR,
         use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+        level2_post_norm_block_ids=normed,
+        **{key.lower(): value for key, value in m.items() if not key.startswith("LEVEL2_POST_NORM")},
     )

@@ -11,7 +11,7 @@ from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from common.errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean, reason
 
 
 class TimmBackbone(nn.Module):
@@ -137,10 +137,10 @@ def pretrained_file(config):
     try:
         return huggingface_hub.hf_hub_download(cfg.hf_hub_id, file)
     except Exception as error:  # of the network, of HTTP, of the disk: one remedy for all
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        url = huggingface_hub.hf_hub_url(cfg.hf_hub_id, file)
         raise UserError(
-            f"MODEL.TIMM.DOWNLOAD: {huggingface_hub.hf_hub_url(cfg.hf_hub_id, file)} cannot be downloaded ({reason}); "
-            "fetch it on a machine with a network and name it with --pretrained"
+            f"MODEL.TIMM.DOWNLOAD: {url} cannot be downloaded ({reason(error)}); fetch it on a machine with a network "
+            "and name it with --pretrained"
         ) from error
 
 
@@ -164,11 +164,7 @@ def build(config):
         UserError: a name that is none of timm's, an image size that the backbone does not take, a head of another kind.
     """
     cfg, name, size = _pretrained_cfg(config), config.MODEL.TIMM.NAME, config.DATA.IMG_SIZE
-    wanted = {
-        "num_classes": config.MODEL.NUM_CLASSES,
-        "drop_rate": config.MODEL.DROP_RATE,
-        "drop_path_rate": config.MODEL.DROP_PATH_RATE,
-    }
+    wanted = {key: config.MODEL[key.upper()] for key in ("num_classes", "drop_rate", "drop_path_rate")}
     if cfg.fixed_input_size:
         wanted["img_size"] = size
     try:
@@ -176,9 +172,8 @@ def build(config):
         with torch.no_grad():  # many refuse a size only here
             network.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"MODEL.TIMM.NAME {name} does not take images of DATA.IMG_SIZE {size} ({reason}); "
+            f"MODEL.TIMM.NAME {name} does not take images of DATA.IMG_SIZE {size} ({reason(error)}); "
             f"its own size is {cfg.input_size[-1]}"
         ) from error
     uses = {"TRAIN.LR_LAYER_DECAY"}

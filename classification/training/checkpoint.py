@@ -17,7 +17,7 @@ from safetensors.torch import load
 
 import config as config_module
 from common import builders
-from common.errors import UserError
+from common.errors import UserError, reason
 from common.files import rename, sha256
 
 LAST = "last_ckpt.pth"  # after every epoch, or where a signal stopped the run
@@ -52,9 +52,9 @@ def save(state, folder, names):
         full = isinstance(error, RuntimeError)  # so torch reports a full disk, in words of its own
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = "no space left, most likely" if full else error.strerror
+        why = "no space left, most likely" if full else error.strerror
         raise UserError(
-            f"{folder / name}: the checkpoint could not be written ({reason}); make room: earlier checkpoints are "
+            f"{folder / name}: the checkpoint could not be written ({why}); make room: earlier checkpoints are "
             "intact, and the same command continues from them"
         ) from error
 
@@ -159,7 +159,8 @@ def _read(path, digest):
             except ValueError:  # the format before torch 1.6: nothing is allowed there
                 unknown = []
             file.seek(0)
-            with torch.serialization.safe_globals([(_Inert, name) for name in unknown]), warnings.catch_warnings():
+            inert = torch.serialization.safe_globals([(_Inert, name) for name in unknown])
+            with inert, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the pickle protocol of foreign files
                 return torch.load(file, map_location="cpu", weights_only=True), found
     except UserError:
@@ -194,13 +195,12 @@ def _what_is_wrong(path, error):
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return f"{path} is a web page, not a checkpoint: the download failed; download it again"
     # torch's own text about unpickling advises to load unsafely: it is not handed on.
-    reason = str(error).splitlines()[0] if str(error) and "weights_only" not in str(error) else type(error).__name__
-    reason = reason.split(". ")[0]  # the rest guesses at causes
+    why = type(error).__name__ if "weights_only" in str(error) else reason(error).split(". ")[0]  # the rest: guesses
     if isinstance(error, LookupError):  # of a pickle: a number, or a list that is empty
-        reason = "its content is damaged"
+        why = "its content is damaged"
     if path.suffix != ".safetensors" and not start.startswith((b"pk", b"\x80")):
-        reason = "it does not begin as a file of torch.save does" if start else "the file is empty"
-    return f"{path} is not a whole checkpoint ({reason}); use another one"
+        why = "it does not begin as a file of torch.save does" if start else "the file is empty"
+    return f"{path} is not a whole checkpoint ({why}); use another one"
 
 
 def find_last(folder, log):

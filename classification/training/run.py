@@ -19,20 +19,7 @@ from training.distributed import World
 from training.inference import limit_threads
 from training.log import log_datasets, log_without_effect
 from training.lr_scheduler import Schedule, build_schedule
-from training.state import (
-    Best,
-    Loss,
-    Moments,
-    Origin,
-    Part,
-    Position,
-    RandomNumbers,
-    Rate,
-    Scaler,
-    Weights,
-    collect,
-    restore,
-)
+from training.state import Best, Loss, Moments, Origin, Position, RandomNumbers, Rate, Scaler, Weights, collect, restore
 from training.step import Step, build_step
 from training.tasks import TASKS, Task
 
@@ -59,7 +46,7 @@ class Run:
     metric: Metric
     best: Best
     ema_best: Best
-    parts: list[Part]
+    parts: list
     val_sources: object = None
     to_compile: bool = False
     last_images: torch.Tensor = None

@@ -1,12 +1,13 @@
 """What a training run saves, part by part: each gives its keys of a checkpoint, and takes them back.
 
-A new part is a class with `saved` and `restore`, added to the list in `training/run.py`; saving and resuming stay as
-they are.
+A new part is a class with these methods, added to the list in `training/run.py`; saving and resuming stay as they are:
+
+    saved()    its keys of a checkpoint, a dictionary; called on every rank, so it may gather
+    restore(state, path)    takes them back from the content of the file `path`; UserError where they do not fit
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,17 +18,6 @@ from common.errors import UserError
 from dataset.files.domain import domain_warning
 from dataset.patients import together
 from training import checkpoint, distributed
-
-
-class Part(Protocol):
-    """saved() -> its keys of a checkpoint; called on every rank, so it may gather.
-
-    restore(state, path) takes them back from the content of the file `path`; raises UserError where they do not fit.
-    """
-
-    def saved(self) -> dict: ...
-
-    def restore(self, state, path): ...
 
 
 @dataclass
