@@ -290,8 +290,8 @@ def test_wrong_arguments_are_named(tmp_path, wrong, named):
 def test_command_line(tmp_path, capsys):
     sheet_path = str(tmp_path / "s.png")
     synthetic.main(["--out", str(tmp_path / "t"), "--patients", "10", "--size", "64", "--sheet", sheet_path])
-    out = capsys.readouterr().out
-    assert "100 %" in out and "Pleural Effusion" in out
+    out, err = capsys.readouterr()
+    assert "synthetic images: 100%" in err and "Pleural Effusion" in out
     assert f"python main.py --cfg configs/internimage_tiny_synthetic.yaml --data-path {tmp_path / 't'}" in out
     with Image.open(sheet_path) as sheet:
         assert sheet.format == "PNG" and min(sheet.size) > 500

@@ -48,23 +48,11 @@ def curve(*points, n=24):
 def random_anatomy(rng):
     """What a patient keeps over all studies: proportions, and a seed for the tree of vessels."""
     ranges = {
-        "width": (0.90, 1.06),
-        "top": (-0.76, -0.66),
-        "base": (0.40, 0.54),
-        "thick": (0.90, 1.12),
-        "heart": (0.86, 1.10),
-        "tilt": (0.45, 0.80),
-        "mediastinum": (0.80, 1.20),
-        "knob": (0.8, 1.15),
-        "spine": (-0.03, 0.03),
-        "rib_gap": (0.118, 0.138),
-        "rib_slope": (0.14, 0.26),
-        "rib_width": (0.040, 0.050),
-        "clavicle": (0.06, 0.16),
-        "breast": (-0.05, 0.07),
-        "gas": (0.0, 0.24),
-        "liver": (-0.02, 0.08),
-    }
+        "width": (0.90, 1.06), "top": (-0.76, -0.66), "base": (0.40, 0.54), "thick": (0.90, 1.12),
+        "heart": (0.86, 1.10), "tilt": (0.45, 0.80), "mediastinum": (0.80, 1.20), "knob": (0.8, 1.15),
+        "spine": (-0.03, 0.03), "rib_gap": (0.118, 0.138), "rib_slope": (0.14, 0.26), "rib_width": (0.040, 0.050),
+        "clavicle": (0.06, 0.16), "breast": (-0.05, 0.07), "gas": (0.0, 0.24), "liver": (-0.02, 0.08),
+    }  # fmt: skip
     anatomy = {name: float(rng.uniform(*limits)) for name, limits in ranges.items()}
     return {**anatomy, "seed": int(rng.integers(2**31))}
 
@@ -177,17 +165,10 @@ class Scene:
     def _frontal(self):
         a, x, y, r = self.a, self.x, self.y, np.abs(self.x)
         self.marks = {
-            "mouth": (0.0, -1.1),
-            "carina": (0.0, -0.30),
-            "shoulder": (-0.62, -0.78),
-            "vein": (-0.09, -0.42),
-            "atrium": (-0.13, a["base"] - 0.26),
-            "apex": (0.30, a["base"] - 0.10),
-            "pocket": (0.47, -0.50),
-            "gullet": (0.03, 0.0),
-            "stomach": (0.30, a["base"] + 0.22),
-            "hilum": (0.17, -0.02),
-        }
+            "mouth": (0.0, -1.1), "carina": (0.0, -0.30), "shoulder": (-0.62, -0.78), "vein": (-0.09, -0.42),
+            "atrium": (-0.13, a["base"] - 0.26), "apex": (0.30, a["base"] - 0.10), "pocket": (0.47, -0.50),
+            "gullet": (0.03, 0.0), "stomach": (0.30, a["base"] + 0.22), "hilum": (0.17, -0.02),
+        }  # fmt: skip
         # Outline: neck, shoulders, trunk; the thickness falls off to the sides.
         trunk = np.interp(y, [-1.2, -0.98, -0.86, -0.7, -0.5, -0.1, 1.2], [0.20, 0.24, 0.50, 0.88, 1.0, 0.88, 0.90])
         self._soft_tissue(r, trunk)
@@ -195,60 +176,34 @@ class Scene:
             self.body += max(0.0, a["breast"]) * self.ellipse((side * 0.38, 0.20), 0.27, 0.30, edge=0.12)
             t = (r / a["width"] - 0.34) / 0.34
             base = a["base"] + (a["liver"] if side > 0 else 0.0)  # the liver lifts the right dome
-            self._lung(
-                side,
-                self.wall(y)[1] - r,
-                base,
-                0.24,
-                base + np.where(t > 0, 0.24, 0.07) * t * t - y,
-                soft(r - 0.03, 0.03),
-                soft(side * x, 0.01),
-                0.88,
-            )
+            height = base + np.where(t > 0, 0.24, 0.07) * t * t - y
+            zone = soft(side * x, 0.01)
+            self._lung(side, self.wall(y)[1] - r, base, 0.24, height, soft(r - 0.03, 0.03), zone, 0.88)
         self._gas((0.34, a["base"] + 0.16), x + 0.01)
         self._spine(x - a["spine"] * np.sin(2 * y), 0.075, 0.6)
-        self.bone += 0.5 * self.stroke(
-            [
-                curve((s * 0.06, -0.54), (s * 0.28, -0.57 - a["clavicle"]), (s * 0.70, -0.60 - a["clavicle"]))
-                for s in SIDES
-            ],
-            0.05,
-        )
-        self.bone += 0.3 * self.stroke(
-            [curve((s * 0.80, -0.62), (s * 0.66, -0.35), (s * 0.70, -0.05)) for s in SIDES], 0.06
-        )  # edges of the shoulder blades
+        up = a["clavicle"]
+        clavicles = [curve((s * 0.06, -0.54), (s * 0.28, -0.57 - up), (s * 0.70, -0.60 - up)) for s in SIDES]
+        blades = [curve((s * 0.80, -0.62), (s * 0.66, -0.35), (s * 0.70, -0.05)) for s in SIDES]  # edges of them
+        self.bone += 0.5 * self.stroke(clavicles, 0.05)
+        self.bone += 0.3 * self.stroke(blades, 0.06)
         for side in SIDES:
             self.bone += 0.5 * self.ellipse((side * 0.90, -0.56), 0.11, 0.12, edge=0.05)  # head of the humerus
             for y0 in a["top"] + 0.07 + a["rib_gap"] * np.arange(9):
                 end = y0 + a["rib_slope"]
                 reach = self.wall(end)[1] + 0.01
-                self.ribs[side].append(
-                    curve(
-                        (side * 0.06, y0),
-                        (side * 0.45 * reach, y0 - 0.035),
-                        (side * 0.84 * reach, y0 + 0.4 * a["rib_slope"]),
-                        (side * reach, end),
-                    )
-                )
+                bend = (side * 0.45 * reach, y0 - 0.035), (side * 0.84 * reach, y0 + 0.4 * a["rib_slope"])
+                self.ribs[side].append(curve((side * 0.06, y0), *bend, (side * reach, end)))
         ends = [(side, *np.abs(rib[-1]) * [1, np.sign(rib[-1, 1])]) for side in SIDES for rib in self.ribs[side][:6]]
-        self.bone += 0.22 * self.stroke(
-            [curve((s * ex, ey), (s * 0.50, ey + 0.20), (s * 0.26, ey + 0.26)) for s, ex, ey in ends], 0.04
-        )  # front parts of the ribs, fainter
+        fronts = [curve((s * ex, ey), (s * 0.50, ey + 0.20), (s * 0.26, ey + 0.26)) for s, ex, ey in ends]
+        self.bone += 0.22 * self.stroke(fronts, 0.04)  # of the ribs, fainter
 
     def _lateral(self):
         a, x, y = self.a, self.x, self.y
         self.marks = {
-            "mouth": (-0.02, -1.1),
-            "carina": (0.08, -0.30),
-            "shoulder": (-0.1, -0.8),
-            "vein": (-0.03, -0.42),
-            "atrium": (-0.06, a["base"] - 0.24),
-            "apex": (-0.34, a["base"] - 0.07),
-            "pocket": (-0.43, -0.42),
-            "gullet": (0.20, 0.0),
-            "stomach": (0.05, a["base"] + 0.2),
-            "hilum": (0.05, -0.05),
-        }
+            "mouth": (-0.02, -1.1), "carina": (0.08, -0.30), "shoulder": (-0.1, -0.8), "vein": (-0.03, -0.42),
+            "atrium": (-0.06, a["base"] - 0.24), "apex": (-0.34, a["base"] - 0.07), "pocket": (-0.43, -0.42),
+            "gullet": (0.20, 0.0), "stomach": (0.05, a["base"] + 0.2), "hilum": (0.05, -0.05),
+        }  # fmt: skip
         r = np.abs(x - 0.03)
         trunk = np.interp(y, [-1.2, -0.95, -0.75, -0.3, 0.4, 1.2], [0.44, 0.52, 0.60, 0.68, 0.70, 0.66])
         self._soft_tissue(r, trunk)
@@ -257,16 +212,8 @@ class Scene:
         t = (x + 0.14) / 0.62
         for side in SIDES:  # both lungs lie on each other
             base = a["base"] - 0.02 + (a["liver"] if side > 0 else 0.0)
-            self._lung(
-                side,
-                back - x,
-                base,
-                0.28,
-                base + np.where(t > 0, 0.36, 0.25) * t * t - y,
-                soft(x - front, 0.03),
-                1.0,
-                0.43,
-            )
+            height = base + np.where(t > 0, 0.36, 0.25) * t * t - y
+            self._lung(side, back - x, base, 0.28, height, soft(x - front, 0.03), 1.0, 0.43)
         self._gas((0.02, a["base"] + 0.15), x - 0.05 - 0.12 * (y + 0.6))
         self._spine(x - 0.40 * a["width"] + 0.02 - 0.07 * np.cos(2.2 * (y + 0.1)), 0.07, 0.9)
         sternum = curve((-0.36, -0.52), (-0.47, -0.2), (-0.53, 0.15)) * [a["width"], 1]
@@ -275,14 +222,8 @@ class Scene:
         for side in SIDES:
             for y0 in a["top"] + 0.04 + 0.03 * side + a["rib_gap"] * np.arange(8):
                 to_front, to_back = self.wall(y0 + 0.2)
-                self.ribs[side].append(
-                    curve(
-                        (0.96 * to_back, y0),
-                        (0.3 * to_back, y0 + 0.13),
-                        (0.5 * to_front, y0 + 0.27),
-                        (0.85 * to_front, y0 + 0.30),
-                    )
-                )
+                bend = (0.3 * to_back, y0 + 0.13), (0.5 * to_front, y0 + 0.27)
+                self.ribs[side].append(curve((0.96 * to_back, y0), *bend, (0.85 * to_front, y0 + 0.30)))
 
     def _soft_tissue(self, r, trunk):
         thick, trunk = self.a["thick"], trunk.astype(np.float32) * self.a["width"] * self.a["thick"]
@@ -420,9 +361,8 @@ def pleural(s, rng, k):
     """A thick pleura with calcified plaques along the chest wall and the dome of the diaphragm."""
     side, thick = _side(rng), rng.uniform(0.04, 0.09)
     lung = s.lungs[side]
-    plaques = [
-        curve(*[s.place(side, 0.95, 0.95, down + d) for d in (0, 0.07, 0.14)]) for down in rng.uniform(0.3, 0.95, 3)
-    ]
+    starts = rng.uniform(0.3, 0.95, 3)
+    plaques = [curve(*[s.place(side, 0.95, 0.95, down + d) for d in (0, 0.07, 0.14)]) for down in starts]
     uneven = thick * (0.5 + s.noise(rng, 0.12))
     s.fill(lung.zone * soft(uneven - lung.depth, 0.02) * soft(s.y - lung.top - 0.25, 0.1), 0.8 * k)
     dome = lung.mask * soft(0.03 - np.abs(lung.height - 0.02), 0.01) * soft(0.12 - np.abs(lung.depth - 0.27), 0.02)
@@ -511,13 +451,9 @@ def render(signs, view, anatomy, study_seed, image_seed, size):
     for label, sign in SIGNS.items():
         if label in signs:  # each with its own stream: adding a sign never moves another one
             sign(scene, np.random.default_rng([study_seed, LABELS.index(label)]), signs[label])
-    picture = (
-        scene.body
-        - AIR * scene.air
-        + VESSEL * scene.vessels * np.clip(scene.air, 0, 1)
-        + BONE * scene.bone
-        + METAL * scene.metal
-    ).astype(np.float32)
+    vessels = VESSEL * scene.vessels * np.clip(scene.air, 0, 1)
+    picture = scene.body - AIR * scene.air + vessels + BONE * scene.bone + METAL * scene.metal
+    picture = picture.astype(np.float32)
     if zoom != 1:
         picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
     return _mark(_expose(picture, rng), view, rng)

@@ -12,6 +12,7 @@ Each release has only its own terms: labels without a counterpart are not writte
 """
 
 import hashlib
+import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,13 +58,10 @@ def mimic(rows, form):
     codes = {"PA": "postero-anterior", "AP": "antero-posterior", "LATERAL": "lateral"}
     metadata = pd.DataFrame(
         {
-            "dicom_id": rows["dicom_id"],
-            "subject_id": rows["subject_id"],
-            "study_id": rows["study_id"],
+            **rows[["dicom_id", "subject_id", "study_id"]],
             "PerformedProcedureStepDescription": procedure,
             "ViewPosition": rows["view"],
-            "Rows": rows["Rows"],
-            "Columns": rows["Columns"],
+            **rows[["Rows", "Columns"]],
             "StudyDate": rows["date"],
             "StudyTime": rows["time"],
             "ProcedureCodeSequence_CodeMeaning": procedure,
@@ -79,21 +77,9 @@ def mimic(rows, form):
 
 # -------------------------------------------------------------------------------------------------------- CheXpert
 CHEXPERT_LABELS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
+    "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
+)  # fmt: skip
 
 
 def chexpert(rows, _form):
@@ -129,17 +115,14 @@ def chexpert(rows, _form):
 
 
 # ------------------------------------------------------------------------------------------------ NIH ChestX-ray14
-NIH_FINDINGS = {
-    "Atelectasis": ("Atelectasis",),
-    "Cardiomegaly": ("Cardiomegaly",),
-    "Consolidation": ("Consolidation",),
-    "Edema": ("Edema",),
+SAME = {name: (name,) for name in ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pneumothorax")}
+# Label -> the names of the release for it, of which an image gets one.
+NIH_FINDINGS = SAME | {
     "Lung Lesion": ("Mass", "Nodule"),
     "Lung Opacity": ("Infiltration",),
     "Pleural Effusion": ("Effusion",),
     "Pleural Other": ("Pleural_Thickening",),
     "Pneumonia": ("Pneumonia",),
-    "Pneumothorax": ("Pneumothorax",),
 }
 
 
@@ -239,47 +222,18 @@ def padchest(rows, _form):
 
 # ------------------------------------------------------------------------------------------------------- VinDr-CXR
 VINDR_LABELS = (
-    "Aortic enlargement",
-    "Atelectasis",
-    "Calcification",
-    "Cardiomegaly",
-    "Clavicle fracture",
-    "Consolidation",
-    "Edema",
-    "Emphysema",
-    "Enlarged PA",
-    "ILD",
-    "Infiltration",
-    "Lung Opacity",
-    "Lung cavity",
-    "Lung cyst",
-    "Mediastinal shift",
-    "Nodule/Mass",
-    "Pleural effusion",
-    "Pleural thickening",
-    "Pneumothorax",
-    "Pulmonary fibrosis",
-    "Rib fracture",
-    "Other lesion",
-    "COPD",
-    "Lung tumor",
-    "Pneumonia",
-    "Tuberculosis",
-    "Other disease",
-    "No finding",
-)
-VINDR_FINDINGS = {
-    "Atelectasis": ("Atelectasis",),
-    "Cardiomegaly": ("Cardiomegaly",),
-    "Consolidation": ("Consolidation",),
-    "Edema": ("Edema",),
+    "Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Clavicle fracture", "Consolidation", "Edema",
+    "Emphysema", "Enlarged PA", "ILD", "Infiltration", "Lung Opacity", "Lung cavity", "Lung cyst", "Mediastinal shift",
+    "Nodule/Mass", "Pleural effusion", "Pleural thickening", "Pneumothorax", "Pulmonary fibrosis", "Rib fracture",
+    "Other lesion", "COPD", "Lung tumor", "Pneumonia", "Tuberculosis", "Other disease", "No finding",
+)  # fmt: skip
+VINDR_FINDINGS = SAME | {
     "Fracture": ("Rib fracture", "Clavicle fracture"),
     "Lung Lesion": ("Nodule/Mass", "Lung tumor"),
     "Lung Opacity": ("Lung Opacity",),
     "Pleural Effusion": ("Pleural effusion",),
     "Pleural Other": ("Pleural thickening",),
     "Pneumonia": ("Pneumonia",),
-    "Pneumothorax": ("Pneumothorax",),
 }
 
 
@@ -295,10 +249,10 @@ def vindr(rows, _form):
     for row in _tuples(rows):
         rng = np.random.default_rng([row.image_seed, 2])
         votes = np.zeros((3, len(VINDR_LABELS)), int)
-        for label, names in VINDR_FINDINGS.items():
+        for label in filter(VINDR_FINDINGS.get, LABELS):
             value, agree = getattr(row, label.replace(" ", "_")), rng.permutation(3)
             seen = rng.integers(2, 4) if value == 1 else int(value == -1)
-            votes[agree[:seen], VINDR_LABELS.index(_either(row, *names))] = 1
+            votes[agree[:seen], VINDR_LABELS.index(_either(row, *VINDR_FINDINGS[label]))] = 1
         if row.split == "test":
             votes = votes.sum(0, keepdims=True) // 2
         votes[:, -1] = 1 - votes[:, :-1].max(1)
@@ -315,34 +269,15 @@ def vindr(rows, _form):
 
 
 # ------------------------------------------------------------------------------------------------------------ BRAX
-BRAX_LABELS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Lesion",
-    "Lung Opacity",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
+BRAX_LABELS = (*CHEXPERT_LABELS[:3], "Lung Lesion", "Lung Opacity", *CHEXPERT_LABELS[5:])
 
 
 def brax(rows, _form):
     """PNG (the table has the paths of the DICOMs too), labels as in CheXpert in another order, no splits, an age of
     "85 or more"."""
 
-    def uuid(*key):
-        text = _hex(32, *key)
-        return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
-
-    patient = "id_" + rows["subject_id"].map(lambda subject: uuid("patient", subject))
-    accession = rows["study_id"].map(lambda study: f"{_digits(16, 'study', study)}")
+    patient = "id_" + rows["subject_id"].map(lambda subject: str(uuid.UUID(_hex(32, "patient", subject))))
+    accession = rows["study_id"].map(lambda study: _digits(16, "study", study))
     stem = patient + "/Study_" + accession + "/Series_" + accession + "/image-" + rows["dicom_id"]
     file = "images/" + stem + ".png"
     rows = rows.assign(image=file, file=file, form="png")
@@ -357,8 +292,7 @@ def brax(rows, _form):
             "StudyDate": rows["date"],
             **rows[list(BRAX_LABELS)],
             "ViewPosition": rows["view"].replace("LATERAL", "L"),
-            "Rows": rows["Rows"],
-            "Columns": rows["Columns"],
+            **rows[["Rows", "Columns"]],
             "Manufacturer": "Synthetic",
         }
     )

@@ -19,14 +19,13 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from dataset.labels import LABELS
 from dataset.synthetic.drawing import draw, frame, random_anatomy, render
@@ -40,20 +39,10 @@ SPLITS = {"train": 0.70, "validate": 0.12, "test": 0.18}
 
 # Chance of each sign in a study with findings (Support Devices: in any study).
 PREVALENCE = {
-    "Atelectasis": 0.24,
-    "Cardiomegaly": 0.27,
-    "Consolidation": 0.19,
-    "Edema": 0.22,
-    "Enlarged Cardiomediastinum": 0.19,
-    "Fracture": 0.20,
-    "Lung Lesion": 0.20,
-    "Lung Opacity": 0.26,
-    "Pleural Effusion": 0.28,
-    "Pleural Other": 0.19,
-    "Pneumonia": 0.21,
-    "Pneumothorax": 0.19,
-    "Support Devices": 0.28,
-}
+    "Atelectasis": 0.24, "Cardiomegaly": 0.27, "Consolidation": 0.19, "Edema": 0.22, "Enlarged Cardiomediastinum": 0.19,
+    "Fracture": 0.20, "Lung Lesion": 0.20, "Lung Opacity": 0.26, "Pleural Effusion": 0.28, "Pleural Other": 0.19,
+    "Pneumonia": 0.21, "Pneumothorax": 0.19, "Support Devices": 0.28,
+}  # fmt: skip
 HEALTHY = 0.23  # share of studies without any pathology; a few more come about by chance
 UNCERTAIN = 0.025  # chance of -1 for each label of a study with findings
 FAINT, CLEAR = 0.25, (0.55, 1.0)  # strength of a sign behind half of the -1, and behind a 1
@@ -76,30 +65,16 @@ def plan(*, patients=320, studies=(1, 4), images=(1, 3), seed=42):
     for subject, study in zip(np.repeat(subject_ids, counts).tolist(), study_ids.tolist()):
         signs, written = _draw_labels(truth)
         year, month, day, hour, minute, second = ids.integers([2110, 1, 1, 0, 0, 0], [2200, 13, 29, 24, 60, 60])
-        study_rows.append(
-            {
-                "subject_id": subject,
-                "study_id": study,
-                "date": int(f"{year}{month:02}{day:02}"),
-                "time": int(f"{hour}{minute:02}{second:02}"),
-                "study_seed": int(ids.integers(2**31)),
-                "signs": signs,
-                **written,
-            }
-        )
+        date, clock = int(f"{year}{month:02}{day:02}"), int(f"{hour}{minute:02}{second:02}")
+        own = {"subject_id": subject, "study_id": study}
+        study_seed = int(ids.integers(2**31))
+        study_rows.append({**own, "date": date, "time": clock, "study_seed": study_seed, "signs": signs, **written})
         # A frontal view first, then mostly lateral ones; AP images are of patients in bed.
         frontal, lateral = ("PA", 0.85) if views.random() < 0.6 else ("AP", 0.40)
         for i in range(views.integers(images[0], images[1] + 1)):
-            digits = ids.bytes(20).hex()
-            image_rows.append(
-                {
-                    "dicom_id": "-".join(digits[j : j + 8] for j in range(0, 40, 8)),
-                    "subject_id": subject,
-                    "study_id": study,
-                    "view": "LATERAL" if i and views.random() < lateral else frontal,
-                    "image_seed": int(ids.integers(2**31)),
-                }
-            )
+            dicom_id = ids.bytes(20).hex("-", 4)
+            view = "LATERAL" if i and views.random() < lateral else frontal
+            image_rows.append({"dicom_id": dicom_id, **own, "view": view, "image_seed": int(ids.integers(2**31))})
     study_table = pd.DataFrame(study_rows).sort_values(["subject_id", "study_id"], ignore_index=True)
     image_table = pd.DataFrame(image_rows).sort_values(["subject_id", "study_id", "dicom_id"], ignore_index=True)
     split = _split(study_table, shuffle)
@@ -166,17 +141,9 @@ def image_rows(images, studies, *, seed, size):
 
 
 def write_tree(
-    root,
-    *,
-    patients=320,
-    size=320,
-    layout=FIRST,
-    image_format="",
-    seed=42,
-    progress=True,
-    studies=(1, 4),
-    images=(1, 3),
-):
+    root, *, patients=320, size=320, layout=FIRST, image_format="", seed=42, progress=True,
+    studies=(1, 4), images=(1, 3),
+):  # fmt: skip
     """Writes images, the tables of a layout and the marker, and returns the summary:
     {"images", "studies", "patients": counts by split, "positives": {label: studies by split}, "reused": bool}.
 
@@ -191,18 +158,10 @@ def write_tree(
     root = Path(root)
     chosen = LAYOUTS[layout]
     parameters = {
-        "kind": KIND,
-        "version": VERSION,
-        "patients": patients,
-        "size": size,
-        "format": image_format or chosen.formats[0],
-        "seed": seed,
-        "studies": list(studies),
-        "images": list(images),
-        "layout": layout,
-    }
-    if layout == FIRST:  # whose trees are older than layouts are
-        del parameters["layout"]
+        "kind": KIND, "version": VERSION, "patients": patients, "size": size,
+        "format": image_format or chosen.formats[0], "seed": seed, "studies": list(studies), "images": list(images),
+        **({} if layout == FIRST else {"layout": layout}),  # the trees of the first are older than layouts are
+    }  # fmt: skip
     image_table, study_table = plan(patients=patients, studies=studies, images=images, seed=seed)
     rows = image_rows(image_table, study_table, seed=seed, size=size)
     rows, tables = chosen.write(rows, parameters["format"])
@@ -302,16 +261,10 @@ def _write_images(root, rows, size, seed, progress):
     """Draws and writes all images, on all processors."""
     write = functools.partial(_write_image, root=root, size=size, seed=seed)
     images = [SimpleNamespace(**row) for row in rows.to_dict("records")]
-    start, last, live = time.perf_counter(), 0, sys.stdout.isatty()
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-        for done, _ in enumerate(pool.imap(write, images, chunksize=4), start=1):
-            percent = 100 * done // len(images)
-            step = 1 if live else 10
-            if progress and percent // step > last // step:
-                rate = done / (time.perf_counter() - start)
-                text = f"synthetic images {percent:3d} % ({done} of {len(images)}, {rate:.0f} images/s)"
-                print("\r" + text if live else text, end="" if live and percent < 100 else "\n", flush=True)
-                last = percent
+        written = pool.imap(write, images, chunksize=4)
+        for _ in tqdm(written, "synthetic images", len(images), disable=not progress, mininterval=1, unit="image"):
+            pass
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -338,7 +291,8 @@ def main(argv=None):
     parser.add_argument("--patients", type=int, default=320, help="10 or more (default 320: about 1600 images)")
     parser.add_argument("--size", type=int, default=320, help="longer side of the images in pixels (default 320)")
     parser.add_argument("--layout", default=FIRST, help=f"whose files: {', '.join(LAYOUTS)} (default {FIRST})")
-    parser.add_argument("--format", default="", help=f"of layout {FIRST}: {' or '.join(LAYOUTS[FIRST].formats)}")
+    formats = " or ".join(LAYOUTS[FIRST].formats)
+    parser.add_argument("--format", dest="image_format", default="", help=f"of layout {FIRST}: {formats}")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--sheet", metavar="FILE.png", help="contact sheet with one example of every sign")
     args = parser.parse_args(argv)
@@ -346,14 +300,8 @@ def main(argv=None):
         parser.error("nothing to do: name a folder with --out, or an image with --sheet.")
     try:
         if args.out:
-            summary = write_tree(
-                args.out,
-                patients=args.patients,
-                size=args.size,
-                layout=args.layout,
-                image_format=args.format,
-                seed=args.seed,
-            )
+            options = {key: value for key, value in vars(args).items() if key not in ("out", "sheet")}
+            summary = write_tree(args.out, **options)
             _print_summary(summary, args.out, LAYOUTS[args.layout].dataset)
         if args.sheet:
             write_sheet(args.sheet, max(0, args.seed))
