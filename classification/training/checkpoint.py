@@ -176,9 +176,8 @@ def _read(path, digest):
 
 def _damaged_part(file):
     """Name of a part that its checksum contradicts, or None. torch.load checks none, and would load changed weights."""
-    if not zipfile.is_zipfile(file):  # the format before torch 1.6, without checksums
-        found = None
-    else:
+    found = None
+    if zipfile.is_zipfile(file):  # not the format before torch 1.6, which has no checksums
         with zipfile.ZipFile(file) as archive:
             written = any(part.CRC for part in archive.infolist())  # torch can leave them out: all are 0 then
             found = archive.testzip() if written else None
@@ -223,8 +222,7 @@ def find_last(folder, log):
 
 def refuse_to_overwrite(folder):
     """Raises a UserError where a run lies in `folder`: a new one there would replace its best checkpoint."""
-    there = sorted(p.name for p in Path(folder).glob("*ckpt*.pth"))
-    if there:
+    if there := sorted(p.name for p in Path(folder).glob("*ckpt*.pth")):
         raise UserError(
             f"TRAIN.AUTO_RESUME is False, but {folder} holds a run ({there[0]}): a new one would overwrite it. "
             "Use another --tag, or move it away"
@@ -232,6 +230,12 @@ def refuse_to_overwrite(folder):
 
 
 # ---------------------------------------------------------------------------------------- resume
+def _other_shapes(theirs, ours):
+    """{key that both have: a line} where its shapes differ."""
+    pairs = {k: (tuple(theirs[k].shape), tuple(ours[k].shape)) for k in ours if k in theirs}
+    return {k: f"{k} is {a}, here {b}" for k, (a, b) in pairs.items() if a != b}
+
+
 def check_weights(module, weights, path):
     """Raise a UserError unless `weights` are tensors of the names and shapes of the module (which may be on meta)."""
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
@@ -239,11 +243,7 @@ def check_weights(module, weights, path):
     ours = module.state_dict()
     problems = [f"{k} is missing" for k in ours if k not in weights]
     problems += [f"{k} is not in this model" for k in weights if k not in ours]
-    problems += [
-        f"{k} is {tuple(weights[k].shape)}, here {tuple(ours[k].shape)}"
-        for k in ours
-        if k in weights and weights[k].shape != ours[k].shape
-    ]
+    problems += _other_shapes(weights, ours).values()
     if problems:
         raise UserError(
             f"{path} is a checkpoint of another model: {problems[0]} ({len(problems)} such keys); "
@@ -349,7 +349,8 @@ def load_pretrained(model, path, log):
         theirs = model.fitted(theirs)
     classifier = model.classifier.removeprefix(wrapped)
     head = {f"{classifier}.weight", f"{classifier}.bias"}
-    matching = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
+    reshaped = _other_shapes(theirs, ours)
+    matching = {k: v for k, v in theirs.items() if k in ours and k not in reshaped}
     replaced = sorted(head & ours.keys() & (theirs.keys() - matching.keys()))
     # One row of the head per class: a head that fits half is another head.
     if replaced:
@@ -358,11 +359,7 @@ def load_pretrained(model, path, log):
     parts = {k.split(".")[0] for k in theirs}
     missing = [k for k in ours if k not in theirs]
     unexpected = [k for k in theirs if k not in ours]
-    wrong = [
-        f"{k} is {tuple(theirs[k].shape)}, here {tuple(ours[k].shape)}"
-        for k in ours
-        if k in theirs and k not in matching and k not in head
-    ]
+    wrong = [line for k, line in reshaped.items() if k not in head]
     wrong += [f"{k} is missing in the file" for k in missing if k not in head and k.split(".")[0] in parts]
     known = {k.split(".")[0] for k in ours} - {classifier}
     wrong += [f"{k} is not in this model" for k in unexpected if k.split(".")[0] in known]

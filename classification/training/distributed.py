@@ -54,17 +54,15 @@ class World:
 def _launch():
     """(rank, local rank, world size) as the launcher says; sets what torch.distributed needs."""
     env = os.environ
-    given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in env]
+    given = [name for name in _TORCHRUN[:3] if name in env]
     if given:
-        missing = [name for name in _TORCHRUN if name not in env]
-        if missing:
+        if missing := [name for name in _TORCHRUN if name not in env]:
             raise UserError(
                 f"{given[0]} is set but {', '.join(missing)} is not; start with torchrun, or unset {', '.join(given)}"
             )
         return int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"])
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID") if name not in env]
-        if missing:
+        if missing := [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID") if name not in env]:
             raise UserError(f"SLURM_STEP_NUM_TASKS is set but {', '.join(missing)} is not; start with srun or torchrun")
         return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"])
     return 0, 0, 1
@@ -101,10 +99,8 @@ def meet(rank, size):
     names = ("JOB_ID", "RESTART_COUNT", "STEP_ID", "SRUN_COMM_HOST", "SRUN_COMM_PORT")
     step = " ".join(env.get(f"SLURM_{name}", "") for name in names)
     host = _first_host()
-    if "MASTER_PORT" in env:
-        ports = [int(env["MASTER_PORT"])]
-    else:
-        ports = random.Random(step).sample(range(5000, 32768), 64)
+    fixed = env.get("MASTER_PORT")
+    ports = [int(fixed)] if fixed else random.Random(step).sample(range(5000, 32768), 64)
     if rank == 0:
         return _serve(host, ports, step, size)
     deadline, asked = time.monotonic() + 600, {}
@@ -182,17 +178,15 @@ def session():
         UserError: on rank 0, where another process has ended; the others end without a word, as it is not theirs.
     """
     rank, local_rank, size = _launch()
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        if local_rank == 0:
-            warn_of_missing_gpus(int(os.environ.get("SLURM_GPUS_ON_NODE", 0)))
+    elif local_rank == 0:
+        warn_of_missing_gpus(int(os.environ.get("SLURM_GPUS_ON_NODE", 0)))
     if size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
         store = None if "RANK" in os.environ else meet(rank, size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
         yield World(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
     except RuntimeError as error:
@@ -272,9 +266,8 @@ def _slurm_seconds_left():
     if "SLURM_ARRAY_JOB_ID" in env:  # the number of an array's last task means the whole array
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     try:  # [days-][hours:]minutes:seconds, or a word such as UNLIMITED
-        left = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=60
-        ).stdout
+        command = ["squeue", "-h", "-j", job, "-o", "%L"]
+        left = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
         days, _, clock = left.strip().rpartition("-")
         parts = [int(part) for part in clock.split(":")]
         seconds = sum(part * 60**i for i, part in enumerate(reversed(parts)))
@@ -337,11 +330,10 @@ class Stopped(BaseException):
 class StopRequest:
     """Asks training to stop: on SIGTERM, SIGUSR1, SIGHUP, Ctrl-C, or near a job's time limit.
 
-    A handler only sets a flag; `agreed()` makes all ranks see it at the same point, `check()` raises
-    Stopped there. `at_once` is for
-    long work that loses nothing: a signal raises Stopped wherever it arrives. A second Ctrl-C ends the process. The
-    time limit is watched too because a signal during the imports is lost: four minutes before it, or a fifth of the
-    job's time where that is less, counts as SIGUSR1.
+    A handler only sets a flag; `agreed()` makes all ranks see it at the same point, `check()` raises Stopped there.
+    `at_once` is for long work that loses nothing: a signal raises Stopped wherever it arrives. A second Ctrl-C ends the
+    process. The time limit is watched too because a signal during the imports is lost: four minutes before it, or a
+    fifth of the job's time where that is less, counts as SIGUSR1.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)

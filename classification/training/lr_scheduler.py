@@ -33,8 +33,7 @@ class Schedule:
 def build_schedule(config, updates_per_epoch, world_size):
     """The schedule of a run; rates scale with batch x processes x accumulation / LR_REFERENCE_BATCH."""
     t = config.TRAIN
-    batch = config.DATA.BATCH_SIZE * world_size * t.ACCUMULATION_STEPS
-    scale = batch / t.LR_REFERENCE_BATCH
+    scale = config.DATA.BATCH_SIZE * world_size * t.ACCUMULATION_STEPS / t.LR_REFERENCE_BATCH
     return Schedule(
         name=t.LR_SCHEDULER.NAME,
         total=t.EPOCHS * updates_per_epoch,

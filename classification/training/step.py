@@ -130,20 +130,10 @@ def build_step(config, model, criterion, known, world, mix=None):
         ids = [world.device.index] if world.device.type == "cuda" else None
         trained = torch.nn.parallel.DistributedDataParallel(trained, device_ids=ids)
     amp, dtype = autocast(config, world.device)
+    optimizer = build_optimizer(config, model, criterion)
+    ema = ModelEmaV3(model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
     return Step(
-        model=model,
-        trained=trained,
-        criterion=criterion,
-        known=known,
-        optimizer=build_optimizer(config, model, criterion),
-        ema=ModelEmaV3(model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None,
-        amp=amp,
-        dtype=dtype,
-        world=world,
-        batch_size=config.DATA.BATCH_SIZE,
-        accumulation=config.TRAIN.ACCUMULATION_STEPS,
-        clip=config.TRAIN.CLIP_GRAD,
-        compiled=config.TRAIN.COMPILE,
-        mix=mix,
-        frozen=frozen,
-    )
+        model, trained, criterion, known, optimizer, ema, amp, dtype, world, config.DATA.BATCH_SIZE,
+        accumulation=config.TRAIN.ACCUMULATION_STEPS, clip=config.TRAIN.CLIP_GRAD, compiled=config.TRAIN.COMPILE,
+        mix=mix, frozen=frozen,
+    )  # fmt: skip

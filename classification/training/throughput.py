@@ -62,13 +62,6 @@ class RandomStep:
         """One step; `mark` is called before it and after each of PARTS."""
         self.step(iter([(self.images if images is None else images, None)]), lr=1e-6, mark=mark)
 
-    def predict(self):
-        """The forward pass of an evaluation."""
-        self.step.model.eval()
-        with torch.no_grad(), self.step.amp():
-            self.step.model(self.images)
-        self.step.model.train()
-
 
 class Product:
     """A product of two large square matrices, to have its turn among steps: the rate that they are held against."""
