@@ -8,8 +8,10 @@ classification code keep their names and meanings; others are marked (new).
 import argparse
 import ast
 import copy
+import functools
 import math
 from dataclasses import dataclass, field
+from operator import getitem
 from pathlib import Path
 
 import yaml
@@ -20,33 +22,34 @@ from common.errors import UserError, did_you_mean
 
 # --------------------------------------------------------------------------------- allowed values
 # Each makes, or is, a function: value -> what is wrong with it, or None.
+def rule(holds, text):
+    return lambda value: None if holds(value) else text
+
+
 def one_of(*choices):
-    return lambda value: None if value in choices else f"choose one of {', '.join(map(str, choices))}"
+    return rule(lambda value: value in choices, f"choose one of {', '.join(map(str, choices))}")
 
 
 def at_least(least):
-    return lambda value: None if value >= least else f"it must be at least {least}"  # NaN fails too
+    return rule(lambda value: value >= least, f"it must be at least {least}")  # NaN fails too
 
 
 def above(low, most=math.inf):
     text = f"it must be above {low}" + (f" and at most {most}" if most < math.inf else "")
-    return lambda value: None if low < value <= most else text
+    return rule(lambda value: low < value <= most, text)
 
 
 def between(low, high):
-    return lambda value: None if low <= value <= high else f"it must be between {low} and {high}"
-
-
-def fraction(value):
-    return None if 0 <= value < 1 else "it must be at least 0 and below 1"
+    return rule(lambda value: low <= value <= high, f"it must be between {low} and {high}")
 
 
 def off_or_at_least(least):
-    return lambda value: None if value == 0 or value >= least else f"it must be 0 (off), or at least {least}"
+    return rule(lambda value: value == 0 or value >= least, f"it must be 0 (off), or at least {least}")
 
 
-def odd(value):
-    return None if value >= 1 and value % 2 else "it must be odd: 1, 3, 5, ..."
+fraction = rule(lambda value: 0 <= value < 1, "it must be at least 0 and below 1")
+odd = rule(lambda value: value >= 1 and value % 2, "it must be odd: 1, 3, 5, ...")
+area_range = rule(lambda value: 0 < value[0] <= value[1] <= 1, "it must be [smallest, largest] area within 0 to 1")
 
 
 def each(allowed):
@@ -55,11 +58,6 @@ def each(allowed):
         return found and found.replace("it must", "each number must")
 
     return wrong
-
-
-def area_range(value):
-    low, high = value
-    return None if 0 < low <= high <= 1 else "it must be [smallest, largest] area within 0 to 1"
 
 
 def block_numbers(value):
@@ -399,9 +397,7 @@ SECTIONS = {key[:k] for key in KNOBS for k, letter in enumerate(key) if letter =
 
 def lookup(config, key):
     """The value of a dotted key."""
-    for part in key.split("."):
-        config = config[part]
-    return config
+    return functools.reduce(getitem, key.split("."), config)
 
 
 def _flatten(node, source, prefix=""):
@@ -460,8 +456,8 @@ def _backbone(config):
 
 
 def _put(config, key, value):
-    section, _, name = key.rpartition(".")
-    (lookup(config, section) if section else config)[name] = value
+    *sections, name = key.split(".")
+    functools.reduce(getitem, sections, config)[name] = value
 
 
 def _set(config, pairs, source):
@@ -518,8 +514,7 @@ def _merge_file(config, path, above=()):
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"config file {path} is not valid YAML: {reason}") from error
+        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"config file {path} has no keys")
     bases = content.pop("BASE", None) or []
@@ -553,9 +548,7 @@ def _pairs(opts):
             raise UserError(f"--opts takes KEY VALUE without an equals sign, such as {key or opts[k - 1]} {value or 3}")
         if text.startswith(("{", "[", "(")) and not text.endswith(("}", "]", ")")):
             if any(later.endswith(("}", "]", ")")) for later in opts[k:]):
-                raise UserError(
-                    f"--opts: quote the value that begins with {text!r}, so that the shell passes it as one"
-                )
+                raise UserError(f"--opts: quote the value that begins with {text!r}, so the shell passes it as one")
             raise UserError(f"--opts: {text!r} has a bracket that is not closed")
     if len(opts) % 2:
         raise UserError(f"--opts takes pairs KEY VALUE; {opts[-1]!r} has no partner")
@@ -571,8 +564,7 @@ def get_config(args, *own_values, saved=None):
         `models.own_values`).
     """
     config = _checked(_with_arguments(_defaults(), args, saved))
-    own = [pair for values in own_values for pair in values(config).items()]
-    if own:
+    if own := [pair for values in own_values for pair in values(config).items()]:
         defaults = _defaults()
         _set(defaults, own, "default")
         config = _checked(_with_arguments(defaults, args, saved))
@@ -594,12 +586,8 @@ def _with_arguments(config, args, saved):
     return config
 
 
-def _saved_pairs(content, source):
-    return [(key, value) for key, value in _flatten(content, source) if key != "BASE"]
-
-
 def _known_pairs(content, source):
-    pairs = _saved_pairs(content, source)
+    pairs = _flatten(content, source)
     return [(key, value) for key, value in pairs if key in KNOBS and not _outlived(key, value)]
 
 
@@ -630,7 +618,7 @@ def from_dict(content, source):
 
 def unfamiliar(content, source):
     """A line that names the keys by which a saved config differs from those of this version; empty if none does."""
-    pairs = dict(_saved_pairs(content, source))
+    pairs = {key: value for key, value in _flatten(content, source) if key != "BASE"}
     outlived = [f"{key} {value!r}" for key, value in pairs.items() if key in KNOBS and _outlived(key, value)]
     unknown, missing = [key for key in pairs if key not in KNOBS], [key for key in KNOBS if key not in pairs]
     parts = [f"has {', '.join(unknown)}, which this version does not have and ignores"] if unknown else []
@@ -664,10 +652,9 @@ def _checked(config, source=""):
 SOURCE_KEYS = {"dataset": "DATA.DATASET", "path": "DATA.DATA_PATH"} | {
     key.removeprefix("DATA.").lower(): key
     for key, knob in KNOBS.items()
-    if key in ("DATA.ALLOW_MISSING", "DATA.ZIP_MODE") or ({"data", "DATA.DATASET"} & set(knob.takes_effect))
+    if (key in ("DATA.ALLOW_MISSING", "DATA.ZIP_MODE") or {"data", "DATA.DATASET"} & set(knob.takes_effect))
+    and key not in ("DATA.SOURCES_MIX", "DATA.DICOM_RECIPE", "DATA.DICOM_WINDOW")
 }
-for _key in ("sources_mix", "dicom_recipe", "dicom_window"):
-    SOURCE_KEYS.pop(_key)
 
 
 def source_name(source):
