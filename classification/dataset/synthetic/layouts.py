@@ -103,8 +103,7 @@ def chexpert(rows, _form):
             **values,
         }
     )
-    train = rows[~consensus]
-    alone = train.groupby("patient")["file"].transform("size")
+    alone = rows[~consensus].groupby("patient")["file"].transform("size")
     table.loc[alone.idxmin(), ["Sex", "Age"]] = "Unknown", 0
     test = table.assign(Study=rows["study_path"])[rows["split"] == "test"].drop_duplicates("Study")
     return rows, {
@@ -147,17 +146,13 @@ def nih(rows, _form):
         {
             "Image Index": image,
             "Finding Labels": ["|".join(sorted(_present(r, NIH_FINDINGS))) or "No Finding" for r in _tuples(rows)],
-            "Follow-up #": follow_up,
-            "Patient ID": rows["patient"],
-            "Patient Age": rows["age"],
-            "Patient Gender": rows["sex"],
-            "View Position": rows["view"],
-            "OriginalImage[Width": rows["Columns"],  # the brackets hold commas: two columns each
-            "Height]": rows["Rows"],
-            "OriginalImagePixelSpacing[x": 0.143,
-            "y]": 0.143,
+            "Follow-up #": follow_up, "Patient ID": rows["patient"], "Patient Age": rows["age"],
+            "Patient Gender": rows["sex"], "View Position": rows["view"],
+            # The brackets hold commas: two columns each.
+            "OriginalImage[Width": rows["Columns"], "Height]": rows["Rows"],
+            "OriginalImagePixelSpacing[x": 0.143, "y]": 0.143,
         }
-    )
+    )  # fmt: skip
     lists = {"train_val_list.txt": rows["split"] != "test", "test_list.txt": rows["split"] == "test"}
     return rows, {
         "Data_Entry_2017_v2020.csv": entries,
@@ -198,25 +193,17 @@ def padchest(rows, _form):
         found.append(repr([f" {name}" for name in findings] + [""] if read else findings))
     table = pd.DataFrame(
         {
-            "": np.arange(len(rows)),
-            "ImageID": image,
-            "ImageDir": folder,
-            "StudyDate_DICOM": rows["date"],
+            "": np.arange(len(rows)), "ImageID": image, "ImageDir": folder, "StudyDate_DICOM": rows["date"],
             "StudyID": [_digits(38, "study", study) for study in rows["study_id"]],
             "PatientID": [_digits(36, "patient", subject) for subject in rows["subject_id"]],
-            "PatientBirth": rows["date"] // 10_000 - rows["age"],
-            "PatientSex_DICOM": rows["sex"],
+            "PatientBirth": rows["date"] // 10_000 - rows["age"], "PatientSex_DICOM": rows["sex"],
             "ViewPosition_DICOM": rows["view"],
             "Projection": rows["view"].map({"PA": "PA", "AP": "AP_horizontal", "LATERAL": "L"}),
-            "MethodProjection": "Manual review of DICOM fields",
-            "Pediatric": "No",
-            "Rows_DICOM": rows["Rows"],
-            "Columns_DICOM": rows["Columns"],
-            "MethodLabel": np.where(physician, "Physician", "RNN_model"),
-            "Labels": found,
-            "Localizations": "[]",
+            "MethodProjection": "Manual review of DICOM fields", "Pediatric": "No",
+            "Rows_DICOM": rows["Rows"], "Columns_DICOM": rows["Columns"],
+            "MethodLabel": np.where(physician, "Physician", "RNN_model"), "Labels": found, "Localizations": "[]",
         }
-    )
+    )  # fmt: skip
     return rows, {PADCHEST_TABLE: table}
 
 
