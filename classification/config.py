@@ -640,8 +640,7 @@ def refuse_another_file(saved, config, path):
 def _checked(config, source=""):
     for key, knob in KNOBS.items():
         value = lookup(config, key)
-        wrong = knob.allowed(value) if knob.allowed and value is not None else None
-        if wrong:
+        if value is not None and knob.allowed and (wrong := knob.allowed(value)):
             raise UserError(f"{source}{key} is {value!r}; {wrong}")
     config.freeze()
     return config

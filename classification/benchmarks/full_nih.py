@@ -38,10 +38,8 @@ def write_tables(root, seed=0):
         for row, column in np.argwhere(rng.random((count, len(nih.FINDINGS))) < 0.06).tolist():
             found[row].append(nih.FINDINGS[column])
         for (patient, k), name, here in zip(rows, names[split], found):
-            findings = "|".join(here) or nih.NORMAL
-            lines.append(
-                f"{name},{findings},{k},{patient},{20 + k % 60},{'FM'[k % 2]},{('PA', 'AP')[k % 2]},2500,2048,0.1,0.1"
-            )
+            person = f"{patient},{20 + k % 60},{'FM'[k % 2]},{('PA', 'AP')[k % 2]}"
+            lines.append(f"{name},{'|'.join(here) or nih.NORMAL},{k},{person},2500,2048,0.1,0.1")
     (root / "Data_Entry_2017.csv").write_text("\n".join([HEADER, *sorted(lines)]) + "\n")
     (root / "train_val_list.txt").write_text("\n".join(names["train"]))
     (root / "test_list.txt").write_text("\n".join(names["test"]))
@@ -75,8 +73,7 @@ def main():
         print(datasets[0].summary)
         print(
             f"tables read and checked in {read:.1f} s, {looked[0]:,} files looked for; datasets there after "
-            f"{whole:.1f} s, "
-            f"{time.process_time() - cpu:.1f} s of them computing"
+            f"{whole:.1f} s, {time.process_time() - cpu:.1f} s of them computing"
         )
 
 

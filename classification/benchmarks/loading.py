@@ -38,6 +38,7 @@ from dataset.labels import LABELS
 from dataset.mimic_cxr import MIMICCXRDataset, load_table
 from dataset.preparing import normalize
 from dataset.transforms import radiograph_transform
+from training.inference import device_name
 
 SIDE, MEAN, STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -105,13 +106,8 @@ def ours(folder, kind, **store):
 
 def rate(dataset, workers, repeats=5):
     """Median images/s of whole passes after one to warm up."""
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_size=8,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        sampler=list(range(len(dataset))) * 2,
-    )
+    twice = list(range(len(dataset))) * 2
+    loader = torch.utils.data.DataLoader(dataset, 8, sampler=twice, num_workers=workers, persistent_workers=workers > 0)
     seconds = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -131,9 +127,8 @@ def measure_table(folder):
     frame = pd.DataFrame({"subject_id": 10_000_000 + patient[study], "study_id": 50_000_000 + study})
     digits = rng.integers(0, 16**8, (count, 5))
     frame["dicom_id"] = ["-".join(f"{d:08x}" for d in row) for row in digits]
-    frame["split"] = np.where(
-        frame["subject_id"] % 130 == 0, "validate", np.where(frame["subject_id"] % 200 == 1, "test", "train")
-    )
+    validate, test = frame["subject_id"] % 130 == 0, frame["subject_id"] % 200 == 1
+    frame["split"] = np.select([validate, test], ["validate", "test"], "train")
     frame.to_csv(folder / "mimic-cxr-2.0.0-split.csv.gz", index=False)
     labels = pd.DataFrame({"subject_id": 10_000_000 + patient, "study_id": 50_000_000 + np.arange(studies)})
     for name in LABELS:
@@ -147,18 +142,16 @@ def measure_table(folder):
     started = time.perf_counter()
     table = load_table(folder).with_targets()
     train, validate = (xrays.RadiographDataset(table, split) for split in ("train", "validate"))
-    print(
-        f"{len(train):,} and {len(validate):,} images: tables read and checked in {time.perf_counter() - started:.1f} s"
-    )
+    seconds = time.perf_counter() - started
+    print(f"{len(train):,} and {len(validate):,} images: tables read and checked in {seconds:.1f} s")
     train.store.read = lambda path: b""
     xrays.decode = lambda data, name, **options: np.zeros((1, 1), np.uint8)
     train.transform = lambda image: None
     growth = multiprocessing.get_context("fork").SimpleQueue()
     worker = multiprocessing.get_context("fork").Process(target=read_epochs, args=(train, growth))
     worker.start()
-    print(
-        f"memory of a worker's own after each of three epochs: {', '.join(f'{kb / 1e3:.1f}' for kb in growth.get())} MB"
-    )
+    sizes = ", ".join(f"{kb / 1e3:.1f}" for kb in growth.get())
+    print(f"memory of a worker's own after each of three epochs: {sizes} MB")
     worker.join()
 
 
@@ -179,8 +172,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="measure the table instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")
-    print(f"{name or platform.processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start, "
+    print(f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start, "
           f"Python {platform.python_version()}, torch {torch.__version__}, pillow {PIL.__version__}, "
           f"pydicom {pydicom.__version__}; {args.images} images of 2544 x 3056, medians of 5\n")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -203,10 +195,8 @@ def main():
               f"{args.workers} workers | naive |\n| --- | --- | --- | --- | --- | --- |")  # fmt: skip
         for what, dataset, naive in rows:
             slow, fast = rate(naive, 0), rate(dataset, 0)
-            many, naive_many = rate(dataset, args.workers), rate(naive, args.workers)
-            print(
-                f"| {what} | {slow:.1f} | {fast:.1f} | {fast / slow:.1f} | {many:.1f} | {naive_many:.1f} |", flush=True
-            )
+            cells = slow, fast, fast / slow, rate(dataset, args.workers), rate(naive, args.workers)
+            print(f"| {what} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -154,10 +154,10 @@ def table(size, device, arguments):
     for row, (step, memory) in rows.items():
         whole, operator = sum(seconds[row]), operator_share(step)
         speed = arguments.batch / whole
+        part = throughput.share_of(rates[step.step.dtype], step.gmacs, speed)
         cells.append([row, f"{speed:.2f}", f"{convnext / whole:.2f}", *(f"{1e3 * s:.0f}" for s in seconds[row])])
-        cells[-1].append("" if operator is None else f"{operator:.0%}")
-        cells[-1].append("" if memory is None else f"{memory:.1f}")
-        cells[-1] += [f"{step.gmacs:.2f}", f"{throughput.share_of(rates[step.step.dtype], step.gmacs, speed):.0%}"]
+        cells[-1] += ["" if operator is None else f"{operator:.0%}", "" if memory is None else f"{memory:.1f}"]
+        cells[-1] += [f"{step.gmacs:.2f}", f"{part:.0%}"]
     operator_benchmark.table(head, cells)
 
 
@@ -170,9 +170,7 @@ def main(argv=None):
     parser.add_argument("--compiled", action="store_true", help="these rows too: minutes of compiling before the first")
     parser.add_argument("--grid-sample", action="store_true", help="a row with `grid_sample` in the operator's place")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU (default 2)")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="one thread, by the time that the CPU gave it: for a machine in use"
-    )
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, by its CPU time: for a machine in use")
     parser.add_argument("--quick", action="store_true", help="one round of two images: whether it runs, not how fast")
     arguments = parser.parse_args(argv)
     if arguments.quick:

@@ -93,8 +93,7 @@ def _value(field, text, number):
 def main(job, script, *arguments):
     """Submits the successor of `job` and prints its number."""
     asked = options(_output("scontrol", "show", "job", job), os.environ["SLURM_JOB_ID"])
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    if task:
+    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
         asked.append(f"--array={task}")
     submitted = _output("sbatch", "--parsable", f"--dependency=afterany:{job}", *asked, script, *arguments)
     successor = submitted.strip().split(";")[0] + (f"_{task}" if task else "")  # behind ; is the cluster, of several

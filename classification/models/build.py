@@ -52,8 +52,7 @@ def build_model(config, outside=True):
         UserError: no such backbone, or one that lacks an attribute above.
     """
     model = _module(config, outside).build(config)
-    missing = [name for name in ("classifier", "uses") if not hasattr(model, name)]
-    if missing:
+    if missing := [name for name in ("classifier", "uses") if not hasattr(model, name)]:
         raise UserError(f"MODEL.TYPE {config.MODEL.TYPE}: its build() returns a model without `{missing[0]}`")
     last = dict(model.named_modules()).get(model.classifier)
     if not isinstance(last, nn.Linear) or last.out_features != config.MODEL.NUM_CLASSES:

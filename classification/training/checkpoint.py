@@ -383,8 +383,7 @@ def load_pretrained(model, path, log):
 def _nothing_fits(path, theirs, ours):
     """Why no key of a file is one of the model's: another architecture, or names with a prefix that is not known."""
     for key in theirs:
-        prefix = next((key[: -len(name)] for name in ours if key.endswith("." + name)), None)
-        if prefix:
+        if prefix := next((key[: -len(name)] for name in ours if key.endswith("." + name)), None):
             return f"{path}: its names begin with {prefix!r}, which is no known prefix; remove it from the keys"
     return (
         f"{path} is of another architecture: it has no key of this model, such as {next(iter(ours))}, but "

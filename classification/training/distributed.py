@@ -54,8 +54,7 @@ class World:
 def _launch():
     """(rank, local rank, world size) as the launcher says; sets what torch.distributed needs."""
     env = os.environ
-    given = [name for name in _TORCHRUN[:3] if name in env]
-    if given:
+    if given := [name for name in _TORCHRUN[:3] if name in env]:
         if missing := [name for name in _TORCHRUN if name not in env]:
             raise UserError(
                 f"{given[0]} is set but {', '.join(missing)} is not; start with torchrun, or unset {', '.join(given)}"

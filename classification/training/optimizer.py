@@ -33,8 +33,7 @@ def parameter_groups(model, config, criterion=None):
         group = groups.setdefault((decay, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
         group["names"].append(name)
-    own = dict(criterion.named_parameters(prefix=criterion.name)) if criterion is not None else {}
-    if own:
+    if own := dict(criterion.named_parameters(prefix=criterion.name)) if criterion is not None else {}:
         names, parameters = list(own), list(own.values())
         groups["loss"] = {"params": parameters, "names": names, "weight_decay": 0.0, "lr_scale": 1.0}
     return list(groups.values())

@@ -166,8 +166,7 @@ def find_checkpoint(config, folder, log):
 
 def start_weights(config, model, log):
     """Load MODEL.PRETRAINED, or what the backbone fetches, and log where the weights come from; returns `patients`."""
-    path = pretrained_file(config)
-    if path:
+    if path := pretrained_file(config):
         return checkpoint.load_pretrained(model, path, log)["patients"]
     log.warning(
         "weights: random, since no --pretrained is given. Training from random weights takes many times as long and "

@@ -312,13 +312,8 @@ def main(argv=None):
 
 
 def _print_summary(summary, root, dataset):
-    print(f"\n{'':28}" + "".join(f"{split:>10}" for split in SPLITS))
     rows = {name: summary[name] for name in ("patients", "studies", "images")}
-    rows.update({f"  {label}": counts for label, counts in summary["positives"].items()})
-    for name, counts in rows.items():
-        print(f"{name:28}" + "".join(f"{counts[split]:>10}" for split in SPLITS))
-        if name == "images":
-            print("studies with")
-    print(f"\n{'Found complete' if summary['reused'] else 'Written'}: {root}")
+    rows |= {f"studies with {label}": counts for label, counts in summary["positives"].items()}
+    print(f"\n{pd.DataFrame(rows).T.to_string()}\n\n{'Found complete' if summary['reused'] else 'Written'}: {root}")
     other = "" if dataset == LAYOUTS[FIRST].dataset else f" --dataset {dataset}"
     print(f"Next: python main.py --cfg configs/internimage_tiny_synthetic.yaml{other} --data-path {root}")
