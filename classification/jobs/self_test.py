@@ -34,9 +34,7 @@ def check_operator(device):
     for name, wanted, got in zip(("output", *(f"gradient of {n}" for n in sizes)), *results):
         difference = (got.double().cpu() - wanted).abs().max() / wanted.abs().max()
         if not difference < 1e-4:
-            sys.exit(
-                f"error: the DCNv3 operator is wrong on {device}: {name} differs by {difference:.1e} of the largest"
-            )
+            sys.exit(f"error: DCNv3 is wrong on {device}: {name} is off by {difference:.1e} of the largest")
 
 
 def check_step(device):

@@ -38,21 +38,14 @@ def options(shown, number):
     # These end their line, and may hold spaces.
     fields |= dict(re.findall(r"(?:^|\s)(JobName|Comment|WorkDir|StdOut|StdErr)=(.*?) *$", shown, re.MULTILINE))
     fields = {k: v for k, v in fields.items() if v not in ("", "(null)", "N/A", "NONE", "*")}
-    if "CpusPerTres" in fields:
-        fields.pop("CPUs/Task", None)
-    if "MemPerTres" in fields:
-        fields.pop("MinMemoryNode", None)
-    if "NtasksPerTRES" in fields:
-        fields.pop("NumTasks", None)
+    totals = {"CpusPerTres": "CPUs/Task", "MemPerTres": "MinMemoryNode", "NtasksPerTRES": "NumTasks"}
+    for field in totals.keys() & fields:
+        fields.pop(totals[field], None)
     fields.setdefault("MailType", "NONE")  # the script's header asks for mail
     if fields.get("StdErr") == fields.get("StdOut"):
         fields.pop("StdErr", None)
-    found = []
-    for field, option in OPTIONS.items():
-        value = _value(field, fields.get(field, ""), number)
-        if value is not None:
-            found.append(f"--{option}={value}" if value else f"--{option}")
-    return found
+    values = {option: _value(field, fields.get(field, ""), number) for field, option in OPTIONS.items()}
+    return [f"--{option}={value}" if value else f"--{option}" for option, value in values.items() if value is not None]
 
 
 def _value(field, text, number):
@@ -71,10 +64,8 @@ def _value(field, text, number):
             return "" if text == "0" else None
         case "GresEnforceBind":
             return "enforce-binding"
-        case "SpreadJob":
-            return ""
-        case "Contiguous":
-            return "" if text == "1" else None
+        case "SpreadJob" | "Contiguous":
+            return None if text == "0" else ""
         case "NtasksPerN:B:S:C":
             return text.split(":")[0].replace("0", "") or None
         case "ReqB:S:C:T":

@@ -1,5 +1,6 @@
 """Any backbone of timm (MODEL.TYPE timm, MODEL.TIMM.NAME), to compare InternImage with under the same protocol."""
 
+import contextlib
 import sys
 
 import common.torchvision_shim  # noqa: F401  (before timm, which imports torchvision)
@@ -176,15 +177,11 @@ def build(config):
             f"MODEL.TIMM.NAME {name} does not take images of DATA.IMG_SIZE {size} ({reason(error)}); "
             f"its own size is {cfg.input_size[-1]}"
         ) from error
-    uses = {"TRAIN.LR_LAYER_DECAY"}
-    if "drop_rate" in taken:
-        uses.add("MODEL.DROP_RATE")
+    uses = {"TRAIN.LR_LAYER_DECAY"} | ({"MODEL.DROP_RATE"} if "drop_rate" in taken else set())
     if any(isinstance(module, DropPath) for module in network.modules()):
         uses.add("MODEL.DROP_PATH_RATE")
     if config.TRAIN.USE_CHECKPOINT:
-        try:
+        with contextlib.suppress(AssertionError, AttributeError):  # the backbone does not support it
             network.set_grad_checkpointing(True)
             uses.add("TRAIN.USE_CHECKPOINT")
-        except (AssertionError, AttributeError):  # the backbone does not support it
-            pass
     return TimmBackbone(network.train(), uses)

@@ -28,9 +28,7 @@ def prepare(folder, device):
             f"name one by {variable}, or set TRAIN.COMPILE False"
         )
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise UserError(
-            "TRAIN.COMPILE True needs the package triton on a GPU: pip install triton, or set TRAIN.COMPILE False"
-        )
+        raise UserError("TRAIN.COMPILE True needs triton on a GPU: pip install triton, or set TRAIN.COMPILE False")
     # Whatever it is now: importing torch's compiler sets it to a folder in /tmp, which ends with the job.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).absolute())
 
