@@ -24,8 +24,6 @@ AIR, VESSEL, BONE, METAL = 0.46, 0.20, 0.15, 0.34
 
 
 # ------------------------------------------------------------------------------------------------- a normal chest
-
-
 @lru_cache(maxsize=16)
 def _grid(height, width):
     """Pixel centres: x and y as float32 [H, W], in half picture heights from the middle."""
@@ -90,7 +88,6 @@ class Scene:
         self.bone += self.rib_strokes(self.ribs[-1] + self.ribs[1])
 
     # -- tools for signs
-
     def fill(self, mask, amount=1.0):
         """Replaces air by something dense."""
         self.air *= 1 - amount * mask
@@ -135,7 +132,6 @@ class Scene:
         return (side * (0.10 + (wall - 0.10) * out), y) if self.frontal else (front + (wall - front) * back, y)
 
     # -- its parts
-
     def wall(self, y):
         """Inner borders of the chest wall at y: (midline, half width) in a frontal view, else (front, back)."""
         q = np.clip((0.25 - y) / (0.25 - self.a["top"]), 0, 1)
@@ -430,8 +426,6 @@ SIGNS = {  # in drawing order: what lies on top comes last
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
-
-
 def frame(rng, size):
     """(height, width) of a picture, the first thing that its generator decides."""
     shorter = int(rng.choice([0.82, 0.9, 1.0, 1.0]) * size)

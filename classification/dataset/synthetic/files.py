@@ -22,25 +22,6 @@ def shown(picture):
         return np.asarray(image)
 
 
-def save_jpg(path, picture, _row):
-    path.write_bytes(jpg_bytes(picture))
-
-
-def save_png(path, picture, _row):
-    Image.fromarray(shown(picture)).save(path)
-
-
-def save_rgba(path, picture, _row):
-    """Three equal channels, and nothing transparent."""
-    Image.fromarray(shown(picture)).convert("RGBA").save(path)
-
-
-def save_png16(path, picture, _row):
-    """0 to 255 as 0 to 65535: equal to the JPG however it is read back, by its type's range or by its own from black to
-    white (nearly all images have both)."""
-    Image.fromarray(shown(picture).astype(np.uint16) * 257).save(path)
-
-
 def save_dicom(path, picture, row):
     """Stored values and a window that shows exactly the gray values of the JPG; it has nothing about the patient."""
     ds = _header(row.image, row.image)
@@ -65,10 +46,12 @@ def save_hospital(path, picture, row):
 
 
 SAVERS = {
-    "jpg": save_jpg,
-    "png": save_png,
-    "rgba": save_rgba,
-    "png16": save_png16,
+    "jpg": lambda path, picture, row: path.write_bytes(jpg_bytes(picture)),
+    "png": lambda path, picture, row: Image.fromarray(shown(picture)).save(path),
+    "rgba": lambda path, picture, row: Image.fromarray(shown(picture)).convert("RGBA").save(path),  # opaque
+    # 0 to 255 as 0 to 65535: equal to the JPG however it is read back, by its type's range or by its own from black to
+    # white (nearly all images have both).
+    "png16": lambda path, picture, row: Image.fromarray(shown(picture).astype(np.uint16) * 257).save(path),
     "dicom": save_dicom,
     "hospital": save_hospital,
 }

@@ -138,8 +138,6 @@ def image_rows(images, studies, *, seed, size):
 
 
 # ---------------------------------------------------------------------------------------------------------- files
-
-
 def write_tree(
     root, *, patients=320, size=320, layout=FIRST, image_format="", seed=42, progress=True,
     studies=(1, 4), images=(1, 3),
@@ -268,8 +266,6 @@ def _write_images(root, rows, size, seed, progress):
 
 
 # --------------------------------------------------------------------------------------------------- command line
-
-
 def write_sheet(path, seed=42, cell=190):
     """A contact sheet (PNG): for each label a frontal and a lateral view with that sign alone."""
     columns, text = 7, 18
