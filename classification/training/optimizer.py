@@ -4,10 +4,7 @@ import torch
 
 
 def _lr_scale(name, config, layer_scales):
-    scale = 1.0
-    for prefix, factor in layer_scales.items():
-        if name.startswith(prefix):
-            scale = factor
+    scale = next((factor for prefix, factor in reversed(layer_scales.items()) if name.startswith(prefix)), 1.0)
     dcn_mul = config.TRAIN.OPTIMIZER.DCN_LR_MUL
     if dcn_mul is not None and (".dcn.offset." in name or ".dcn.center_feature_scale_proj" in name):
         scale *= dcn_mul
@@ -34,8 +31,7 @@ def parameter_groups(model, config, criterion=None):
         group["params"].append(parameter)
         group["names"].append(name)
     if own := dict(criterion.named_parameters(prefix=criterion.name)) if criterion is not None else {}:
-        names, parameters = list(own), list(own.values())
-        groups["loss"] = {"params": parameters, "names": names, "weight_decay": 0.0, "lr_scale": 1.0}
+        groups["loss"] = {"params": [*own.values()], "names": [*own], "weight_decay": 0.0, "lr_scale": 1.0}
     return list(groups.values())
 
 

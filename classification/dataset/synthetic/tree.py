@@ -151,10 +151,8 @@ def write_tree(
     The same parameters give the same bytes. A complete tree of the same parameters is reused, another synthetic tree is
     replaced, and a folder with other data is refused (ValueError).
     """
-    _check(patients=patients, size=size, layout=layout, image_format=image_format, seed=seed, studies=studies,
-           images=images)  # fmt: skip
-    root = Path(root)
-    chosen = LAYOUTS[layout]
+    _check(size=size, layout=layout, image_format=image_format)  # the rest is checked by `plan`
+    root, chosen = Path(root), LAYOUTS[layout]
     parameters = {
         "kind": KIND, "version": VERSION, "patients": patients, "size": size,
         "format": image_format or chosen.formats[0], "seed": seed, "studies": list(studies), "images": list(images),
@@ -212,9 +210,7 @@ def _check(patients=320, size=320, layout=FIRST, image_format="", seed=42, studi
         raise ValueError(f"layout {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}.")
     formats = LAYOUTS[layout].formats
     if image_format and image_format not in formats:
-        raise ValueError(
-            f"image format {image_format!r} does not exist in layout {layout}: choose {' or '.join(formats)}."
-        )
+        raise ValueError(f"image format {image_format!r} is not in layout {layout}: choose {' or '.join(formats)}.")
     if seed < 0:
         raise ValueError(f"seed={seed}: choose 0 or more.")
     for name, (low, high) in {"studies": studies, "images": images}.items():
