@@ -233,7 +233,7 @@ def test_layouts_in_one_folder_replace_each_other(tmp_path, undrawn, capsys):
     with pytest.raises(SystemExit):
         synthetic.main(["--out", str(tmp_path), "--layout", "nihh"])
     assert "layout 'nihh' is unknown: choose one of mimic, chexpert" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="does not exist in layout nih: choose png"):
+    with pytest.raises(ValueError, match="is not in layout nih: choose png"):
         synthetic.write_tree(tmp_path, layout="nih", image_format="dicom", **few)
 
 
