@@ -390,6 +390,14 @@ def test_seeds_of_another_configuration_are_refused(predictions, tmp_path):
             assert len(run(folders[0], "--seeds-of", folders[1])["seeds"]["runs"]) == 2
     with pytest.raises(UserError, match="DATA.SOURCES differ"):
         run(folders[0], "--seeds-of", folders[1])
+    for erasing, folder in ((0.1, 0), (None, 1), (0.2, 0)):  # a run that is older than an option has its default
+        aug = {} if erasing is None else {"AUG": {"REPROB": erasing}}
+        config = {"SEED": folder, "TRAIN": {"BASE_LR": 1e-4}} | aug
+        (folders[folder] / "metrics.json").write_text(json.dumps({"images": 180, "config": config}))
+        if erasing is None:
+            assert len(run(folders[0], "--seeds-of", folders[1])["seeds"]["runs"]) == 2
+    with pytest.raises(UserError, match="AUG.REPROB differ"):
+        run(folders[0], "--seeds-of", folders[1])
     other = table(tmp_path / "other.csv", noise=1.5)  # of which nobody knows the configuration
     for pair in ((folders[0], other), (other, folders[0])):
         with pytest.raises(UserError, match="--seeds-of: .*other.csv does not record its configuration"):
