@@ -147,13 +147,9 @@ def _check_apart(members, tables, models):
                 )
 
 
-def _known(table):
-    return [n for n, known in zip(table.label_names, ~np.isnan(table.targets).all(0)) if known]
-
-
 def _check_labels(tables, givens):
     """UserError where no label is known in all of them."""
-    known = [_known(t) for t in tables]
+    known = [[n for n, y in zip(t.label_names, t.targets.T) if not np.isnan(y).all()] for t in tables]
     if not set.intersection(*map(set, known)):
         listed = "; ".join(f"{given}: {', '.join(names) or 'none'}" for given, names in zip(givens, known))
         raise UserError(f"there is no label that every evaluation knows, so nothing to compare ({listed})")

@@ -65,10 +65,6 @@ def _approximate_remark(names, sections, labels):
     return f"{APPROXIMATE} approximate label: {said}" if said else ""
 
 
-def _unknown(found):
-    return [n for n, label in found["labels"].items() if not label["images"]]
-
-
 def _intervals(sections):
     texts = {unit_text(found) for found in sections}
     if len(texts) == 1:
@@ -108,6 +104,9 @@ def _remarks(names, sections, labels):
         known = trained and found["about"]["dataset"] and found["about"]["dataset"] not in trained
         return f"external, the model was trained on {', '.join(trained)}" if known else ""
 
+    def unknown(found):
+        return ", ".join(n for n, label in found["labels"].items() if not label["images"])
+
     def label_remarks(found):
         return "; ".join(tables.label_remarks({n: f for n, f in found["labels"].items() if f["images"]}))
 
@@ -117,7 +116,7 @@ def _remarks(names, sections, labels):
         unlike("image size", lambda found: found["about"]["image_size"] and f"{found['about']['image_size']} px"),
         _approximate_remark(names, sections, labels),
         each(external),
-        (unknown := each(lambda found: ", ".join(_unknown(found)))) and f"not known: {unknown}",
+        (listed := each(unknown)) and f"not known: {listed}",
         each(label_remarks),
         each(without_patients) if len({unit_text(found) for found in sections}) > 1 else "",
         each(lambda found: found["bootstrap"].get("warning", "")),

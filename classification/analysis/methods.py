@@ -47,17 +47,14 @@ def _disjoint(evaluation):
     test, held_out, m = evaluation.test, evaluation.validate, evaluation.metrics
     if test.unit != "patient":
         return "not known: the predictions name no patients"
-    parts = []
-    if held_out is not None and held_out.unit == "patient":
-        parts.append("no patient of the test split is in the validation split (compared in this report)")
+    trained = "whether training had patients of the test split is not recorded"
     if m.get("trained_on") and set(m.get("tested_on", [])) & set(m["trained_on"]):
-        parts.append("no patient of the test split was in training or validation (main.py --eval compares the patients "
-                     "with those in the checkpoint, and refuses to test where they meet)")  # fmt: skip
+        trained = ("no patient of the test split was in training or validation (main.py --eval compares the patients "
+                   "with those in the checkpoint, and refuses to test where they meet)")  # fmt: skip
     elif m.get("trained_on"):
-        parts.append(f"trained on another data set ({', '.join(m['trained_on'])})")
-    else:
-        parts.append("whether training had patients of the test split is not recorded")
-    return "; ".join(parts)
+        trained = f"trained on another data set ({', '.join(m['trained_on'])})"
+    compared = "no patient of the test split is in the validation split (compared in this report); "
+    return compared * (held_out is not None and held_out.unit == "patient") + trained
 
 
 def _preparation(config):

@@ -61,10 +61,6 @@ def _figure(value, draws, **more):
     return {"value": value, "low": low, "high": high, **more}
 
 
-def _or_none(value):
-    return None if np.isnan(value) else float(value)
-
-
 class Measured:
     """AUROC and average precision of a table of predictions, with what their intervals need.
 
@@ -211,7 +207,7 @@ def between_seeds(evaluations, measured, cluster, weights):
     of = list(zip(evaluations, (run.mean()["auroc"] for run in runs)))
 
     def spread(values):
-        values = [v for v in values if v is not None]
+        values = [v for v in values if v is not None and not np.isnan(v)]
         if not values:
             return {"mean": None, "sd": None, "left_out": ONE_CLASS}
         return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
@@ -220,7 +216,7 @@ def between_seeds(evaluations, measured, cluster, weights):
         "runs": [{"name": e.name, "given": e.given, "seed": e.config.get("SEED"), "auroc": mean} for e, mean in of],
         "remark": None if first.config else "the tables do not record that they are of one configuration",
         "mean": spread([mean["value"] for _, mean in of]),
-        "labels": {n: spread([_or_none(r.auroc[k]) for r in runs]) for k, n in enumerate(measured.names)},
+        "labels": {n: spread([run.auroc[k] for run in runs]) for k, n in enumerate(measured.names)},
     }
 
 

@@ -331,7 +331,7 @@ def test_faulty_companions_are_named(predictions, validate, tmp_path):
         change(rows).to_csv(tmp_path / "other.csv", index=False)
         with pytest.raises(UserError, match=message):
             run(predictions, "--against", tmp_path / "other.csv")
-    with pytest.raises(UserError, match="30 patients of .* never fitted on the test split"):
+    with pytest.raises(UserError, match=r"share patients \(30\), .* never fitted on the test split"):
         run(predictions, "--validate", predictions)
     with pytest.raises(UserError, match="never fitted on the test split"):
         run(predictions, "--validate", table(tmp_path / "again.csv", seed=9, patients=20))
