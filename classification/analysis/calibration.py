@@ -88,23 +88,14 @@ def fit_platt(probabilities, targets):
     return None if found is None else {"slope": float(found[1]), "intercept": float(found[0])}
 
 
-def apply_temperature(probabilities, temperature):
-    return sigmoid(logit(probabilities) / temperature)
-
-
-def apply_platt(probabilities, platt):
-    """Of one label, [N] -> [N]."""
-    return sigmoid(platt["slope"] * logit(probabilities) + platt["intercept"])
-
-
 def scale(scaling, method, name, probabilities):
     """Probabilities [N] of the label `name` by a method of what :func:`fit` returned; NaN where that has none."""
     if method == "none":
         return probabilities
     if method == "platt":
-        platt = scaling["platt"][name]
-        return apply_platt(probabilities, platt) if platt else np.full(len(probabilities), np.nan)
-    return apply_temperature(probabilities, scaling["temperature"] or np.nan)
+        platt = scaling["platt"][name] or {"slope": np.nan, "intercept": np.nan}
+        return sigmoid(platt["slope"] * logit(probabilities) + platt["intercept"])
+    return sigmoid(logit(probabilities) / (scaling["temperature"] or np.nan))
 
 
 def _log_losses(probabilities, targets):
@@ -122,16 +113,11 @@ def _cross_validated(probabilities, targets, cluster):
     total = dict.fromkeys(("none", "temperature", "platt"), 0.0)
     for k in range(min(FOLDS, patients)):
         fitted, out = fold != k, fold == k
-        temperature = fit_temperature(probabilities[fitted], targets[fitted])
         platt = [fit_platt(p, y) for p, y in zip(probabilities[fitted].T, targets[fitted].T)]
-        nothing = np.full(out.sum(), np.nan)
-        scaled = {
-            "none": probabilities[out],
-            "temperature": apply_temperature(probabilities[out], temperature or np.nan),
-            "platt": np.stack([apply_platt(p, c) if c else nothing for p, c in zip(probabilities[out].T, platt)], 1),
-        }
-        for method, values in scaled.items():
-            total[method] = total[method] + _log_losses(values, targets[out])
+        scaling = {"temperature": fit_temperature(probabilities[fitted], targets[fitted]), "platt": platt}
+        for method in total:
+            scaled = np.stack([scale(scaling, method, k, p) for k, p in enumerate(probabilities[out].T)], 1)
+            total[method] = total[method] + _log_losses(scaled, targets[out])
     return total
 
 

@@ -375,7 +375,7 @@ def test_temperature_is_the_likeliest_on_a_grid_and_undoes_a_known_one():
     assert found == pytest.approx(2.5, rel=0.05)
 
     def loss(t):
-        p = calibration.apply_temperature(overconfident, t)
+        p = calibration.scale({"temperature": t}, "temperature", "", overconfident)
         return -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).sum()
 
     assert loss(found) <= min(loss(t) for t in np.linspace(2, 3, 101)) + 1e-9
