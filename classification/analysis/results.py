@@ -57,7 +57,7 @@ NO_FIGURE = {"value": None, "low": None, "high": None}
 
 
 def _figure(value, draws, **more):
-    low, high = statistics.interval(draws) if value is not None else (None, None)
+    low, high = statistics.interval(draws)
     return {"value": value, "low": low, "high": high, **more}
 
 
@@ -91,7 +91,10 @@ class Measured:
         found = {"auroc": auroc | {"se": statistics.standard_error(placed)}, "auprc": self._precision([k]), **counts}
         if too_few(counts):
             found["warning"] = f"fewer than {statistics.FEW} {self.unit}s of a class: do not rely on the interval"
-            found["auprc"] |= {"low": None, "high": None}  # such intervals held the truth in 81%
+            found["auprc"] |= {
+                "low": None,
+                "high": None,
+            }  # benchmarks/coverage.py: such intervals held the truth in 81%
         if placed.bound:
             low, high = placed.bound
             found["auroc"] |= {"low": low, "high": high, "se": None, "one_sided": True}
@@ -328,19 +331,13 @@ def calibrations(evaluation, cluster, weights):
     names = test.label_names
 
     def stage(probabilities):
-        labels = {
-            n: {"left_out": "not fitted, see the choice of --calibrated"}
-            if np.isnan(probabilities[0, k])
-            else calibration.measure(probabilities[:, k], test.targets[:, k], cluster, weights)
-            for k, n in enumerate(names)
-        }
-        measured = [found for found in labels.values() if "ece" in found]
-        mean = {
-            "brier": float(np.mean([found["brier"]["value"] for found in measured])) if measured else None,
-            "ece": float(np.mean([found["ece"] for found in measured])) if measured else None,
-            "labels": len(measured),
-        }
-        return {"labels": labels, "mean": mean}
+        by_label = zip(names, probabilities.T, test.targets.T)
+        labels = {n: calibration.measure(p, y, cluster, weights) for n, p, y in by_label if not np.isnan(p[0])}
+        not_fitted = {"left_out": "not fitted, see the choice of --calibrated"}
+        labels = {n: labels.get(n, not_fitted) for n in names}
+        measured = [(found["brier"]["value"], found["ece"]) for found in labels.values() if "ece" in found]
+        brier, ece = (float(np.mean(values)) for values in zip(*measured)) if measured else (None, None)
+        return {"labels": labels, "mean": {"brier": brier, "ece": ece, "labels": len(measured)}}
 
     def scaled(methods):
         """The test split's probabilities by one method a label."""
