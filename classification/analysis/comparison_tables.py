@@ -65,18 +65,13 @@ def _approximate_remark(names, sections, labels):
     return f"{APPROXIMATE} approximate label: {said}" if said else ""
 
 
-def _intervals(sections):
-    texts = {unit_text(found) for found in sections}
-    if len(texts) == 1:
-        return texts.pop()
-    resamples = sections[0]["bootstrap"]["resamples"]
-    return f"95% intervals: bootstrap over the patients of each test set, {resamples:,} resamples."
-
-
 def _note(sections):
     """Label policy and intervals, as far as they are the same for all."""
-    policies = {policy_text(found) for found in sections}
-    return f"{policies.pop()} {_intervals(sections)}" if len(policies) == 1 else _intervals(sections)
+    policies, units = ({text(found) for found in sections} for text in (policy_text, unit_text))
+    if len(units) > 1:
+        resamples = sections[0]["bootstrap"]["resamples"]
+        units = [f"95% intervals: bootstrap over the patients of each test set, {resamples:,} resamples."]
+    return " ".join([*policies, *units] if len(policies) == 1 else units)
 
 
 def _remarks(names, sections, labels):

@@ -91,10 +91,7 @@ class Measured:
         found = {"auroc": auroc | {"se": statistics.standard_error(placed)}, "auprc": self._precision([k]), **counts}
         if too_few(counts):
             found["warning"] = f"fewer than {statistics.FEW} {self.unit}s of a class: do not rely on the interval"
-            found["auprc"] |= {
-                "low": None,
-                "high": None,
-            }  # benchmarks/coverage.py: such intervals held the truth in 81%
+            found["auprc"] |= {"low": None, "high": None}  # benchmarks/coverage.py: it held the truth in 81%
         if placed.bound:
             low, high = placed.bound
             found["auroc"] |= {"low": low, "high": high, "se": None, "one_sided": True}
