@@ -347,37 +347,42 @@ def load_pretrained(model, path, log):
     theirs = _state_dict(content, path, ours.keys())
     if hasattr(model, "fitted"):
         theirs = model.fitted(theirs)
-    classifier = model.classifier.removeprefix(wrapped)
-    head = {f"{classifier}.weight", f"{classifier}.bias"}
-    reshaped = _other_shapes(theirs, ours)
-    matching = {k: v for k, v in theirs.items() if k in ours and k not in reshaped}
-    replaced = sorted(head & ours.keys() & (theirs.keys() - matching.keys()))
-    # One row of the head per class: a head that fits half is another head.
-    if replaced:
-        replaced = sorted(head & ours.keys())
-        matching = {k: v for k, v in matching.items() if k not in head}
-    parts = {k.split(".")[0] for k in theirs}
-    missing = [k for k in ours if k not in theirs]
-    unexpected = [k for k in theirs if k not in ours]
+    found = match_weights(theirs, ours, model.classifier.removeprefix(wrapped), path)
+    model.load_state_dict({wrapped + k: theirs[k] for k in found["loaded"]}, strict=False)
+    log.info(f"pretrained weights from {path}: {len(found['loaded'])} of {len(ours)} keys loaded, all but these")
+    for what in ("replaced", "missing", "unexpected"):
+        log.info(f"  {what}: {', '.join(found[what]) or 'none'}")
+    known = content.get("patients")
+    return found | {"patients": known if isinstance(known, dict) else {}, "sha256": sha256}
+
+
+def match_weights(theirs, ours, classifier, path):
+    """Which weights of a file fit a model: {loaded, replaced, missing, unexpected}, lists of keys.
+
+    theirs, ours: {name: tensor}. classifier: name of the last layer; its keys are `replaced`, both or none, where the
+    file has one of another shape.
+
+    Raises:
+        UserError: the file is of another architecture.
+    """
+    head, reshaped = {f"{classifier}.weight", f"{classifier}.bias"} & ours.keys(), _other_shapes(theirs, ours)
+    loaded = [k for k in theirs if k in ours and k not in reshaped]
+    replaced = sorted(head if head & (theirs.keys() - set(loaded)) else ())
+    loaded = sorted(set(loaded) - set(replaced))
+    missing, unexpected = [k for k in ours if k not in theirs], [k for k in theirs if k not in ours]
+    parts, known = {k.split(".")[0] for k in theirs}, {k.split(".")[0] for k in ours} - {classifier}
     wrong = [line for k, line in reshaped.items() if k not in head]
     wrong += [f"{k} is missing in the file" for k in missing if k not in head and k.split(".")[0] in parts]
-    known = {k.split(".")[0] for k in ours} - {classifier}
     wrong += [f"{k} is not in this model" for k in unexpected if k.split(".")[0] in known]
-    if not matching:
+    if not loaded:
         raise UserError(_nothing_fits(path, theirs, ours))
-    if wrong or len(matching) < len(ours) / 2:
+    if wrong or len(loaded) < len(ours) / 2:
         first = wrong[0] if wrong else f"{missing[0]} is missing in the file"
         raise UserError(
             f"{path} is of another architecture: {first} ({len(wrong) or len(missing)} such keys); "
             "choose the configuration that belongs to the file"
         )
-    model.load_state_dict({wrapped + k: v for k, v in matching.items()}, strict=False)
-    report = {"loaded": sorted(matching), "replaced": replaced, "missing": missing, "unexpected": unexpected}
-    log.info(f"pretrained weights from {path}: {len(matching)} of {len(ours)} keys loaded, all but those named here")
-    for what in ("replaced", "missing", "unexpected"):
-        log.info(f"  {what}: {', '.join(report[what]) or 'none'}")
-    known = content.get("patients")
-    return report | {"patients": known if isinstance(known, dict) else {}, "sha256": sha256}
+    return {"loaded": loaded, "replaced": replaced, "missing": missing, "unexpected": unexpected}
 
 
 def _nothing_fits(path, theirs, ours):
