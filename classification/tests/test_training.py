@@ -902,6 +902,7 @@ def signalled(monkeypatch, target, name, at, number=signal.SIGTERM):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_stop_within_validation_keeps_the_epoch(finished, run_main, monkeypatch, number):
     """In the model's validation of epoch 2 (3 batches), or its EMA's; the resumed run validates and ends the same."""
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # these tests themselves may run under nohup
     at = {signal.SIGTERM: 7, signal.SIGHUP: 10, signal.SIGINT: 12}[number]  # batches are moved once in training too
     calls = signalled(monkeypatch, Loader, "_send", 9 + 6 + 9 + at - 6, number)
     folder = run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
