@@ -25,8 +25,8 @@ from config import Parser
 from dataset.synthetic.drawing import draw
 from dataset.tools.listing import list_images
 from models.exporting import Probabilities, require, save_onnx, save_torch, save_weights
+from models.inference import device_name
 from predicting import trained
-from training.inference import device_name
 
 TOLERANCE = 1e-4  # of a probability, against PyTorch in float32
 HALF_TOLERANCE = 2e-2

@@ -26,17 +26,17 @@ from analysis.evaluation import TEST, VALIDATE, new_evaluation, read_evaluation,
 from analysis.figures import plot_training
 from analysis.results import Options
 from analysis.writing import write_report
-from common import logger
+from common import distributed, logger
 from common.errors import UserError, run_command
 from common.files import reserved, write_whole
 from dataset.build import build_datasets, build_loader, worker_count
 from dataset.build import own_values as data_values
 from models import own_values
-from training import checkpoint, compiling, distributed, faults, testing, throughput
-from training.inference import device_name, limit_threads, peak_memory, progress, set_up_device
+from models.inference import device_name, peak_memory, progress, set_up_device
+from training import checkpoint, compiling, faults, testing, throughput
 from training.log import log_datasets, log_without_effect
 from training.optimizer import ema_decay
-from training.run import build_run
+from training.run import build_run, limit_threads
 from training.tasks import TASKS
 
 

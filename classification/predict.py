@@ -36,9 +36,9 @@ from dataset.files.domain import domain_warning
 from dataset.files.images import ImageError
 from dataset.tools.listing import IDS, count_kinds, identify, list_images
 from dataset.views import VIEWS
+from models.inference import autocast
 from predicting import explain, trained
 from predicting.prediction_file import ERROR, FORMATS, ROW, PredictionFile
-from training.inference import autocast
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 CPU_BATCH = 8  # a CPU is no faster with more, and rows come sooner

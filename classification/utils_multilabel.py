@@ -17,7 +17,7 @@ from torch import nn
 from analysis.metrics import METRICS, label_metrics
 from common.errors import UserError, did_you_mean
 from config import at_least, between
-from training.inference import predict
+from models.inference import predict
 
 # ----------------------------------------------------------------------------------------- losses
 Power, Share = Annotated[float, at_least(0)], Annotated[float, between(0, 1)]

@@ -38,7 +38,7 @@ from dataset.labels import LABELS
 from dataset.mimic_cxr import MIMICCXRDataset, load_table
 from dataset.preparing import normalize
 from dataset.transforms import radiograph_transform
-from training.inference import device_name
+from models.inference import device_name
 
 SIDE, MEAN, STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -28,7 +28,7 @@ from training import compiling
 import config as config_module
 import dcnv3
 from training import throughput
-from training.inference import device_name, set_up_device
+from models.inference import device_name, set_up_device
 from models import own_values
 
 ROOT = Path(__file__).resolve().parents[1]

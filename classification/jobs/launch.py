@@ -23,8 +23,8 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+from common import distributed
 from common.errors import UserError, reason, run_command
-from training import distributed
 
 # A signal to the launcher -> what the training processes get. Slurm signals them too: TERM may arrive twice, a second
 # INT would end them at once.

@@ -12,10 +12,10 @@ import sys
 import pytest
 import torch
 
+from common import distributed
 from common.errors import UserError
 from conftest import ROOT
 from jobs import successor
-from training import distributed
 
 FORK = multiprocessing.get_context("fork")
 

@@ -13,12 +13,12 @@ import torch
 
 import config as config_module
 import predict
+from common.distributed import Stopped, StopRequest, World
 from common.errors import UserError
 from conftest import epochs, write_checkpoint
 from dataset import build
 from dataset.build import build_datasets, build_loader, fingerprint
 from dataset.samplers import SAMPLERS, TrainSampler, sampling_weights
-from training.distributed import Stopped, StopRequest, World
 
 WORLD = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
 

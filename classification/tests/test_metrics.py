@@ -15,9 +15,9 @@ from torchvision.ops import sigmoid_focal_loss
 import utils_multilabel as multilabel
 from analysis.metrics import Metric, per_label
 from analysis.text import label_table
+from common.distributed import World
 from common.errors import UserError
 from conftest import epochs
-from training.distributed import World
 from training.lr_scheduler import Schedule
 from training.state import Best
 from training.tasks import TASKS

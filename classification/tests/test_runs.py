@@ -11,8 +11,8 @@ import pytest
 import report
 from analysis.runs import read_runs
 from analysis.text import short_names
+from common import distributed
 from common.errors import UserError
-from training import distributed
 
 
 def read(folder):

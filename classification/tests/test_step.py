@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as config_module
 import main
+from common import distributed
 from common.errors import UserError
 from conftest import TINY, epochs
 from dataset.build import Loader, build_datasets, build_loader, taken_ahead
 from models.intern_image import InternImage
-from training import checkpoint, compiling, distributed, faults, run
+from training import checkpoint, compiling, faults, run
 from training.step import Step
 from utils_multilabel import LOSSES, build_loss
 

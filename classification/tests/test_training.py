@@ -26,12 +26,12 @@ from sklearn.metrics import roc_auc_score
 import config as config_module
 import main
 import utils_multilabel as multilabel
-from common import files
+from common import distributed, files
 from common.errors import UserError, run_command
 from conftest import ROOT, edit_csv, epochs
 from dataset.build import Loader
 from dataset.labels import LABELS
-from training import checkpoint, distributed, faults, state, testing
+from training import checkpoint, faults, state, testing
 from training import compiling as compiling_module
 from training import run as run_module
 from training.step import Step

@@ -10,13 +10,13 @@ from yacs.config import CfgNode
 
 import config as config_module
 from analysis.metrics import Metric
+from common import distributed
+from common.distributed import World
 from dataset.build import Loader, build_datasets, build_loader, fingerprint, worker_count
 from dataset.mixing import build_mixing
 from dataset.patients import patients_of, together
 from models import build_model, pretrained_file
-from training import checkpoint, distributed
-from training.distributed import World
-from training.inference import limit_threads
+from training import checkpoint
 from training.log import log_datasets, log_without_effect
 from training.lr_scheduler import Schedule, build_schedule
 from training.state import Best, Loss, Moments, Origin, Position, RandomNumbers, Rate, Scaler, Weights, collect, restore
@@ -146,6 +146,13 @@ def build_run(config, world, folder, log, stop):
     )  # fmt: skip
     _log_start(run)
     return run
+
+
+def limit_threads(config, world):
+    """On a CPU, computing threads that compete with the loading processes wait for each other: slower than fewer."""
+    if world.device.type == "cpu":
+        free = len(os.sched_getaffinity(0)) - worker_count(config)
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), free)))
 
 
 def find_checkpoint(config, folder, log):

@@ -14,10 +14,11 @@ from torch import nn
 
 import config as config_module
 from analysis.metrics import Metric
+from common import distributed
 from common.errors import UserError
 from dataset.files.domain import domain_warning
 from dataset.patients import together
-from training import checkpoint, distributed
+from training import checkpoint
 
 
 @dataclass

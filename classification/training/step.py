@@ -8,9 +8,10 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from common import distributed
 from common.errors import UserError, did_you_mean
-from training import compiling, distributed
-from training.inference import autocast
+from models.inference import autocast
+from training import compiling
 from training.optimizer import build_optimizer, set_lr
 
 

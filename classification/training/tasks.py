@@ -16,7 +16,7 @@ from analysis.metrics import METRICS, Metric
 from analysis.text import label_table, number
 from common.errors import UserError, did_you_mean
 from config import KNOBS
-from training.inference import predict
+from models.inference import predict
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from dataset.patients import refuse_known
 from dataset.tables import EmptySplit
 from models import build_model
 from models.cost import count_gmacs
+from models.inference import autocast, device_name
 from training import checkpoint
-from training.inference import autocast, device_name
 from training.tasks import TASKS
 
 OF_EVALUATION = ("CFG", "EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")

@@ -8,9 +8,9 @@ import time
 
 import torch
 
+from common.distributed import World
 from models import build_model
 from models.cost import count_gmacs
-from training.distributed import World
 from training.step import build_step, unmarked
 from utils_multilabel import Criterion
 

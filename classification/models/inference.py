@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common import distributed
 from common.errors import UserError
-from dataset.build import worker_count
-from training import distributed
 
 
 def _fast_dtype(device):
@@ -65,17 +64,6 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def compute_threads(threads, workers):
-    """How many of `threads` to compute with on a CPU beside so many loading processes."""
-    return max(1, min(threads, len(os.sched_getaffinity(0)) - workers))
-
-
-def limit_threads(config, world):
-    """On a CPU, computing threads that compete with the loading processes wait for each other: slower than fewer."""
-    if world.device.type == "cpu":
-        torch.set_num_threads(compute_threads(torch.get_num_threads(), worker_count(config)))
 
 
 def progress(iterable, world, **arguments):
