@@ -700,13 +700,14 @@ def differences(old, new):
 def without_effect(config, task, uses, device):
     """{key: a line with the reason} of the knobs that are set and do nothing, by their `takes_effect`.
 
-    task: of the dataset. uses: the keys that the backbone and the dataset use. device: its type, cpu or cuda.
+    task: of the dataset. uses: the keys that the backbone, the dataset and a mixing use. device: its type, cpu or cuda.
     """
     lines = {}
     for key, knob in KNOBS.items():
         value = lookup(config, key)
         off = not value and "data" not in knob.takes_effect  # a seed of 0 is one
-        if off or value == knob.default:
+        used = key in uses and "data" not in knob.takes_effect  # by the backbone or a mixing, whatever else is set
+        if off or used or value == knob.default:
             continue
         reasons = (_obstacle(config, key, *condition, task, uses, device) for condition in knob.takes_effect.items())
         if reason := next(filter(None, reasons), None):

@@ -46,7 +46,9 @@ def download(folder, name="internimage_b_1k_224.pth"):
 def main(argv=None):
     parser = Parser(description="Fetches published InternImage weights.")
     parser.add_argument("folder", help="where to put the file, such as pretrained")
-    parser.add_argument("file", nargs="?", default="internimage_b_1k_224.pth", help="its name (%(default)s)")
+    parser.add_argument(
+        "file", nargs="?", default="internimage_b_1k_224.pth", help="its name (internimage_b_1k_224.pth)"
+    )
     args = parser.parse_args(argv)
     print(f"setup: weights in {download(args.folder, args.file)}")
 

@@ -25,11 +25,12 @@ MIXINGS = [_mixup, _cutmix]
 class Mixing:
     """One of `mixings`, chosen by weight, with `probability` for each batch; none from epoch `off_epoch` on (0: never).
 
-    epoch: from 0; set it before each epoch.
+    epoch: from 0; set it before each epoch. uses: config keys that have an effect, since something mixes.
     """
 
     def __init__(self, mixings, weights, probability, off_epoch):
         self.mix = v2.RandomApply([v2.RandomChoice(mixings, p=weights)], p=probability) if mixings else None
+        self.uses = frozenset({"AUG.MIXUP_PROB", "AUG.MIXUP_OFF_EPOCH"} if mixings else ())
         self.off_epoch, self.epoch = off_epoch, 0
 
     def __call__(self, images, targets):

@@ -4,7 +4,8 @@ It returns an nn.Module from images [N, 3, S, S] to logits [N, MODEL.NUM_CLASSES
 
     classifier    the name of its last nn.Linear, which weights of other classes leave as initialised
     uses          the config keys it uses, of MODEL.DROP_RATE, MODEL.DROP_PATH_RATE, TRAIN.USE_CHECKPOINT,
-                  TRAIN.LR_LAYER_DECAY and TRAIN.OPTIMIZER.DCN_LR_MUL; the others give a warning
+                  TRAIN.LR_LAYER_DECAY and TRAIN.OPTIMIZER.DCN_LR_MUL (the others give a warning), and those of
+                  other backbones, such as MODEL.TIMM.NAME
     lr_scales(decay)    if it uses TRAIN.LR_LAYER_DECAY: prefix of parameter names -> factor on their rate
     undecayed     optional: names of parameters without weight decay, beside all norms and biases
     feature_maps(images), classify(maps)    optional, for predict.py --explain: the last feature maps [N, C, H, W],

@@ -457,3 +457,11 @@ def test_weights_that_may_not_be_read_are_one_line(monkeypatch):
     monkeypatch.setattr(Path, "is_file", closed)  # as in a folder without x
     with pytest.raises(UserError, match="checkpoint a/b.pth cannot be opened .Permission denied."):
         checkpoint.read("a/b.pth")
+
+
+def test_the_download_explains_itself(capsys):
+    import download_weights
+
+    with pytest.raises(SystemExit) as done:
+        download_weights.main(["--help"])
+    assert done.value.code == 0 and "internimage_b_1k_224.pth" in capsys.readouterr().out

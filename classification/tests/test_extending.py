@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from yacs.config import CfgNode as CN
 
 import config as config_module
 import models
@@ -220,13 +219,16 @@ def test_a_mixing(run_main, monkeypatch):
         return (lambda images, targets: (seen.append(mix.epoch) or images.flip(0), targets.flip(0))), 1.0
 
     monkeypatch.setattr(mixing, "MIXINGS", [*mixing.MIXINGS, build])
-    mix = mixing.build_mixing(CN({"AUG": {"MIXUP": 0.0, "CUTMIX": 0.0, "MIXUP_PROB": 1.0, "MIXUP_OFF_EPOCH": 2}}))
+    mix = mixing.build_mixing(
+        config_module.from_dict({"AUG": {"MIXUP": 0.0, "CUTMIX": 0.0, "MIXUP_OFF_EPOCH": 2}}, "test")
+    )
     images, targets = torch.arange(3.0), torch.arange(3.0)
     for mix.epoch in range(4):
         assert mix(images, targets)[0].tolist() == ([2, 1, 0] if mix.epoch < 2 else [0, 1, 2])
     assert seen == [0, 1]
     mix = types.SimpleNamespace(epoch="run")
-    run_main(AUG__MIXUP_OFF_EPOCH=1)
+    run = run_main(AUG__MIXUP_OFF_EPOCH=1)
+    assert "has no effect" not in (run / "log_rank0.txt").read_text()
     updates = seen.count("run")
     run_main(out="b")
     assert seen.count("run") - updates == 2 * updates > 4
@@ -241,7 +243,7 @@ def test_a_metric(run_main, rows, capsys):
     assert metrics["mean_gini"] == pytest.approx(2 * metrics["mean_auc"] - 1)
     assert metrics["gini"]["Edema"] == pytest.approx(2 * metrics["auc"]["Edema"] - 1)
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert any(line[:4] == ["label", "AUROC", "AP", "Gini"] for line in table)
+    assert any(line[:2] == ["label", "AUROC"] and "Gini" in line for line in table)
     (line,) = epochs(folder)
     assert line["mean_gini"] == pytest.approx(2 * line["mean_auc"] - 1) and "auc" in line and "gini" not in line
 
