@@ -150,13 +150,13 @@ def test_the_same_id_in_two_releases_is_not_the_same_patient(load, tmp_path):
     """A patient of train in one, of test in the other; in one release that is a leak, and named with its source."""
     sources = [
         {"dataset": "mimic_cxr", "path": own_table(tmp_path / "a", "abcdef"), "name": "here"},
-        {"dataset": "mimic_cxr", "path": own_table(tmp_path / "b", "bcafde"), "name": "there"},
+        {"dataset": "mimic_cxr", "path": own_table(tmp_path / "b", "ghijkl"), "name": "there"},
     ]
     opts = {"DATA__LABELS": "[Edema]", "MODEL__NUM_CLASSES": 1}
     train, validate = build_datasets(load(sources, **opts), "train", "validate")
-    assert train.ids()["subject_id"] == ["here:a", "here:d", "there:b", "there:f"]
+    assert train.ids()["subject_id"] == ["here:a", "here:d", "there:g", "there:j"]
     assert validate.ids()["dicom_id"] == ["here:1.png", "here:4.png", "there:1.png", "there:4.png"]
-    sources[1]["path"] = own_table(tmp_path / "c", "aabcde")
+    sources[1]["path"] = own_table(tmp_path / "c", "gghijk")
     with pytest.raises(UserError, match=r"^DATA.SOURCES there: 1 patient\(s\) are in more than one split"):
         build_datasets(load(sources, **opts), "train", "validate")
 
@@ -164,7 +164,7 @@ def test_the_same_id_in_two_releases_is_not_the_same_patient(load, tmp_path):
 def test_a_source_may_lack_a_split_of_its_own(load, tmp_path):
     sources = [
         {"dataset": "mimic_cxr", "path": own_table(tmp_path / "a", "abcdef"), "name": "here"},
-        {"dataset": "mimic_cxr", "path": own_table(tmp_path / "b", "abcdef"), "name": "there"},
+        {"dataset": "mimic_cxr", "path": own_table(tmp_path / "b", "ghijkl"), "name": "there"},
     ]
     table = tmp_path / "b" / "table.csv"
     table.write_text(table.read_text().replace("validate", "train"))

@@ -335,7 +335,7 @@ def test_number_of_labels_is_told_with_its_remedy(own, run_main):
         UserError, match=r"NUM_CLASSES is 14, but the data has 2 labels \(A, B\); set MODEL.NUM_CLASSES 2"
     ):
         run_main(data=root)
-    with pytest.raises(UserError, match="DATA.LABELS is .*; it names A twice"):
+    with pytest.raises(UserError, match="DATA.LABELS is .*; A is in it twice"):
         run_main(data=root, DATA__LABELS="[A, B, A]")
     with pytest.raises(UserError, match=f"DATA.CSV: {root / 'im'} is a folder; name the table in it"):
         run_main(data=root, DATA__CSV="im")
