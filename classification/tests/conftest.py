@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -149,3 +151,17 @@ def write_checkpoint(path, *, seed=3, intern_image=(), labels=None, ema_seed=Non
     state |= {"epoch": 2, "domain": domain}
     torch.save(state, path)
     return path, model
+
+
+def signalled(monkeypatch, target, name, at, number=signal.SIGTERM):
+    """The `at`-th call of target.name is preceded by a signal to this process."""
+    original, calls = getattr(target, name), []
+
+    def called(*a, **k):
+        calls.append(0)
+        if len(calls) == at:
+            os.kill(os.getpid(), number)
+        return original(*a, **k)
+
+    monkeypatch.setattr(target, name, called)
+    return calls

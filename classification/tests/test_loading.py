@@ -15,7 +15,7 @@ import config as config_module
 import predict
 from common.distributed import Stopped, StopRequest, World
 from common.errors import UserError
-from conftest import epochs, write_checkpoint
+from conftest import epochs, signalled, write_checkpoint
 from dataset import build
 from dataset.build import build_datasets, build_loader, fingerprint
 from dataset.samplers import SAMPLERS, TrainSampler, sampling_weights
@@ -110,17 +110,9 @@ def test_the_position_in_an_epoch_is_known_by_seed_and_sampler():
 
 
 def test_a_run_with_a_sampler_resumes_within_an_epoch(run_main, monkeypatch):
-    steps, step = [], torch.optim.AdamW.step
     whole = run_main(DATA__SAMPLER="balanced", TRAIN__EPOCHS=1)
     assert epochs(whole) != epochs(run_main(TRAIN__EPOCHS=1, out="plain"))
-
-    def counted(self, *a, **k):
-        steps.append(0)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return step(self, *a, **k)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    signalled(monkeypatch, torch.optim.AdamW, "step", 3, signal.SIGUSR1)
     run_main(DATA__SAMPLER="balanced", TRAIN__EPOCHS=1, out="cut")
     assert epochs(run_main(DATA__SAMPLER="balanced", TRAIN__EPOCHS=1, out="cut")) == epochs(whole)
 

@@ -1,7 +1,6 @@
 """Several releases at once, and one model on each: the same pictures in every layout get the same probabilities."""
 
 import json
-import os
 import shutil
 import signal
 from argparse import Namespace
@@ -20,7 +19,7 @@ from analysis.evaluation import read_predictions
 from analysis.groups import find_groups
 from common.errors import UserError
 from config import get_config
-from conftest import TINY, epochs
+from conftest import TINY, epochs, signalled
 from dataset.build import SeededDataset, TrainSampler, build_datasets, fingerprint
 from dataset.files.domain import domain_warning
 from dataset.labels import LABELS
@@ -365,15 +364,7 @@ def test_a_run_on_two_sources_tells_them_apart(whole):
 
 def test_a_run_on_two_sources_resumes(run, whole, pair, monkeypatch):
     """Stopped within the first epoch it ends bit-identical."""
-    steps, step = [], torch.optim.AdamW.step
-
-    def counted(self, *a, **k):
-        steps.append(0)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return step(self, *a, **k)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    signalled(monkeypatch, torch.optim.AdamW, "step", 3, signal.SIGUSR1)
     run(name="cut", status=signal.SIGUSR1, **options(pair))
     cut = run(name="cut", **options(pair))
     assert epochs(cut) == epochs(whole)

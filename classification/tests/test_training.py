@@ -28,7 +28,7 @@ import main
 import utils_multilabel as multilabel
 from common import distributed, files
 from common.errors import UserError, run_command
-from conftest import ROOT, edit_csv, epochs
+from conftest import ROOT, edit_csv, epochs, signalled
 from dataset.build import Loader
 from dataset.labels import LABELS
 from training import checkpoint, faults, state, testing
@@ -138,15 +138,7 @@ def test_the_evaluation_agrees_with_its_own_predictions(finished, tree):
 def test_interrupted_and_resumed_equals_uninterrupted(finished, run_main, monkeypatch, at):
     """A signal after update `at` (of 9 an epoch) stops the run there; the same command ends bit-identical."""
     whole = finished / "out" / "tiny" / "default"
-    steps, step = [], torch.optim.AdamW.step
-
-    def counted(self, *a, **k):
-        steps.append(0)
-        if len(steps) == at:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return step(self, *a, **k)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    steps = signalled(monkeypatch, torch.optim.AdamW, "step", at, signal.SIGUSR1)
     folder = run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
     assert run_main.status == signal.SIGUSR1 and len(steps) == at
     run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
@@ -741,15 +733,7 @@ def test_scores_of_two_validation_sets_are_not_compared(finished, run_main, tmp_
 
 def test_other_training_images_begin_the_epoch_anew(run_main, own_tree, monkeypatch):
     """Stopped after 4 of 9 updates of an epoch; half of the training rows are gone then: 4 updates from the first."""
-    steps, step = [], torch.optim.AdamW.step
-
-    def counted(self, *a, **k):
-        steps.append(0)
-        if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return step(self, *a, **k)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    steps = signalled(monkeypatch, torch.optim.AdamW, "step", 4, signal.SIGUSR1)
     run_main(data=own_tree, TRAIN__EPOCHS=1)
     edit_csv(own_tree, "split", lambda f: f[(f.split != "train") | (f.groupby("split").cumcount() % 2 == 0)])
     run = run_main(data=own_tree, TRAIN__EPOCHS=1)
@@ -885,20 +869,6 @@ def test_tensorboard_gets_the_lines_of_the_log_and_a_batch(run_main, monkeypatch
 
 
 # --------------------------------------------------------------------------------- a run loses nothing
-def signalled(monkeypatch, target, name, at, number=signal.SIGTERM):
-    """The `at`-th call of target.name is preceded by a signal to this process."""
-    original, calls = getattr(target, name), []
-
-    def called(*a, **k):
-        calls.append(0)
-        if len(calls) == at:
-            os.kill(os.getpid(), number)
-        return original(*a, **k)
-
-    monkeypatch.setattr(target, name, called)
-    return calls
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_stop_within_validation_keeps_the_epoch(finished, run_main, monkeypatch, number):
     """In the model's validation of epoch 2 (3 batches), or its EMA's; the resumed run validates and ends the same."""
