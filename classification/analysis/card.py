@@ -18,7 +18,7 @@ def _weak(report):
         elif "warning" in label:
             yield f"{name} rests on {label['positives']:,} positive images: {label['warning']}."
         elif low is not None and low <= 0.5:
-            yield f"{name} is not told apart from chance: the interval of its AUROC reaches {low:.3f}."
+            yield f"{name} cannot be distinguished from chance: the interval of its AUROC reaches {low:.3f}."
 
 
 def model_card(report):

@@ -34,7 +34,7 @@ def _dataset(evaluation):
 def _same_images(a, b):
     """Whether two evaluations are of the same images.
 
-    Images are told apart by dicom_id or path; tables without either are of the same images if row for row they have
+    Images are identified by dicom_id or path; tables without either are of the same images if row for row they have
     the same targets.
 
     Raises:
@@ -68,7 +68,7 @@ def _test_sets(evaluations):
     return sets
 
 
-def _told_apart(names, *more):
+def _distinct_names(names, *more):
     """`names` [N]; those that occur twice are followed by the first of `more` that makes them unlike."""
     for extra in more:
         of_name = {n: [x for m, x in zip(names, extra) if m == n] for n in names}
@@ -92,7 +92,7 @@ def _name_models(evaluations, names):
     keys = [e.metrics.get("checkpoint_sha256") or str(e.metrics.get("checkpoints") or e.given) for e in evaluations]
     first = [evaluations[k] for k in sorted({keys.index(key) for key in keys})]
     names = short_names([_run_name(e) for e in first])
-    titles = _told_apart(names, _options([e.config for e in first]), *_evaluation_names(first))
+    titles = _distinct_names(names, _options([e.config for e in first]), *_evaluation_names(first))
     by_key = dict(zip(dict.fromkeys(keys), titles))
     return [by_key[key] for key in keys]
 
@@ -111,7 +111,7 @@ def _evaluation_names(evaluations):
 def _name_sets(firsts, given):
     """The name of each test set; given: --test-sets, those of the evaluations of each set, or None: the data sets."""
     if not given:
-        return _told_apart([_dataset(e) or _run_name(e) for e in firsts], *_evaluation_names(firsts))
+        return _distinct_names([_dataset(e) or _run_name(e) for e in firsts], *_evaluation_names(firsts))
     for names in given:
         if len(set(names)) > 1:
             raise UserError(f"--test-sets names the same images {' and '.join(dict.fromkeys(names))}; choose one name")

@@ -34,7 +34,7 @@ class Dataset(Protocol):
     `descriptions()`, further columns of a table of predictions (view, path); `root`, the folder of these paths;
     `cohort`, see `tables.Table.cohort`, what a report says of all splits; `label_mapping`, see `tables.Table`;
     `patients`, {split: names}, of all splits, by which two sources of one release are compared;
-    `sources`, the name of each image's source [N], by which metrics are told apart; `uses`, config keys that it uses
+    `sources`, the name of each image's source [N], by which metrics are separated; `uses`, config keys that it uses
     beside those of every dataset of its task.
     """
 

@@ -71,10 +71,10 @@ class Sources:
         """The source, and what the sources tell; blank where one does not. Paths are whole ones."""
         found = [(part, getattr(part, "descriptions", dict)()) for part in self.parts.values()]
         columns = {"source": self.sources}
-        for column in dict.fromkeys(column for _, told in found for column in told):
+        for column in dict.fromkeys(column for _, described in found for column in described):
             values = columns[column] = []
-            for part, told in found:
-                texts = list(told.get(column, [""] * len(part)))
+            for part, described in found:
+                texts = list(described.get(column, [""] * len(part)))
                 if column == "path":
                     texts = [str(Path(getattr(part, "root", "")) / text) for text in texts]
                 values += texts
@@ -82,12 +82,12 @@ class Sources:
 
     def _summary(self):
         lines = [("images of patients", *SPLITS)]
-        told = {name: part.cohort["splits"] for name, part in self.parts.items() if hasattr(part, "cohort")}
-        if len(told) > 1:
-            told["together"] = self.cohort["splits"]
-        for name, splits in told.items():
+        splits_of = {name: part.cohort["splits"] for name, part in self.parts.items() if hasattr(part, "cohort")}
+        if len(splits_of) > 1:
+            splits_of["together"] = self.cohort["splits"]
+        for name, splits in splits_of.items():
             lines.append((name, *(_size(splits.get(split)) for split in SPLITS)))
-        if "together" in told:
+        if "together" in splits_of:
             lines.append(("positives of known labels", "", "", ""))
             for label in self.label_names:
                 counts = (self.cohort["splits"].get(split, {}).get("labels", {}).get(label) for split in SPLITS)
@@ -105,9 +105,9 @@ class Sources:
             text if len(names) == len(self.parts) else f"{', '.join(names)}: {text}" for text, names in by_text.items()
         ]
         if len(kinds(self.domain)) > 1:
-            told = "; ".join(f"{name} {getattr(part, 'domain', '')}" for name, part in self.parts.items())
+            named = "; ".join(f"{name} {getattr(part, 'domain', '')}" for name, part in self.parts.items())
             found.append(
-                f"the sources are of different image domains ({told}), by which a model can tell them apart; "
+                f"the sources are of different image domains ({named}), by which a model can tell them apart; "
                 "DATA.DICOM_RECIPE mimic_jpg makes DICOMs like the JPGs of MIMIC-CXR"
             )
         return found + (unlearnable(self) if split == "train" else [])
@@ -177,10 +177,10 @@ def _joined_mapping(label_names, parts):
     joined = {}
     for label in label_names:
         itself = {"from": [label], "kind": "exact"}
-        told = {name: mapping.get(label, itself) for name, mapping in own.items()}
-        kinds = {m["kind"] for m in told.values()} - {"unknown"}
-        named = [f"{name}: {text}" for name, m in told.items() for text in m["from"]]
-        alike = all(m == itself for m in told.values())
+        meanings = {name: mapping.get(label, itself) for name, mapping in own.items()}
+        kinds = {m["kind"] for m in meanings.values()} - {"unknown"}
+        named = [f"{name}: {text}" for name, m in meanings.items() for text in m["from"]]
+        alike = all(m == itself for m in meanings.values())
         kind = "unknown" if not kinds else "approximate" if "approximate" in kinds else "exact"
         joined[label] = itself if alike else {"from": named, "kind": kind}
     return joined
@@ -199,17 +199,17 @@ def _joined_cohort(parts):
             continue
         joined = splits[split] = {"labels": {}}
         for count in ("images", "studies", "patients"):
-            values = [told[count] for told in own.values()]
+            values = [part[count] for part in own.values()]
             joined[count] = None if None in values else sum(values)
         for label in next(iter(own.values()))["labels"]:
-            known, positives = (sum(told["labels"][label][k] for told in own.values()) for k in ("known", "positives"))
+            known, positives = (sum(part["labels"][label][k] for part in own.values()) for k in ("known", "positives"))
             prevalence = positives / known if known else None
             joined["labels"][label] = {"known": known, "positives": positives, "prevalence": prevalence}
             for kind in ("uncertain", "blank"):
-                joined["labels"][label][kind] = sum(told["labels"][label][kind] for told in own.values())
-        groups = {"source": {name: told["images"] for name, told in own.items()}, "view": {}}
-        for told in own.values():
-            for view, counted in told.get("groups", {}).get("view", {"": {"images": told["images"]}}).items():
+                joined["labels"][label][kind] = sum(part["labels"][label][kind] for part in own.values())
+        groups = {"source": {name: part["images"] for name, part in own.items()}, "view": {}}
+        for part in own.values():
+            for view, counted in part.get("groups", {}).get("view", {"": {"images": part["images"]}}).items():
                 groups["view"][view] = groups["view"].get(view, 0) + counted["images"]
         joined["groups"] = {
             kind: {name: {"images": n, "share": n / joined["images"]} for name, n in sorted(counts.items())}

@@ -31,7 +31,7 @@ def _convert_any_encodings(names):
     """pydicom's function; a NUL or numbers in SpecificCharacterSet, errors there, concern texts alone."""
     try:
         return _convert_encodings(names)
-    except Exception:  # ValueError, TypeError, ...: whatever it meets
+    except Exception:  # ValueError, TypeError, ...: as the header has it
         return [default_encoding]
 
 
