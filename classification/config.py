@@ -264,6 +264,12 @@ KNOBS = {
     "TRAIN.USE_CHECKPOINT": Knob(False, "recompute activations in the backward pass to save memory", takes_effect=MODEL,
                                  flag="--use-checkpoint"),
     "TRAIN.COMPILE": Knob(False, "(new) torch.compile: fewer passes over memory; the first update takes minutes, once"),
+    "TRAIN.FSDP": Knob(False, "(new) each GPU keeps a shard of weights, gradients, moments and EMA, by PyTorch's "
+                       "fully_shard: for models that one GPU cannot hold; started by jobs.launch, torchrun or srun"),
+    "TRAIN.FSDP_OFFLOAD": Knob(False, "(new) the shards are in CPU memory between their uses: much slower",
+                               takes_effect={"TRAIN.FSDP": True}),
+    "TRAIN.GRADIENT_DTYPE": Knob("float32", "(new) precision in which the gradients of several GPUs are added",
+                                 one_of("float32", "bfloat16")),
     "TRAIN.AUTO_RESUME": Knob(True, "resume from the run's last checkpoint"),
     "TRAIN.STOP_AFTER": Knob(0, "(new) early stopping: end after so many epochs without a better score (BEST_BY) of "
                              "the model or its EMA; 0: never", at_least(0)),
