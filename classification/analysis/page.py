@@ -14,7 +14,7 @@ from analysis.metrics import METRICS
 from analysis.training_log import chosen_by
 from common.errors import UserError
 from dataset.files.images import SUFFIXES, ImageError, decode
-from dataset.mimic_cxr import find_folders, image_stems
+from dataset.mimic_cxr import find_folder, image_stems
 
 THUMBNAIL = 176  # pixels of the longer side
 
@@ -169,7 +169,7 @@ def thumbnails(evaluation: Evaluation, errors):
         return {}, "the predictions name no paths"
     root = Path(root).expanduser()
     try:
-        base, _ = find_folders(root)
+        base = find_folder(root).root
     except UserError:
         return {}, f"the images are not at hand ({root} is not there)"
     found = {}

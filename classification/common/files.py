@@ -34,20 +34,28 @@ def rename(temporary, path):
         os.close(folder)
 
 
-def write_whole(path, text):
-    """Write a text file; a reader sees the old file or the whole new one.
-
-    Raises:
-        UserError: it cannot be written, for want of space, say; nothing of it is left then.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+@contextlib.contextmanager
+def replacing(path):
+    """A path to write to, which becomes `path` when the block ends; where that fails, nothing of it is left."""
+    temporary = path.with_name(path.name + ".part")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path, text):
+    """Write a text file; a reader sees the old file or the whole new one. A UserError where it cannot be written."""
+    path = Path(path)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
         raise UserError(
             f"{path} could not be written ({error.strerror}); make room, or choose another folder"
         ) from error

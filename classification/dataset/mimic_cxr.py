@@ -13,40 +13,46 @@ import pandas as pd
 
 from common.errors import UserError
 from dataset import releases, tables
-from dataset.files.images import ENDINGS, SUFFIXES
-from dataset.files.stores import ZipStore
+from dataset.files.images import SUFFIXES, decode
 from dataset.labels import LABELS
-from dataset.tables import SPLITS, Table
-from dataset.xrays import RadiographDataset, build_radiographs
+from dataset.releases import Folder, Reading, Release, exact
+from dataset.views import find_views
+from dataset.xrays import RadiographDataset
 
 # What this release is known by, see `releases.Release`.
 SIGNS = {f"mimic-cxr-*-{kind}.csv": ("study_id", "subject_id") for kind in ("split", "chexpert", "negbio")}
 # Labels that CXR-LT adds, by which its tables are known.
 CXR_LT = {"Subcutaneous Emphysema", "Tortuous Aorta", "Pneumomediastinum"}
 RADIOLOGIST = "test-set-labeled"  # mimic-cxr-2.1.0-test-set-labeled.csv: read from the reports by a radiologist
+IDS = ("dicom_id", "study_id", "subject_id")
+OWN_COLUMNS = ("path", "split", *IDS, "ViewPosition")  # of a table of the user's own; the others may be labels
 
 
-def find_folders(root):
-    """(folder holding `files/`, folders in which the CSVs may lie); root is a release or its `files/`."""
+# ------------------------------------------------------------------------------------------ the official tables
+def find_folder(root, in_zip=False):
+    """The :class:`Folder` that holds `files/`; root is it, or its `files/`. The CSVs lie there, in or above it."""
     root = releases.data_folder(root)
     base = root.parent if root.name == "files" else root
-    return base, list(dict.fromkeys((root, base, base / "files", base.parent)))
+    return Folder(base, in_zip, also=(base / "files", base.parent))
 
 
-def find_csv(folders, kind):
-    """Path of the official table of a kind (split, chexpert, ...), or None; the first of `folders` that has one."""
-    tables_there = (releases.Folder(folder).table(f"mimic-cxr-*-{kind}.csv") for folder in folders)
-    return next(filter(None, tables_there), None)
+def find_csv(folder, kind):
+    """Path of the official table of a kind (split, chexpert, ...), or None."""
+    return folder.table(f"mimic-cxr-*-{kind}.csv")
 
 
-def needed_csv(folders, kind):
+def _absent(folder, kind):
+    return (
+        f"no mimic-cxr-*-{kind}.csv or .csv.gz in {folder.places}; download it from PhysioNet into the data folder, or "
+        f"name a CSV of your own with DATA.CSV{releases.use_instead(folder.root, 'mimic_cxr')}"
+    )
+
+
+def needed_csv(folder, kind):
     """Path of the official table of a kind; a UserError where it is not there."""
-    path, base = find_csv(folders, kind), folders[0]
+    path = find_csv(folder, kind)
     if path is None:
-        raise UserError(
-            f"no mimic-cxr-*-{kind}.csv or .csv.gz in {', '.join(map(str, folders))}; download it from PhysioNet "
-            f"into the data folder, or name a CSV of your own with DATA.CSV{releases.use_instead(base, 'mimic_cxr')}"
-        )
+        raise UserError(_absent(folder, kind))
     return path
 
 
@@ -56,99 +62,75 @@ def image_stems(images):
     return "files/p" + subject.str[:2] + "/p" + subject + "/s" + study + "/" + images["dicom_id"]
 
 
-def _find_suffix(stems, base, suffixes, allow_missing):
-    """That of `suffixes` which the tree's images have: the release holds either JPG or DICOM.
-
-    An even sample is looked for; where images may be missing and none of these is there, all are.
-    """
-    probes = stems[np.linspace(0, len(stems) - 1, min(len(stems), 20)).astype(int)]
-
-    def there(stems, suffixes):
-        return [s for s in suffixes if any(os.path.isfile(base / (stem + s)) for stem in stems)]
-
-    hits = there(probes, suffixes) or (there(stems, suffixes) if allow_missing else [])
-    if not hits:
-        raise UserError(
-            f"no image found: looked for {base / probes[0]} with {', '.join(s or 'no suffix' for s in suffixes)} "
-            f"(and {len(stems if allow_missing else probes) - 1} others); --data-path must be the folder that holds "
-            "files/"
-            + ("" if allow_missing else ", and a part of the images needs DATA.ALLOW_MISSING True")
-            + releases.other_images(base, False, [s for s in SUFFIXES if s not in suffixes and there(probes, [s])])
-        )
-    if len(hits) > 1:
-        raise UserError(
-            f"{base / 'files'} holds both {' and '.join(hits)} images; "
-            f"say which to read: DATA.IMAGE_FORMAT {' or '.join(s[1:].lower() for s in hits)}"
-        )
-    return hits[0]
-
-
-def _read_images(path):
-    """The split file: dicom_id, study_id, subject_id (integers), split (index)."""
-    images = tables.read_csv(path, ("dicom_id", "study_id", "subject_id", "split"))
-    for column in ("subject_id", "study_id"):
-        images[column] = tables.integer_ids(images, column, path)
-    images["dicom_id"] = tables.names(images, "dicom_id", path)
-    tables.no_duplicates(images["dicom_id"], "image", path)
-    return images.assign(split=tables.split_indices(images, path))
-
-
-def _read_labels(path, label_names, studies, no_finding_clears):
-    """(labels [N, L], whether there is a row) of the N `studies`, from a file with one row a study."""
+def _read_studies(path, studies):
+    """(a label table with one row a study, the row of each of `studies`, -1 where there is none)."""
     frame = tables.read_csv(path, ("study_id",))
     if "Lung Opacity" not in frame:  # the radiologist's file has an older name for it
         frame = frame.rename(columns={"Airspace Opacity": "Lung Opacity"})
-    values = tables.label_values(frame, label_names, path, no_finding_clears)
     ids = tables.integer_ids(frame, "study_id", path)
     tables.no_duplicates(ids, "study", path)
-    row = pd.Index(ids).get_indexer(studies)
-    return values[row], row >= 0
+    return frame, pd.Index(ids).get_indexer(studies)
 
 
-def official_table(
-    base, folders, *, labeler, test_labeler, label_names, no_finding_clears, image_format, allow_missing, in_zip
-):
-    """The table of the official files; arguments as :func:`load_table`'s."""
-    files = {"split": needed_csv(folders, "split")}
-    images = _read_images(files["split"])
-    labels, reasons = np.empty((len(images), 0), np.float32), np.full(len(images), "", object)
-    if labeler:
-        files["labels"] = needed_csv(folders, labeler)
-        labels, read = _read_labels(files["labels"], label_names, images["study_id"], no_finding_clears)
-        reasons[~read] = "study without a label row"
-    if test_labeler == "radiologist":
-        files["test"] = needed_csv(folders, RADIOLOGIST)
-        test = images["split"].to_numpy() == SPLITS.index("test")
-        studies = images["study_id"][test]
-        labels[test], read = _read_labels(files["test"], label_names, studies, no_finding_clears)
-        reasons[test] = np.where(read, "", "test study that the radiologist has not labelled")
-    kept = reasons == ""
+def _read_views(path, key, images):
+    """(views of `images`, named by the column `key` of a table, or None; why there are none)."""
+    frame = tables.read_csv(path, (key,))
+    if "ViewPosition" not in frame:
+        return None, f"{path}: column 'ViewPosition' is missing"
+    frame = frame.assign(**{key: frame[key].str.strip()}).drop_duplicates(key)
+    return pd.Series(find_views(frame), index=frame[key]).reindex(images).fillna("").to_numpy(str), ""
+
+
+def _read_official(folder, labeler, test_labeler):
+    source = needed_csv(folder, "split")
+    images = tables.read_csv(source, (*IDS, "split"))
+    for column in ("subject_id", "study_id"):
+        images[column] = tables.integer_ids(images, column, source)
+    images["dicom_id"] = tables.names(images, "dicom_id", source)
+    images["split"] = tables.read_splits(images, source)
+    by_radiologist = (images["split"] == "test").to_numpy() & (test_labeler == "radiologist")
+    kept, files, left_out = np.ones(len(images), bool), {}, {}
+    for kind, rows, reason in (
+        (labeler, ~by_radiologist, "study without a label row"),
+        (RADIOLOGIST, by_radiologist, "test study that the radiologist has not labelled"),
+    ):
+        if kind and rows.any():
+            path = needed_csv(folder, kind)
+            frame, row = _read_studies(path, images["study_id"])
+            files[path], absent = (frame, row, rows), rows & (row < 0)
+            left_out[reason], kept = int(absent.sum()), kept & ~absent
     if not kept.any():
-        raise UserError(f"{files['labels']}: none of the studies of {files['split']} has a row here")
+        raise UserError(f"{next(iter(files))}: none of the studies of {source} has a row here")
     images = images[kept]
-    stems = image_stems(images).to_numpy(dtype=object)
-    if in_zip:  # the shards hold the small JPG copy
-        suffix = ".jpg" if image_format == "auto" else "." + image_format
-    elif image_format == "auto":
-        suffix = _find_suffix(stems, base, SUFFIXES, allow_missing)
-    else:
-        endings = ENDINGS[image_format]
-        suffix = _find_suffix(stems, base, [s for s in SUFFIXES if s.lower() in endings], allow_missing)
-    return Table(
-        root=base,
-        sources=tuple(files.values()),
-        label_names=tuple(label_names),
-        path=tables.to_bytes(stem + suffix for stem in stems),
-        dicom_id=tables.to_bytes(images["dicom_id"]),
-        study=tables.to_bytes(images["study_id"].astype(str)),
-        subject=tables.to_bytes(images["subject_id"].astype(str)),
+
+    def finding(name):
+        values = np.empty(len(kept), np.float32)
+        for path, (frame, row, rows) in files.items():
+            values[rows] = tables.label_values(frame, (name,), path)[row[rows], 0]
+        return values[kept]
+
+    metadata = find_csv(folder, "metadata")
+    view, lacks_view = (
+        _read_views(metadata, "dicom_id", images["dicom_id"]) if metadata else (None, _absent(folder, "metadata"))
+    )
+    columns = [name for frame, *_ in files.values() for name in frame if name not in IDS]
+    return Reading(
+        sources=(source, *files),
+        image=images["dicom_id"],
+        subject=images["subject_id"].astype(str),
+        study=images["study_id"].astype(str),
+        view=view,
+        lacks_view=lacks_view,
+        paths=[image_stems(images)],
+        suffixes=SUFFIXES,
+        finding=finding,
+        names=tuple(dict.fromkeys((*LABELS, *columns))),
         split=images["split"].to_numpy(),
-        labels=labels[kept],
-        store=ZipStore(base) if in_zip else None,
-        left_out=dict(pd.Series(reasons[~kept]).value_counts()),
+        left_out=left_out,
     )
 
 
+# ------------------------------------------------------------------------------------------ the user's own table
 def _refuse_cxr_lt(path):
     """Raises a UserError where a table is one of CXR-LT: MIMIC-CXR's images, more labels, other splits."""
     columns = tables.read_csv(path, (), rows=False).columns
@@ -162,107 +144,140 @@ def _refuse_cxr_lt(path):
             )
 
 
-def find_own_csv(root, csv=""):
-    """Path of the user's own table: the one named, or in a folder without official files the only one; else None."""
-    base, folders = find_folders(root)
+def find_own_csv(folder, csv=""):
+    """Path of the user's own table: the one named, or in a folder without official files the only one; else None.
+
+    That is a table with the columns `path` and `split`, or where none has both, `path`; what the tools write has no
+    `split`.
+    """
     if csv:
-        path = base / Path(csv).expanduser()
+        path = folder.root / Path(csv).expanduser()
         if not os.path.isfile(path):
             fault = "is a folder; name the table in it" if os.path.isdir(path) else "does not exist"
             raise UserError(f"DATA.CSV: {path} {fault}")
         _refuse_cxr_lt(path)
         return path
-    if find_csv(folders, "split") is not None:
+    if find_csv(folder, "split") is not None:
         return None
-    there, found = tables.find_own_tables(folders[0])
-    for path, text in there.items():
-        if text.startswith(f"{path.name} has "):  # else it cannot be read
-            _refuse_cxr_lt(path)
+    there, headers = [], {}
+    for path in sorted(path for kind in ("csv", "tsv") for path in folder.root.glob(f"*.{kind}*")):
+        # cxr-record-list: of the DICOM release, paths without splits and labels
+        if path.suffix in (".csv", ".tsv", ".gz") and not path.name.startswith("cxr-record-list"):
+            try:
+                headers[path] = list(tables.read_csv(path, (), rows=False).columns)
+                there.append(f"{path.name} has {', '.join(headers[path])}")
+            except UserError as error:
+                there.append(str(error))
+    for path in headers:
+        _refuse_cxr_lt(path)
+    named = [path for path, columns in headers.items() if "path" in columns]
+    found = [path for path in named if "split" in headers[path]] or named
     if len(found) > 1:
         several = ", ".join(path.name for path in found)
-        raise UserError(f"{folders[0]} holds several tables with a path column ({several}); choose one with DATA.CSV")
+        raise UserError(f"{folder.root} holds several tables with a path column ({several}); choose one with DATA.CSV")
     if not found and there:
         raise UserError(
-            f"no mimic-cxr-*-split.csv or .csv.gz in {', '.join(map(str, folders))}, and no other table there has "
-            f"the columns path and split ({'; '.join(there.values())}){releases.use_instead(folders[0], 'mimic_cxr')}"
+            f"no mimic-cxr-*-split.csv or .csv.gz in {folder.places}, and no other table there has the columns path "
+            f"and split ({'; '.join(there)}){releases.use_instead(folder.root, 'mimic_cxr')}"
         )
     return found[0] if found else None
 
 
-def load_table(
-    root,
-    *,
-    csv="",
-    labeler="chexpert",
-    test_labeler="same",
-    views="all",
-    label_names=None,
-    no_finding_clears=False,
-    image_format="auto",
-    allow_missing=False,
-    in_zip=False,
-):
-    """The table of all images under `root`, checked.
-
-    Args:
-        root: the release folder, or its `files/`. The CSVs lie there, beside or above `files/`.
-        csv: instead of the official files, one of the user's own, see :func:`dataset.tables.own_table`.
-        labeler: chexpert or negbio; empty: no labels.
-        test_labeler: same, or radiologist: the labels of the test split from `mimic-cxr-*-test-set-labeled.csv`.
-        views: all, or a key of :data:`dataset.views.VIEWS`.
-        label_names: columns to read; None: the 14 of CheXpert, or what a table of the user's own has instead.
-        no_finding_clears: where No Finding is 1, a blank label is 0, but for Support Devices.
-        image_format: auto, jpg, dcm or png (official layout only).
-        allow_missing: leave out images that are not there instead of an error.
-        in_zip: images lie in zip files (see `dataset.files.stores.ZipStore`), not in `files/`.
+def _find_labels(frame, path):
+    """(the labels of a table, texts for the summary): those of CheXpert, or where they are not all there, the columns
+    that hold 1, 0, -1 or nothing, and not nothing alone.
 
     Raises:
-        UserError: names the file, column or value.
+        UserError: another value in a column of the name of a label of CheXpert, or mostly of such values.
     """
-    base, folders = find_folders(root)
-    own = find_own_csv(root, csv)
+    found, others = [], []
+    for name in (name for name in frame.columns if name not in OWN_COLUMNS):
+        counts = frame[name].value_counts()
+        read = {text: tables.read_label(text) for text in counts.index}
+        known = counts[[value is not None and not np.isnan(value) for value in read.values()]].sum()
+        bad = counts[[value is None for value in read.values()]].sum()
+        if name in LABELS or known > bad > 0:
+            remedy = "; or name the columns of the labels with DATA.LABELS"
+            tables.label_values(frame, (name,), path, remedy)
+        (found if known and not bad else others).append(name)
+    if set(LABELS) <= set(frame.columns) or not found or tuple(found) == LABELS:
+        return LABELS, ()
+    listed = [", ".join(some[:20]) + (", ..." if len(some) > 20 else "") or "none" for some in (found, others)]
+    return tuple(found), (
+        f"labels: {listed[0]}: the columns of {path.name} that hold 1, 0 or -1, since DATA.LABELS names none; other "
+        f"columns: {listed[1]}",
+    )
+
+
+def _read_own(path):
+    """A CSV of the user's own: `path` (relative to the folder, or absolute), `split`, the labels, and if possible
+    `subject_id`, `study_id`, `dicom_id` and `ViewPosition`."""
+    frame = tables.read_csv(path, ("path", "split"))
+    paths, remedy = tables.names(frame, "path", path), "; give every row one, or leave the column out"
+    tables.no_duplicates(paths.map(os.path.normpath), "image", path)
+    dicom, study, subject = (tables.names(frame, c, path, remedy) if c in frame else None for c in IDS)
+    view, lacks_view = _read_views(path, "path", paths)
+    return Reading(
+        sources=(path,),
+        image=paths if dicom is None else dicom,
+        subject=subject,
+        study=study,
+        view=view,
+        lacks_view=lacks_view,
+        paths=[paths],
+        finding=lambda name: tables.label_values(frame, (name,), path)[:, 0],
+        names=tuple(dict.fromkeys((*LABELS, *(name for name in frame if name not in OWN_COLUMNS)))),
+        split=tables.read_splits(frame, path),
+        default_labels=lambda: _find_labels(frame, path),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the release
+def read(folder, csv="", labeler="chexpert", test_labeler="same"):
+    """The release in a :class:`dataset.releases.Folder` as a :class:`dataset.releases.Reading`.
+
+    csv: instead of the official files, a table of the user's own.
+    labeler: chexpert or negbio; empty: no labels.
+    test_labeler: same, or radiologist: the labels of the test split from `mimic-cxr-*-test-set-labeled.csv`.
+    """
+    own = find_own_csv(folder, csv)
     if own is None:
-        table = official_table(
-            base,
-            folders,
-            labeler=labeler,
-            test_labeler=test_labeler,
-            label_names=LABELS if label_names is None else label_names,
-            no_finding_clears=no_finding_clears,
-            image_format=image_format,
-            allow_missing=allow_missing,
-            in_zip=in_zip,
-        )
-    elif test_labeler != "same":
+        return _read_official(folder, labeler, test_labeler)
+    if test_labeler != "same":
         raise UserError(f"DATA.TEST_LABELER {test_labeler} belongs to the official tables, not to {own}")
-    else:
-        table = tables.own_table(base, own, label_names if labeler else (), no_finding_clears)
-        table.store = ZipStore(base) if in_zip else table.store
-    metadata = own or (needed_csv(folders, "metadata") if views != "all" else find_csv(folders, "metadata"))
-    if views != "all" or (metadata and "ViewPosition" in tables.read_csv(metadata, (), rows=False)):
-        table = tables.with_views(table, metadata, "path" if own else "dicom_id")
-    if views != "all":
-        table = tables.select_views(table, views, metadata)
-    return tables.check_table(table, allow_missing)
+    return _read_own(own)
 
 
-def whole_table(root, *, csv="", image_format="auto", allow_missing=False):
-    """The table of all images, without labels: for those who copy them."""
-    return load_table(root, csv=csv, labeler="", image_format=image_format, allow_missing=allow_missing)
+class MimicRelease(Release):
+    """MIMIC-CXR, which may have a table of the user's own."""
+
+    def folder(self, root, in_zip=False):
+        return find_folder(root, in_zip)
+
+    def find_own_csv(self, root, csv=""):
+        return find_own_csv(find_folder(root), csv)
+
+    def learned_labels(self, root, csv=""):
+        own = self.find_own_csv(root, csv)
+        return _find_labels(tables.read_csv(own, ("path", "split")), own)[0] if own else LABELS
+
+    def tables_to_copy(self, root, table, csv=""):
+        """Of a table of the user's own, its frame."""
+        if own := self.find_own_csv(root, csv):
+            return {"images.csv": tables.read_csv(own, ("path",))}
+        found = [path for place in find_folder(root).searched for path in sorted(place.glob("mimic-cxr-*.csv*"))]
+        return {path.name: path for path in reversed(found)}  # the first of a name
+
+    def uses_of(self, config):
+        own = self.find_own_csv(config.DATA.DATA_PATH, config.DATA.CSV)
+        return frozenset() if own else super().uses_of(config)
 
 
-def learned_labels(root, csv=""):
-    """The labels that training learns where DATA.LABELS names none."""
-    own = find_own_csv(root, csv)
-    return tables.own_table(own.parent, own).label_names if own else LABELS
-
-
-def tables_to_copy(root, _table, csv=""):
-    """{path in a copy: table} of the official files; of a table of the user's own, its frame."""
-    if own := find_own_csv(root, csv):
-        return {"images.csv": tables.read_csv(own, ("path",))}
-    found = [path for folder in find_folders(root)[1] for path in sorted(folder.glob("mimic-cxr-*.csv*"))]
-    return {path.name: path for path in reversed(found)}  # the first of a name
+RELEASE = MimicRelease(
+    "mimic_cxr", SIGNS, {name: exact(name) for name in LABELS}, read,
+    {"csv": "DATA.CSV", "labeler": "DATA.LABELER", "test_labeler": "DATA.TEST_LABELER"}, all_images={"labeler": ""},
+)  # fmt: skip
+load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build
 
 
 class MIMICCXRDataset(RadiographDataset):
@@ -272,33 +287,10 @@ class MIMICCXRDataset(RadiographDataset):
         root: the release folder or its `files/`.
         split, transform: see :class:`dataset.xrays.RadiographDataset`, also for further keywords.
         uncertain, missing: policy for -1 and for blank labels, see :func:`dataset.labels.apply_policy`.
-        keywords: also those of :func:`load_table`.
+        keywords: also those of :meth:`dataset.releases.Release.load_table` and of :func:`read`.
     """
 
     def __init__(self, root, split, transform=None, *, uncertain="zeros", missing="zeros", **keywords):
-        reading = {name: keywords.pop(name) for name in load_table.__kwdefaults__ if name in keywords}
-        super().__init__(load_table(root, **reading).with_targets(uncertain, missing), split, transform, **keywords)
-
-
-def table(config, *_splits):
-    """The table that `config` describes."""
-    d = config.DATA
-    return load_table(
-        d.DATA_PATH,
-        csv=d.CSV,
-        labeler=d.LABELER,
-        test_labeler=d.TEST_LABELER,
-        views=d.VIEWS,
-        label_names=tuple(d.LABELS) or None,
-        no_finding_clears=d.NO_FINDING_CLEARS,
-        image_format=d.IMAGE_FORMAT,
-        allow_missing=d.ALLOW_MISSING,
-        in_zip=d.ZIP_MODE,
-    )
-
-
-def build(config, *splits):
-    """The datasets of `splits` that `config` describes, over one table."""
-    official = find_own_csv(config.DATA.DATA_PATH, config.DATA.CSV) is None
-    uses = frozenset({"DATA.IMAGE_FORMAT", "DATA.LABELER", "DATA.TEST_LABELER"} if official else ())
-    return build_radiographs(config, table(config, *splits), splits, uses)
+        known = {*RadiographDataset.__init__.__kwdefaults__, *decode.__kwdefaults__}
+        own = {name: keywords.pop(name) for name in known & keywords.keys()}
+        super().__init__(load_table(root, **keywords).with_targets(uncertain, missing), split, transform, **own)

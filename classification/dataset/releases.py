@@ -9,6 +9,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib
+import itertools
 import os
 import pkgutil
 import re
@@ -108,8 +109,8 @@ def draw(units, seed):
     return place[row], len(names)
 
 
-def _split(reading, seed):
-    """(splits [N] as indices, a note or ""): the release's own, completed by patient with a seed."""
+def _split(reading, seed, completed):
+    """(splits [N] as indices, a note or ""): the release's own; completed: by patient with a seed."""
     what = "patients" if reading.subject is not None else "images (the release has no patient ids)"
     units = reading.image if reading.subject is None else reading.subject
     if reading.split is None and seed is None:
@@ -120,7 +121,7 @@ def _split(reading, seed):
         split = np.where(place * 10 < count, 1, np.where(place * 10 < 3 * count, 2, 0)).astype(np.int8)
         return split, f"split drawn by DATA.SPLIT_SEED {seed}: 70 % of the {what} train, 10 % validate, 20 % test"
     split = np.array([SPLITS.index(name) for name in reading.split], np.int8)
-    if (split == SPLITS.index("validate")).any():
+    if not completed or (split == SPLITS.index("validate")).any():
         return split, ""
     train = split == SPLITS.index("train")
     place, count = draw(np.asarray(units)[train], seed or 0)
@@ -142,10 +143,12 @@ def _having(place, pattern, columns):
 
 
 class Folder:
-    """The folder of a release: its tables, and the names of its images."""
+    """The folder of a release: its tables, and the names of its images. also: folders that may hold tables, too."""
 
-    def __init__(self, root, in_zip=False):
+    def __init__(self, root, in_zip=False, also=()):
         self.root, self.store = root, ZipStore(root) if in_zip else FileStore(root)
+        self.searched = (root, *also)
+        self.places = ", ".join(map(str, self.searched))
 
     def table(self, *patterns, columns=()):
         """Path of the table of the first of these names that is there, with these columns; None without any.
@@ -155,11 +158,11 @@ class Folder:
         Raises:
             UserError: several tables of a pattern fit.
         """
-        for pattern in patterns:
-            found = {path.name.removesuffix(".gz"): path for path in reversed(_having(self.root, pattern, columns))}
+        for place, pattern in itertools.product(self.searched, patterns):
+            found = {path.name.removesuffix(".gz"): path for path in reversed(_having(place, pattern, columns))}
             if len(found) > 1:
                 several = ", ".join(sorted(path.name for path in found.values()))
-                raise UserError(f"{self.root} holds several tables {pattern} ({several}); keep the one to read there")
+                raise UserError(f"{place} holds several tables {pattern} ({several}); keep the one to read there")
             if found:
                 return next(iter(found.values()))
         return None
@@ -275,78 +278,74 @@ def find_root(given, name, signs):
     return roots[0]
 
 
-def other_images(root, in_zip, suffixes):
-    """The end of an error on images that are not found: what there is instead.
-
-    suffixes: of images that are there but not asked for.
-    """
-    if suffixes:
-        return f"; it has {' and '.join(suffixes)} images: use DATA.IMAGE_FORMAT auto"
-    shards = [] if in_zip else sorted(root.glob("*.zip"))
-    return f"; {root} has {shards[0].name}: to read images from zip files use --zip" if shards else ""
-
-
-def _find_paths(candidates, folder, image_format, allow_missing):
-    """That array of paths whose images are there, as bytes [N]: an even sample of each is looked for.
+def _find_paths(reading, folder, image_format, allow_missing):
+    """The paths of the images as bytes [N], in that of the ways in which they may lie of which images are there: an
+    even sample of each is looked for. A single way is taken as it is.
 
     Where images may be missing and none of the sample is there, all are looked for.
     """
-    copied, tried, others = (folder.root / COPY_RECIPE).is_file(), [], []
-    for paths in candidates:
-        paths = np.asarray(paths, dtype=object)
-        if copied:
-            paths = np.array([copied_name(path) for path in paths], dtype=object)
-        elif image_format != "auto" and Path(paths[0]).suffix.lower() not in ENDINGS[image_format]:
-            others.append(paths)
-            continue
-        tried.append(paths)
+    copied = (folder.root / COPY_RECIPE).is_file()
+    ways = [(np.asarray(paths, object), suffix) for paths in reading.paths for suffix in reading.suffixes]
+    if len(ways) == 1:
+        return tables.to_bytes(ways[0][0])
+    count = len(ways[0][0])
+    probes, every = np.unique(np.linspace(0, count - 1, min(count, PROBES)).astype(int)), slice(None)
 
-    def hits(paths):
-        return int((~folder.store.missing(tables.to_bytes(paths))).sum())
+    def names(way, rows):
+        paths = way[0][rows] + way[1]
+        return [copied_name(path) for path in paths] if copied else paths
 
-    def probes(paths):
-        return paths[np.unique(np.linspace(0, len(paths) - 1, min(len(paths), PROBES)).astype(int))]
+    def kind(way):
+        return Path(names(way, [0])[0]).suffix.lower()
 
-    if not tried:
+    def hits(way, rows=probes):
+        return int((~folder.store.missing(tables.to_bytes(names(way, rows)))).sum())
+
+    asked = [way for way in ways if copied or image_format == "auto" or kind(way) in ENDINGS[image_format]]
+    if not asked:
         raise UserError(f"DATA.IMAGE_FORMAT {image_format}: the release has no such images; use auto")
-    there = [hits(probes(paths)) for paths in tried]
+    there = [hits(way) for way in asked]
     if not any(there) and allow_missing:
-        there = [hits(paths) for paths in tried]
+        there = [hits(way, every) for way in asked]
     if not any(there):
-        found = dict.fromkeys(Path(paths[0]).suffix for paths in others if hits(probes(paths)))
-        looked = list(dict.fromkeys(str(folder.root / probes(paths)[0]) for paths in tried))
+        looked = list(dict.fromkeys(str(folder.root / names(way, probes)[0]) for way in asked))
         raise UserError(
-            f"no image found {folder.store.place}: looked for {', '.join(looked[:4])} and others; the images must "
-            "lie as in the release"
+            f"no image found {folder.store.place}: looked for {', '.join(looked[:4])} and others; --data-path must be "
+            "the folder of the release, with the images in their folders"
             + ("" if allow_missing else ", and a part of them needs DATA.ALLOW_MISSING True")
-            + other_images(folder.root, isinstance(folder.store, ZipStore), found)
+            + _other_images(folder, dict.fromkeys(kind(way) for way in ways if hits(way)))
         )
-    kinds = dict.fromkeys(Path(paths[0]).suffix[1:].lower() for paths, n in zip(tried, there) if n)
+    kinds = dict.fromkeys(kind(way) for way, n in zip(asked, there) if n)
     if len(kinds) > 1:
-        names = [name for name, endings in ENDINGS.items() if {f".{kind}" for kind in kinds} & set(endings)]
+        formats = [name for name, endings in ENDINGS.items() if set(kinds) & set(endings)]
         raise UserError(
             f"{folder.root} holds both {' and '.join(kinds)} images; say which to read: DATA.IMAGE_FORMAT "
-            f"{' or '.join(names)}"
+            f"{' or '.join(formats)}"
         )
-    return tables.to_bytes(tried[int(np.argmax(there))])
+    return tables.to_bytes(names(asked[int(np.argmax(there))], every))
+
+
+def _other_images(folder, suffixes):
+    """The end of an error on images that are not found: what there is instead, such as images of other `suffixes`."""
+    if suffixes:
+        return f"; it has {' and '.join(suffixes)} images: use DATA.IMAGE_FORMAT auto"
+    shards = [] if isinstance(folder.store, ZipStore) else sorted(folder.root.glob("*.zip"))
+    return f"; {folder.root} has {shards[0].name}: to read images from zip files use --zip" if shards else ""
 
 
 # ------------------------------------------------------------------------------------------------ releases
-def refuse_own_csv(csv, name):
-    """Raises a UserError where a table of the user's own is named for the dataset `name`, which does not read it."""
-    if csv:
-        raise UserError(f"{csv}: a table of your own is read by --dataset mimic_cxr, not by {name}")
-
-
 @dataclass
 class Reading:
     """What a release's own tables say, one value an image.
 
     image, subject, study, view: texts [N]; subject None: no patient ids. image names the image, and is unique.
-    paths: arrays of paths [N] relative to the root, one of each way in which the images may lie.
+    paths: arrays of paths [N] relative to the root, one of each way in which the images may lie; suffixes: what may
+        follow each of them.
     finding: name of one of the release's labels -> float32 [N] of 1, 0, -1, NaN. names: those labels.
     split: names of SPLITS [N]; None: the release has no splits.
     lacks_test: what is not there, so that the validation split is tested; else empty.
+    lacks_view: why there are no views, for whom asks for one.
+    default_labels: () -> (the labels of a model where DATA.LABELS names none, notes for the summary).
     """
 
     sources: tuple
@@ -358,8 +357,11 @@ class Reading:
     finding: Callable
     names: tuple
     split: np.ndarray | None = None
+    suffixes: tuple = ("",)
     lacks_test: str = ""
+    lacks_view: str = "the release does not tell the views of its images"
     left_out: dict = field(default_factory=dict)
+    default_labels: Callable = lambda: (LABELS, ())
 
 
 def views(positions, also=()):
@@ -410,9 +412,13 @@ class Release:
 
         Args:
             root: the folder of the release, the one above it, or one in it.
-            label_names: the labels, of the 14 of CheXpert (None: those) or of the release's own.
+            label_names: the labels, of the 14 of CheXpert (None: those, or a table's own) or of the release's own.
             approximate_labels: False: what is mapped approximately is unknown.
-            no_finding_clears, views, image_format, allow_missing, in_zip: see `mimic_cxr.load_table`.
+            no_finding_clears: where No Finding is 1, a blank label is 0, but for Support Devices.
+            views: all, or a key of :data:`dataset.views.VIEWS`.
+            image_format: auto, or one of :data:`dataset.files.images.ENDINGS`.
+            allow_missing: leave out images that are not there instead of an error.
+            in_zip: images lie in zip files, see :class:`dataset.files.stores.ZipStore`.
             split_seed: by which splits are drawn that the release does not have; None: 0 for a validation split, and
                 a release without any splits is all test.
             testing: the test split is wanted: where the release lacks it, the validation split is it.
@@ -422,16 +428,15 @@ class Release:
         Raises:
             UserError: names the file, column or value.
         """
-        found = find_root(root, self.name, self.signs)
-        folder = Folder(found.parent if fnmatch.fnmatchcase(found.name, self.parts) else found, in_zip)
+        folder = self.folder(root, in_zip)
         reading = self.read(folder, **options)
         tables.no_duplicates(reading.image, "image", reading.sources[0])
-        label_names = LABELS if label_names is None else tuple(label_names)
+        label_names, notes = reading.default_labels() if label_names is None else (tuple(label_names), ())
         labels, mapped = map_labels(reading, self.mapping, label_names, approximate_labels, self.name)
         if no_finding_clears and "No Finding" in reading.names:
             tables.clear_findings(labels, label_names, reading.finding("No Finding") == 1)
-        split, note = _split(reading, split_seed)
-        notes = [note] if note else []
+        split, note = _split(reading, split_seed, "DATA.SPLIT_SEED" in self.uses)
+        notes = [*notes, note] if note else [*notes]
         if reading.lacks_test and testing:
             split[split == SPLITS.index("validate")] = SPLITS.index("test")
             notes.append(f"the test split is the release's validation split: {reading.lacks_test} is not there")
@@ -440,7 +445,7 @@ class Release:
             root=folder.root,
             sources=tuple(reading.sources),
             label_names=label_names,
-            path=_find_paths(reading.paths, folder, image_format, allow_missing),
+            path=_find_paths(reading, folder, image_format, allow_missing),
             dicom_id=tables.to_bytes(reading.image),
             study=unknown if reading.study is None else tables.to_bytes(reading.study),
             subject=unknown if reading.subject is None else tables.to_bytes(reading.subject),
@@ -448,30 +453,36 @@ class Release:
             labels=labels,
             view=reading.view,
             store=folder.store,
-            left_out=dict(reading.left_out),
+            left_out={reason: n for reason, n in reading.left_out.items() if n},
             notes=(*notes, *_say_mapping(mapped, self.name)),
             label_mapping=mapped,
         )
         if views != "all":
             if table.view is None:
-                raise UserError(f"DATA.VIEWS {views}: {self.name} does not tell the views of its images")
-            table = tables.select_views(table, views, reading.sources[0])
+                raise UserError(f"DATA.VIEWS {views}: {reading.lacks_view}")
+            table = tables.select_views(table, views)
         return tables.check_table(table, allow_missing) if checked else table
+
+    def folder(self, root, in_zip=False):
+        """The :class:`Folder` that holds it; root: see :meth:`load_table`."""
+        found = find_root(root, self.name, self.signs)
+        return Folder(found.parent if fnmatch.fnmatchcase(found.name, self.parts) else found, in_zip)
 
     def find_own_csv(self, _root, csv=""):
         """None: a release is read from its own tables; a UserError where another one is named."""
-        refuse_own_csv(csv, self.name)
+        if csv:
+            raise UserError(f"{csv}: a table of your own is read by --dataset mimic_cxr, not by {self.name}")
 
-    def learned_labels(self, _root, csv=""):
+    def learned_labels(self, root, csv=""):
         """The labels that training learns where DATA.LABELS names none."""
-        refuse_own_csv(csv, self.name)
+        self.find_own_csv(root, csv)
         return LABELS
 
-    def whole_table(self, root, *, csv="", image_format="auto", allow_missing=False, checked=True):
+    def whole_table(self, root, *, csv="", **given):
         """The table of all images that the release names, without labels: for those who audit and copy them."""
-        refuse_own_csv(csv, self.name)
-        given = {"image_format": image_format, "allow_missing": allow_missing, "checked": checked}
-        return self.load_table(root, label_names=(), **given, **self.all_images)
+        self.find_own_csv(root, csv)
+        own = {"csv": csv} if csv else {}
+        return self.load_table(root, label_names=(), **own, **given, **self.all_images)
 
     def tables_to_copy(self, _root, table, _csv=""):
         """{path in a copy: table} of the files that a copy of the release needs."""
@@ -494,7 +505,8 @@ class Release:
             testing="test" in splits,
             **{keyword: d[key.removeprefix("DATA.")] for keyword, key in self.options.items()},
         )
-        if "train" in splits and not (table.split == SPLITS.index("train")).any() and d.SPLIT_SEED is None:
+        completed = "DATA.SPLIT_SEED" in self.uses and d.SPLIT_SEED is None
+        if completed and "train" in splits and not (table.split == SPLITS.index("train")).any():
             raise UserError(
                 f"DATA.DATASET {self.name} has no splits of its own, all of it is the test split; to train on it set "
                 "DATA.SPLIT_SEED (0, say), which splits it by patient"
@@ -503,7 +515,10 @@ class Release:
 
     def build(self, config, *splits):
         """The datasets of `splits` that `config` describes, over one table."""
+        return build_radiographs(config, self.table(config, *splits), splits, self.uses_of(config))
+
+    def uses_of(self, _config):
+        """The config keys that it uses beside those of all X-rays."""
         approximates = any(not source.exact for source in self.mapping.values())
         uses = {"DATA.IMAGE_FORMAT", *self.uses, *self.options.values()}
-        uses |= {"DATA.APPROXIMATE_LABELS"} if approximates else set()
-        return build_radiographs(config, self.table(config, *splits), splits, frozenset(uses))
+        return frozenset(uses | ({"DATA.APPROXIMATE_LABELS"} if approximates else set()))

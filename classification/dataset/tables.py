@@ -1,12 +1,12 @@
-"""One table of images, whatever it is read from: its form, the checks of every table, and the user's own CSV.
+"""One table of images, whatever it is read from: its form, how CSV files are read, the checks of every table.
 
 Runs without torch. A release has a module of its own that reads it into a :class:`Table` (`mimic_cxr.py`).
 """
 
 import csv
 import dataclasses
+import functools
 import gzip
-import os
 import re
 import warnings
 import zlib
@@ -17,8 +17,8 @@ import pandas as pd
 
 from common.errors import UserError
 from dataset.files.stores import FileStore
-from dataset.labels import BLANK, LABELS, apply_policy
-from dataset.views import VIEWS, find_views
+from dataset.labels import BLANK, apply_policy
+from dataset.views import VIEWS
 
 SPLITS = ("train", "validate", "test")
 SPLIT_ALIASES = {"val": "validate", "valid": "validate", "validation": "validate"}
@@ -100,6 +100,7 @@ class Table:
         names = self.subject if (self.subject != b"").all() else self.dicom_id
         return {name: np.unique(names[self.split == k]) for k, name in enumerate(SPLITS)}
 
+    @functools.cached_property
     def cohort(self):
         """What a report says of the data: counts, views and positives of every split, and what was left out."""
 
@@ -108,52 +109,51 @@ class Table:
 
         splits = {}
         for k, name in enumerate(SPLITS):
-            rows = self.split == k
-            found = {
-                "images": int(rows.sum()),
-                "studies": count(self.study[rows]),
-                "patients": count(self.subject[rows]),
+            if not (rows := self.split == k).any():
+                continue
+            found = splits[name] = {"images": int(rows.sum())}
+            found |= {"studies": count(self.study[rows]), "patients": count(self.subject[rows])}
+            found["labels"] = {
+                label: count_values(self.targets[rows, k], self.labels[rows, k])
+                for k, label in enumerate(self.label_names)
             }
-            found["labels"] = {}
-            for label, target in zip(self.label_names, self.targets[rows].T):
-                known, positives = int(np.isin(target, (0, 1)).sum()), int((target == 1).sum())
-                prevalence = positives / known if known else None
-                found["labels"][label] = {"known": known, "positives": positives, "prevalence": prevalence}
-            for label, values in zip(self.label_names, self.labels[rows].T):  # as in the label file
-                found["labels"][label] |= {"uncertain": int((values == -1).sum()), "blank": int(np.isnan(values).sum())}
-            if self.view is not None and rows.any():
-                views, counts = np.unique(self.view[rows].astype(str), return_counts=True)
-                shares = counts / counts.sum()
-                found["groups"] = {
-                    "view": {v: {"images": int(n), "share": float(s)} for v, n, s in zip(views, counts, shares)}
-                }
-            if found["images"]:
-                splits[name] = found
+            if self.view is not None:
+                found["groups"] = {"view": count_groups(self.view[rows].astype(str))}
         return {"splits": splits, "left_out": {reason: int(n) for reason, n in self.left_out.items()}}
 
     def summary(self):
         """The table in a few lines: images, studies, patients and positives by split, and what was left out."""
+        nothing = {"images": 0, "studies": 0, "patients": 0, "labels": {}}
+        splits = [self.cohort["splits"].get(name, nothing) for name in SPLITS]
 
-        def count(ids):
-            return f"{len(np.unique(ids)):,}" if (ids != b"").all() else "unknown"
+        def share(label):
+            known, positives = (label.get(kind, 0) for kind in ("known", "positives"))
+            return f"{positives:,} ({positives / known:.1%})" if known else "-"
 
-        def share(targets):
-            positive, negative = (targets == 1).sum(), (targets == 0).sum()
-            return f"{positive:,} ({positive / (positive + negative):.1%})" if positive + negative else "-"
-
-        splits = [self.split == k for k in range(len(SPLITS))]
-        lines = [
-            ("", *SPLITS),
-            ("images", *(f"{s.sum():,}" for s in splits)),
-            ("studies", *(count(self.study[s]) for s in splits)),
-            ("patients", *(count(self.subject[s]) for s in splits)),
-            ("positive labels", "", "", ""),
-        ]
-        for k, name in enumerate(self.label_names):
-            lines.append((f"  {name}", *(share(self.targets[s, k]) for s in splits)))
+        lines = [("", *SPLITS)]
+        for what in ("images", "studies", "patients"):
+            lines.append((what, *("unknown" if s[what] is None else f"{s[what]:,}" for s in splits)))
+        lines.append(("positive labels", "", "", ""))
+        for name in self.label_names:
+            lines.append((f"  {name}", *(share(s["labels"].get(name, {})) for s in splits)))
         texts = [aligned(lines), "from " + ", ".join(path.name for path in self.sources), *self.notes]
         left_out = "; ".join(f"{n:,} {reason}" for reason, n in self.left_out.items() if n)
         return "\n".join([*texts, f"left out: {left_out or 'nothing'}"])
+
+
+def count_values(targets, labels=None):
+    """Counts of one label: known and positive targets [N]; uncertain and blank values of the label file [N]."""
+    known, positives = int(np.isin(targets, (0, 1)).sum()), int((targets == 1).sum())
+    found = {"known": known, "positives": positives, "prevalence": positives / known if known else None}
+    if labels is not None:
+        found |= {"uncertain": int((labels == -1).sum()), "blank": int(np.isnan(labels).sum())}
+    return found
+
+
+def count_groups(names):
+    """{name: its images and their share} of the names [N] of groups, sorted."""
+    groups, counts = np.unique(np.asarray(names, str), return_counts=True)
+    return {str(g): {"images": int(n), "share": float(n / counts.sum())} for g, n in zip(groups, counts)}
 
 
 def aligned(lines):
@@ -318,11 +318,8 @@ def read_label(text):
         return None
 
 
-def label_values(frame, label_names, path, no_finding_clears=False, remedy=""):
-    """[N, L] float32 of 1, 0, -1, NaN; anything else is an error that names column, row and value.
-
-    no_finding_clears: where No Finding is 1, a blank label is 0, but for Support Devices.
-    """
+def label_values(frame, label_names, path, remedy=""):
+    """[N, L] float32 of 1, 0, -1, NaN; anything else is an error that names column, row and value."""
     need_columns(frame, label_names, path)
     values = np.empty((len(frame), len(label_names)), np.float32)
     for k, name in enumerate(label_names):
@@ -335,8 +332,6 @@ def label_values(frame, label_names, path, no_finding_clears=False, remedy=""):
                 f"expected 1, 0, -1 (uncertain) or nothing{remedy}"
             )
         values[:, k] = np.array(read, np.float32)[codes]
-    if no_finding_clears:
-        clear_findings(values, label_names, label_values(frame, ("No Finding",), path)[:, 0] == 1)
     return values
 
 
@@ -347,121 +342,34 @@ def clear_findings(values, label_names, healthy):
     values[np.ix_(healthy, findings)] = np.where(np.isnan(cleared), 0, cleared)
 
 
-def find_labels(frame, path):
-    """(the columns of a table that hold labels: 1, 0, -1 or nothing, and not nothing alone; the other columns).
-
-    Raises:
-        UserError: another value in a column of the name of a label of CheXpert, or mostly of such values.
-    """
-    found, others = [], []
-    for name in (name for name in frame.columns if name not in OWN_COLUMNS):
-        counts = frame[name].value_counts()
-        read = {text: read_label(text) for text in counts.index}
-        known = counts[[value is not None and not np.isnan(value) for value in read.values()]].sum()
-        bad = counts[[value is None for value in read.values()]].sum()
-        if name in LABELS or known > bad > 0:
-            label_values(frame, (name,), path, remedy="; or name the columns of the labels with DATA.LABELS")
-        (found if known and not bad else others).append(name)
-    return tuple(found), tuple(others)
-
-
 def split_names(frame):
     """The column `split` with its aliases replaced; other names stay as they are."""
     return frame["split"].str.strip().replace(SPLIT_ALIASES)
 
 
-def split_indices(frame, path):
-    """The column `split` as indices into SPLITS."""
+def read_splits(frame, path):
+    """The column `split`, of names of SPLITS; any other is an error."""
     found = split_names(frame)
     bad = ~found.isin(SPLITS)
     if bad.any():
         row = first_row(bad)
         raise UserError(f"{path}: split is {frame['split'].iloc[row]!r} in data row {row + 1}; use {', '.join(SPLITS)}")
-    return found.map(SPLITS.index).to_numpy(np.int8)
+    return found
 
 
 def to_bytes(texts):
     return np.array([text.encode() for text in texts], dtype=np.bytes_)
 
 
-# ------------------------------------------------------------------------------------------ the user's own CSV
-OWN_COLUMNS = ("path", "split", "dicom_id", "study_id", "subject_id", "ViewPosition")
-
-
-def find_own_tables(folder):
-    """({path: what it has, or why it cannot be read} of the CSV files in a folder, those that are tables of images).
-
-    They have the columns `path` and `split`, or where none has both, `path`; what the tools write has no `split`.
-    """
-    found, headers = {}, {}
-    for path in sorted(path for kind in ("csv", "tsv") for path in folder.glob(f"*.{kind}*")):
-        # cxr-record-list: of the DICOM release, paths without splits and labels
-        if path.suffix in (".csv", ".tsv", ".gz") and not path.name.startswith("cxr-record-list"):
-            try:
-                headers[path] = list(read_csv(path, (), rows=False).columns)
-                found[path] = f"{path.name} has {', '.join(headers[path])}"
-            except UserError as error:
-                found[path] = str(error)
-    named = [path for path, columns in headers.items() if "path" in columns]
-    return found, [path for path in named if "split" in headers[path]] or named
-
-
-def own_table(root, csv, label_names=None, no_finding_clears=False):
-    """A CSV of the user's own: `path` (relative to root, or absolute), `split`, the labels, and if possible
-    `subject_id`, `study_id` and `dicom_id`.
-
-    label_names: the columns of the labels; None: those of CheXpert, or where they are not all there
-    :func:`find_labels`.
-    """
-    frame, notes = read_csv(csv, ("path", "split")), ()
-    if label_names is None:
-        found, others = find_labels(frame, csv)
-        label_names = LABELS if set(LABELS) <= set(frame.columns) or not found else found
-        if label_names != LABELS:
-            listed = [", ".join(some[:20]) + (", ..." if len(some) > 20 else "") or "none" for some in (found, others)]
-            notes = (
-                f"labels: {listed[0]}: the columns of {csv.name} that hold 1, 0 or -1, since DATA.LABELS names none; "
-                f"other columns: {listed[1]}",
-            )
-    labels = label_values(frame, label_names, csv, no_finding_clears)
-    path, unknown = names(frame, "path", csv), np.full(len(frame), b"")
-    no_duplicates(path.map(os.path.normpath), "image", csv)
-    remedy = "; give every row one, or leave the column out"
-    return Table(
-        root=root,
-        sources=(csv,),
-        label_names=tuple(label_names),
-        path=to_bytes(path),
-        dicom_id=to_bytes(frame["dicom_id"].str.strip() if "dicom_id" in frame else path),
-        study=to_bytes(names(frame, "study_id", csv, remedy)) if "study_id" in frame else unknown,
-        subject=to_bytes(names(frame, "subject_id", csv, remedy)) if "subject_id" in frame else unknown,
-        split=split_indices(frame, csv),
-        labels=labels,
-        notes=notes,
-    )
-
-
 # ---------------------------------------------------------------------------------------- checks of every table
-def with_views(table, csv, key):
-    """The table with the view of each image, by the column ViewPosition of `csv`.
-
-    key: the column of `csv`, path or dicom_id, that names the image.
-    """
-    frame = read_csv(csv, (key, "ViewPosition"))
-    frame[key] = frame[key].str.strip()
-    frame = frame.drop_duplicates(key)
-    found = pd.Series(find_views(frame), index=to_bytes(frame[key]))
-    return dataclasses.replace(table, view=found.reindex(getattr(table, key)).fillna("").to_numpy().astype(str))
-
-
-def select_views(table, views, csv):
-    """The images of the views asked for, a key of :data:`dataset.views.VIEWS`; csv: where the views are from."""
+def select_views(table, views):
+    """The images of the views asked for, a key of :data:`dataset.views.VIEWS`."""
     keep = np.isin(table.view, VIEWS[views])
     table, here = table.select(keep), table.view
     table.left_out[f"image of another view (DATA.VIEWS {views})"] = int((~keep & (here != "")).sum())
     table.left_out["image of unknown view"] = int((here == "").sum())
     if len(table) == 0:
-        raise UserError(f"DATA.VIEWS {views}: {csv} names no image of it")
+        raise UserError(f"DATA.VIEWS {views}: {table.root} has no image of it")
     return table
 
 

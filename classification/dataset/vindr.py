@@ -101,14 +101,14 @@ def read(folder, readers="majority", need_rows=True):
 
     image = pd.Series([name for split in images for name in images[split]])
     split = np.repeat(list(images), [len(names) for names in images.values()])
-    stems = pd.Series(split) + "/" + image
     return Reading(
         sources=tuple(files.values()),
         image=image,
         subject=None,
         study=None,
         view=None,
-        paths=[stems + suffix for suffix in (".dicom", *(s for s in SUFFIXES if s != ".dicom"))],
+        paths=[pd.Series(split) + "/" + image],
+        suffixes=(".dicom", *(s for s in SUFFIXES if s != ".dicom")),
         finding=finding,
         names=(*FINDINGS, *ALSO),
         split=split,

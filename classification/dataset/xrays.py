@@ -19,7 +19,7 @@ class RadiographDataset:
         mode: of that image, RGB (the grey values three times) or L (grey, a third of the work).
         on_memory: read all of them now, see :class:`dataset.files.stores.MemoryStore`.
         uses: keys of the config that it uses beside those of all X-rays.
-        dicom_recipe, dicom_window, shrink_to: how a file becomes grey, see :func:`dataset.files.images.decode`.
+        decoding: how a file becomes grey, the keywords of :func:`dataset.files.images.decode`.
 
     Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
 
@@ -38,10 +38,8 @@ class RadiographDataset:
         *,
         mode="RGB",
         on_memory=False,
-        dicom_recipe="window",
-        dicom_window=0,
-        shrink_to=0,
         uses=frozenset(),
+        **decoding,
     ):
         if table.targets is None:
             table = table.with_targets()
@@ -50,15 +48,14 @@ class RadiographDataset:
             raise tables.EmptySplit(f"{table.root}: the split {split!r} has no image")
         self.store = MemoryStore(table.store, self.table.path) if on_memory else table.store
         self.root = table.root
-        self.domain = image_domain(self.store, self.table.path, dicom_recipe)
+        self.domain = image_domain(self.store, self.table.path, recipe := decoding.get("recipe", "window"))
         self.label_names, self.targets = table.label_names, self.table.targets
-        self.labels, self.cohort, self.patients = self.table.labels, table.cohort(), table.patients()
+        self.labels, self.cohort, self.patients = self.table.labels, table.cohort, table.patients()
         self.label_mapping = table.label_mapping
-        of_dicom = ("DATA.DICOM_RECIPE", "DATA.DICOM_WINDOW") if f"dicom {dicom_recipe}" in self.domain else ()
+        of_dicom = ("DATA.DICOM_RECIPE", "DATA.DICOM_WINDOW") if f"dicom {recipe}" in self.domain else ()
         self.uses = uses.union(of_dicom)
         self.summary, self.warnings = table.summary(), unlearnable(self) if split == "train" else []
-        self.transform, self.mode = transform, mode
-        self.decoding = {"recipe": dicom_recipe, "window": dicom_window, "shrink_to": shrink_to}
+        self.transform, self.mode, self.decoding = transform, mode, decoding
 
     def __len__(self):
         return len(self.table)
@@ -102,8 +99,8 @@ def build_radiographs(config, table, splits, uses=frozenset()):
             radiograph_transform(config, train=split == "train"),
             mode="L",
             on_memory=d.IMG_ON_MEMORY,
-            dicom_recipe=d.DICOM_RECIPE,
-            dicom_window=d.DICOM_WINDOW,
+            recipe=d.DICOM_RECIPE,
+            window=d.DICOM_WINDOW,
             shrink_to=2 * resized_side(d.IMG_SIZE),  # resizing then has four pixels or more for each of its own
             uses=uses,
         )

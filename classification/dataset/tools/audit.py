@@ -141,19 +141,19 @@ def _check_studies(images, source, add):
             add(problem, source.name, f"study_id {study}")
 
 
-def _official_images(folders, add):
+def _official_images(folder, add):
     """(the images of the split file, with `key`: their paths without suffix; the metadata by dicom_id, or None)."""
-    source = mimic_cxr.needed_csv(folders, "split")
+    source = mimic_cxr.needed_csv(folder, "split")
     images = tables.read_csv(source, ("dicom_id", "study_id", "subject_id", "split"))
     images = _check_images(_whole_ids(images, ["study_id", "subject_id"], source, add), "dicom_id", source, add)
-    labels = mimic_cxr.find_csv(folders, "chexpert") or mimic_cxr.find_csv(folders, "negbio")
+    labels = mimic_cxr.find_csv(folder, "chexpert") or mimic_cxr.find_csv(folder, "negbio")
     if labels is not None:
         _check_studies(images, labels, add)
     outside = images["dicom_id"].str.contains(r"[/\\]|^\.\.?$")
     for name in images["dicom_id"][outside]:
         add("outside", source.name, f"dicom_id {name}")
     images = images[~outside].assign(key=mimic_cxr.image_stems(images))
-    metadata = mimic_cxr.find_csv(folders, "metadata")
+    metadata = mimic_cxr.find_csv(folder, "metadata")
     if metadata is None:
         return images, None
     return images, tables.read_csv(metadata, ("dicom_id",)).drop_duplicates("dicom_id").set_index("dicom_id")
@@ -238,12 +238,13 @@ def audit(root, output, *, dataset="mimic_cxr", csv="", image_format="auto", wor
 
     reader, metadata = find_reader(dataset), None
     own = reader.find_own_csv(root, csv)
-    official = reader is mimic_cxr and own is None
-    if reader is not mimic_cxr:
+    official = reader is mimic_cxr.RELEASE and own is None
+    if reader is not mimic_cxr.RELEASE:
         base, images = _release_images(reader, root, image_format, add)
     else:
-        base, folders = mimic_cxr.find_folders(root)
-        images, metadata = (_own_images(own, add), None) if own else _official_images(folders, add)
+        folder = mimic_cxr.find_folder(root)
+        base = folder.root
+        images, metadata = (_own_images(own, add), None) if own else _official_images(folder, add)
     known = set(images["key"])
     there = _find_images(base, known, official)
     for key in images["key"][~images["key"].isin(there.keys())]:

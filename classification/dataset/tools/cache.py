@@ -5,11 +5,11 @@ built again: an image, or with zip a shard, gets its name only when it is whole,
 same bytes.
 """
 
+import contextlib
 import functools
 import io
 import itertools
 import json
-import os
 import shutil
 import time
 import zipfile
@@ -20,6 +20,7 @@ import PIL
 from PIL import Image
 
 from common.errors import UserError
+from common.files import replacing, write_whole
 from common.folders import output_folder
 from dataset.files.domain import COPY_RECIPE, copied_name, image_domain
 from dataset.files.images import ImageError, decode, take_warnings
@@ -46,19 +47,6 @@ def small_jpeg(data, name, *, size, quality, dicom_recipe):
     return out.getvalue()
 
 
-def _replace(path, write):
-    """`path` as `write(temporary path)` makes it: there at once and whole, or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _encode(path, root, options):
     """(path, JPEG or None, fault or None)."""
     try:
@@ -71,7 +59,8 @@ def _encode_to_file(path, root, target, options):
     """(path, fault or None)."""
     path, jpeg, fault = _encode(path, root, options)
     if fault is None:
-        _replace(target / copied_name(path), lambda temporary: temporary.write_bytes(jpeg))
+        with replacing(target / copied_name(path)) as temporary:
+            temporary.write_bytes(jpeg)
     return path, fault
 
 
@@ -80,17 +69,13 @@ def _same_recipe(out, recipe):
     path = out / COPY_RECIPE
     if path.exists():
         there = json.loads(path.read_text())
-        other = [
-            f"{key} {there.get(key)!r}, now {recipe[key]!r}"
-            for key in recipe
-            if there.get(key, recipe[key]) != recipe[key]
-        ]
-        if other:
+        unlike = {key: value for key, value in recipe.items() if there.get(key, value) != value}
+        if other := [f"{key} {there[key]!r}, now {value!r}" for key, value in unlike.items()]:
             raise UserError(f"{path}: the copy there was made with {'; '.join(other)}; use another --output")
     elif any(out.iterdir()):
         raise UserError(f"--output {out} is not empty and holds no {COPY_RECIPE}; choose a new folder")
     else:
-        _replace(path, lambda temporary: temporary.write_text(json.dumps(recipe, indent=2) + "\n"))
+        write_whole(path, json.dumps(recipe, indent=2) + "\n")
 
 
 def _copy_tables(sources, out):
@@ -98,10 +83,15 @@ def _copy_tables(sources, out):
     for name, source in sources.items():
         if isinstance(source, pd.DataFrame):
             frame = source.assign(path=source["path"].str.strip().map(copied_name))
-            _replace(out / name, functools.partial(frame.to_csv, index=False))
+            write_whole(out / name, frame.to_csv(index=False))
         elif not (out / name).exists():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            _replace(out / name, functools.partial(shutil.copyfile, source))
+            with replacing(out / name) as temporary:
+                shutil.copyfile(source, temporary)
+
+
+class _Incomplete(Exception):
+    """A shard with bad images is not kept."""
 
 
 def _write_shard(path, images, skip_bad):
@@ -109,17 +99,15 @@ def _write_shard(path, images, skip_bad):
 
     Returns (path, fault or None) of each image.
     """
-    temporary = path.with_name(path.name + ".part")  # not .zip: a reader must not take it for a shard
     faults = {}
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for name, jpeg, fault in images:
-            faults[name] = fault
-            if not fault:  # ZipInfo's own date, 1980: the same tree gives the same bytes
-                archive.writestr(zipfile.ZipInfo(copied_name(name)), jpeg)
-    if skip_bad or not any(faults.values()):
-        _replace(path, lambda _: None)
-    else:
-        temporary.unlink()
+    with contextlib.suppress(_Incomplete), replacing(path) as temporary:  # not .zip: a reader must not take it for one
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for name, jpeg, fault in images:
+                faults[name] = fault
+                if not fault:  # ZipInfo's own date, 1980: the same tree gives the same bytes
+                    archive.writestr(zipfile.ZipInfo(copied_name(name)), jpeg)
+        if any(faults.values()) and not skip_bad:
+            raise _Incomplete
     return faults.items()
 
 
@@ -164,34 +152,33 @@ def make_copy(
     *,
     dataset="mimic_cxr",
     csv="",
-    image_format="auto",
     size=512,
     quality=95,
     in_zip=False,
     dicom_recipe="window",
-    allow_missing=False,
     skip_bad=False,
     workers=None,
     log=print,
+    **which,
 ):
     """Makes or completes the copy of the tree `root` in `out`; returns {path: fault} of its bad images.
 
     Args:
         dataset: the module that reads `root` (DATA.DATASET).
-        csv, image_format: see :func:`dataset.mimic_cxr.load_table`.
+        csv: instead of the official tables, see :func:`dataset.mimic_cxr.read`.
         size: short side in pixels; smaller images keep theirs.
         quality: of the JPEGs, 1 to 100.
         in_zip: a few uncompressed zip files instead of a file an image, for `main.py --zip`.
         dicom_recipe: see :data:`dataset.files.dicom.RECIPES`.
-        allow_missing: copy what is there of a partial tree.
         skip_bad: finish shards without the images that cannot be read.
+        which: further keywords of :meth:`dataset.releases.Release.load_table`: image_format, allow_missing.
 
     Raises:
         UserError: bad tables, or `out` holds something else.
     """
     out = Path(out).expanduser().absolute()
     reader = find_reader(dataset)
-    table = reader.whole_table(root, csv=csv, image_format=image_format, allow_missing=allow_missing)
+    table = reader.whole_table(root, csv=csv, **which)
     paths = _check_places(table, out)
     output_folder(out, "--output")
     options = {"size": size, "quality": quality, "dicom_recipe": dicom_recipe}

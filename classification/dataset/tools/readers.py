@@ -11,36 +11,31 @@ from common.errors import UserError
 from config import from_dict
 from dataset import tables
 from dataset.labels import UNKNOWN
-from dataset.releases import refuse_own_csv
+from dataset.releases import Release
 
 
 def find_reader(name):
-    """The reader of the dataset `name`: its :class:`dataset.releases.Release`, its module, or :class:`Built`.
+    """The reader of the dataset `name`: its :class:`dataset.releases.Release`, or :class:`Built`.
 
     Raises:
         UserError: no such dataset.
     """
     module = builders.find("dataset", name, "--dataset")
-    return getattr(module, "RELEASE", module if hasattr(module, "whole_table") else Built(name, module))
+    return getattr(module, "RELEASE", None) or Built(name, module)
 
 
-class Built:
+class Built(Release):
     """A dataset whose module has only `build`; each image needs a `path` in `ids()` or `descriptions()`."""
 
     def __init__(self, name, module):
-        self.name, self.module = name, module
-
-    def find_own_csv(self, _root, csv=""):
-        refuse_own_csv(csv, self.name)
+        super().__init__(name, signs={}, mapping={}, read=module.build)
 
     def learned_labels(self, root, csv=""):
-        """The labels that training learns."""
-        refuse_own_csv(csv, self.name)
+        self.find_own_csv(root, csv)
         return next(iter(self._datasets(root).values())).label_names
 
-    def whole_table(self, root, *, csv="", image_format="auto", allow_missing=False, checked=True):
+    def load_table(self, root, *, label_names=(), image_format="auto", allow_missing=False, checked=True):
         """The table of all images, with their labels; an image that is in two splits is in the first of them."""
-        refuse_own_csv(csv, self.name)
         datasets, parts = self._datasets(root, IMAGE_FORMAT=image_format, ALLOW_MISSING=allow_missing), []
         for split, dataset in datasets.items():
             columns = dataset.ids() | getattr(dataset, "descriptions", dict)()
@@ -86,7 +81,7 @@ class Built:
         config, found = from_dict({"DATA": data}, f"--dataset {self.name}"), {}
         for split in tables.SPLITS:
             with contextlib.suppress(tables.EmptySplit):
-                (found[split],) = self.module.build(config, split)
+                (found[split],) = self.read(config, split)
         if not found:
             raise UserError(f"--dataset {self.name}: no split has an image in {root}")
         return found
