@@ -342,7 +342,10 @@ __device__ inline void locate(const Problem& p, const Cut& cut, const Pixels& sp
       at.axes(k, &h, &v);
       const A mask = masks.at(k), low = v.low_weight * mask, high = v.high_weight * mask;
       const int to = shared.at(k, i);
-      shared.corners[to] = {{low * h.low_weight, low * h.high_weight, high * h.low_weight, high * h.high_weight}};
+      // In an input of one row or column there are no high corners, and no mask, NaN or infinite, makes them any.
+      const bool right = h.high > h.low, below = v.high > v.low;
+      shared.corners[to] = {{low * h.low_weight, right ? low * h.high_weight : A(0), below ? high * h.low_weight : A(0),
+                             right && below ? high * h.high_weight : A(0)}};
       shared.places[to] = (first_row + Index(v.low)) * Index(p.width) + Index(h.low);
       if (kMasks) shared.masks[to] = mask;
     }

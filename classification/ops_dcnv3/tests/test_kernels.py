@@ -174,6 +174,45 @@ def test_kernels_alone(program, name, tmp_path):
             assert ("fit in the shared memory" if kernel in ("tiled", "owning") else "too many points") in missing
 
 
+POISONED = {
+    "one row": dict(h=1, w=8, padding=(4, 1)),  # takes the tiled kernel
+    "long row": dict(h=1, w=80, padding=(1, 1), dtype=torch.bfloat16),
+    "one column": dict(h=9, w=1, padding=(1, 4)),
+    "one pixel": dict(h=1, w=1, padding=(4, 4), dtype=torch.bfloat16),
+    "image": dict(h=6, w=7, padding=(1, 1)),
+    "image of 16 bits": dict(h=6, w=7, padding=(1, 1), dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("name", POISONED)
+def test_corners_that_do_not_exist_are_never_touched(program, name, value, tmp_path):
+    """Masks of NaN or infinity in one group of one image, beside offsets that are: no step leaves its memory, what the
+    group's points touch is not finite, and all else is as if the masks were finite."""
+    case = dict(kernel=(3, 3), stride=(1, 1), dilation=(1, 1), dtype=torch.float32)
+    case.update(POISONED[name])
+    h, w, dtype, group, width = case.pop("h"), case.pop("w"), case.pop("dtype"), 2, 16
+    out = output_size(h, w, **case)
+    inputs = [t.detach() for t in random_inputs(h=h, w=w, group=group, width=width, out=out, spread=0.4, dtype=dtype)]
+    inputs[1][:, 0, 0, :4] = torch.tensor([float("nan"), float("inf"), 0, float("-inf")])
+    grad = torch.rand(2, *out, group * width, generator=torch.Generator().manual_seed(5)).to(dtype) + 0.5
+    shape = {k: case[k] for k in ("kernel", "stride", "padding", "dilation")}
+    parameters = (group, *shape.values(), 1.0, False, False)
+    expected = [definition.forward(*inputs, *parameters), *definition.backward(grad, *inputs, *parameters)]
+    touched = expected[1][0, ..., :width] != 0  # nothing cancels: masks and output gradients are positive
+
+    inputs[2][0, ..., :9] = float(value)
+    eps = torch.finfo(dtype).eps
+    for _, missing, got in run_alone(program, (group, 1.0, False, False), shape, inputs, grad, tmp_path / "problem"):
+        if missing:
+            continue
+        assert not got[0][0, ..., :width].isfinite().any() and not got[1][0, ..., :width][touched].isfinite().any()
+        for result, finite in zip(got, expected):
+            poisoned = finite.shape[-1] // group
+            result[0, ..., :poisoned] = finite[0, ..., :poisoned]
+        assert_same(got, expected, rtol=8 * eps, atol=8 * eps * max(t.abs().max().item() for t in expected))
+
+
 BUILD = """
 import json, shutil, sys, torch
 from pathlib import Path
