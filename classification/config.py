@@ -147,8 +147,8 @@ SGD, ADAMW = {"TRAIN.OPTIMIZER.NAME": "sgd"}, {"TRAIN.OPTIMIZER.NAME": "adamw"}
 # fmt: off
 KNOBS = {
     # ------------------------------------------------------------------------------------- data
-    "DATA.DATASET": Knob("imagenet", "a file in dataset/: mimic_cxr, chexpert, nih, padchest, vindr, brax, imagenet",
-                         flag="--dataset"),
+    "DATA.DATASET": Knob("imagenet", "a file in dataset/: mimic_cxr, cxr_lt, chexpert, nih, padchest, vindr, brax, "
+                         "imagenet", flag="--dataset"),
     "DATA.DATA_PATH": Knob("", "the data folder: a release, or its files/", flag="--data-path"),
     "DATA.SOURCES": Knob([], "(new) several releases at once, instead of DATASET and DATA_PATH: [{dataset: mimic_cxr, "
                          "path: FOLDER}, ...]; a source may have its own name, csv, split_seed, ...", sources),
@@ -156,6 +156,9 @@ KNOBS = {
                              "source (even)", one_of("size", "even"), takes_effect=DATA),
     "DATA.SAMPLER": Knob("uniform", "(new) how often an image is in an epoch: once (uniform), or by the rarest of its "
                          "labels, in inverse proportion (balanced) or to the root of it (sqrt)"),
+    "DATA.CXR_LT": Knob("2024-1", "(new) CXR-LT: year and task", one_of("2023", "2024-1", "2024-2"), takes_effect=DATA),
+    "DATA.IMAGES": Knob("", "(new) CXR-LT: the folder of MIMIC-CXR-JPG, or of its small copy, if it is not beside the "
+                        "tables", takes_effect=DATA),
     "DATA.CSV": Knob("", "(new) a table of your own instead of the official ones: path, split, labels[, subject_id]",
                      takes_effect={"DATA.DATASET": "mimic_cxr"}),
     "DATA.LABELER": Knob("chexpert", "(new) which official label file", one_of("chexpert", "negbio"),
@@ -182,6 +185,8 @@ KNOBS = {
     "DATA.MISSING": Knob("zeros", "(new) what a blank becomes, in the same form", takes_effect=XRAYS, mapping=True),
     "DATA.NO_FINDING_CLEARS": Knob(False, "(new) if No Finding is 1, blank labels become 0, except Support Devices",
                                    takes_effect=XRAYS | {"DATA.MISSING": other_than("zeros")}),
+    "DATA.PSEUDO_LABELS": Knob("", "(new) a table of predict.py whose probabilities fill the unknown labels of train",
+                               takes_effect=XRAYS),
     "DATA.IMAGE_FORMAT": Knob("auto", "(new) which images of a release to read",
                               one_of("auto", "jpg", "dcm", "png", "tif"), takes_effect=DATA),
     "DATA.DICOM_RECIPE": Knob("window", "(new) window: as displayed; mimic_jpg: as MIMIC-CXR's JPG release was made",
@@ -327,6 +332,8 @@ KNOBS = {
     # --------------------------------------------------------------------------- testing, other
     "TEST.EMA": Knob(False, "--eval takes the EMA weights: ema_best_ckpt.pth of the run, or those in --resume",
                      takes_effect={"EVAL_MODE": True}, flag="--ema"),
+    "TEST.TTA": Knob(False, "(new) --eval with test-time augmentation: the mean probability over six shifts and scales",
+                     takes_effect={"EVAL_MODE": True} | XRAYS, flag="--tta"),
     "TEST.REPORT": Knob(True, "(new) --eval ends with the report of report.py", takes_effect=XRAYS),
     "TEST.CROP": Knob(True, "resize to 8/7 of the size and take the centre; False: the whole image", xrays=False),
     "AMP_OPT_LEVEL": Knob("O1", "O0: float32, O1: mixed precision", one_of("O0", "O1"), flag="--amp-opt-level"),
@@ -444,6 +451,8 @@ def _typed(key, value, source):
         value = list(value)
     if kind is str and value is None:
         value = ""
+    if kind is str and type(value) is int and knob.allowed and not knob.allowed(str(value)):
+        value = str(value)  # a year
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         brackets = ", in brackets: [...]" if kind is list else ""
         raise UserError(f"{source}: {key} must be of type {kind.__name__}{brackets}, got {value!r}")
@@ -657,7 +666,10 @@ def _checked(config, source=""):
 SOURCE_KEYS = {"dataset": "DATA.DATASET", "path": "DATA.DATA_PATH"} | {
     key.removeprefix("DATA.").lower(): key
     for key, knob in KNOBS.items()
-    if (key in ("DATA.ALLOW_MISSING", "DATA.ZIP_MODE") or {"data", "DATA.DATASET"} & set(knob.takes_effect))
+    if (
+        key in ("DATA.ALLOW_MISSING", "DATA.ZIP_MODE", "DATA.PSEUDO_LABELS")
+        or {"data", "DATA.DATASET"} & set(knob.takes_effect)
+    )
     and key not in ("DATA.SOURCES_MIX", "DATA.DICOM_RECIPE", "DATA.DICOM_WINDOW")
 }
 

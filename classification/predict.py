@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -36,7 +35,7 @@ from dataset.files.domain import domain_warning
 from dataset.files.images import ImageError
 from dataset.tools.listing import IDS, count_kinds, identify, list_images
 from dataset.views import VIEWS
-from models.inference import autocast
+from models.inference import TTA, Augmented, autocast
 from predicting import explain, trained
 from predicting.prediction_file import ERROR, FORMATS, ROW, PredictionFile
 
@@ -46,8 +45,6 @@ CPU_BATCH = 8  # a CPU is no faster with more, and rows come sooner
 COMMAND = (
     "paths", "format", "ema", "tta", "calibrated", "thresholds", "dicom_recipe", "only_chest", "no_ids"
 )  # fmt: skip
-# Parts of the image that --tta averages over: left, top and side as parts of its own. No flip: the heart has a side.
-TTA = ((0, 0, 1), (0.05, 0.05, 0.9), (0, 0, 0.95), (0.05, 0, 0.95), (0, 0.05, 0.95), (0.05, 0.05, 0.95))
 
 
 def parse_args(argv):
@@ -58,7 +55,7 @@ def parse_args(argv):
     add("checkpoint", metavar="CHECKPOINT", help="of main.py; a PATH that ends in .pth is one to average with it")
     add("paths", nargs="+", metavar="PATH", help="image, folder, pattern, or CSV with a column path")
     add("--output", required=True, metavar="FILE", help="the table to write; run.json beside it says how it was made")
-    add("--format", choices=list(FORMATS), default="csv", help="of the table")
+    add("--format", choices=list(FORMATS), default="csv", help="of the table; cxr-lt: as its challenge takes it")
     add("--ema", action="store_true", help="the EMA weights that the checkpoint holds")
     add("--tta", action="store_true", help=f"mean over {len(TTA)} shifts and scales, {len(TTA)} times the work")
     add("--calibrated", metavar="EVALUATION", help="apply calibration.json of this evaluation, which report.py wrote")
@@ -78,7 +75,13 @@ def parse_args(argv):
         help=f"images per forward pass (that of the training; on a CPU at most {CPU_BATCH})",
     )
     add("-j", "--workers", type=int, help="loading processes (on a GPU up to 8, else 1)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag in ("thresholds", "explain", "no_ids") if args.format == "cxr-lt" else ():
+        if getattr(args, flag):
+            raise UserError(
+                f"--format cxr-lt has dicom_id and probabilities alone; leave out --{flag.replace('_', '-')}"
+            )
+    return args
 
 
 # -------------------------------------------------------------------------------------- arguments
@@ -202,26 +205,14 @@ class _Notes:
 
 
 # ------------------------------------------------------------------------------------ probability
-def tta_views(images):
-    """float32 [N, 3, S, S] -> the parts of them in TTA, each [N, 3, S, S]."""
-    size = images.shape[-1]
-    for left, top, side in TTA:
-        x, y, pixels = round(left * size), round(top * size), round(side * size)
-        part = images[:, :, y : y + pixels, x : x + pixels]
-        yield part if side == 1 else F.interpolate(part, size=(size, size), mode="bilinear", align_corners=False)
-
-
 @torch.no_grad()
 def probabilities(model, images, tta=False):
-    """uint8 [N, 1, S, S] -> float64 [N, L], as evaluation has them; with tta their mean over the views."""
+    """uint8 [N, 1, S, S] -> float64 [N, L], as evaluation has them; with tta their mean over TTA."""
     device = next(model.model.parameters()).device
-    images = model.normalize(images.to(device))
-    found = []
-    for view in tta_views(images) if tta else [images]:
-        with autocast(model.config, device)[0]():
-            logits = model.model(view)
-        found.append(torch.sigmoid(logits.float().cpu().double()).numpy())
-    result = np.mean(found, 0)
+    network = Augmented(model.model) if tta else model.model
+    with autocast(model.config, device)[0]():
+        logits = network(model.normalize(images.to(device)))
+    result = torch.sigmoid(logits.cpu().double()).numpy()
     if not np.isfinite(result).all():
         raise UserError(f"{model.path}: the model's outputs are not finite; its weights are broken")
     return result
@@ -273,7 +264,7 @@ def predict(args):
         "explain": [args.explain, [names[k] for k in labels], args.sampling_points] if args.explain else None,
     }
     about = {
-        "checkpoint_paths": [str(model.path) for model in models],
+        "checkpoint_paths": [str(model.path.absolute()) for model in models],
         "device": str(device),
         "batch_size": batch,
         "notes": fitted_notes,
@@ -305,6 +296,9 @@ def predict(args):
                 found[good] = np.mean([probabilities(m, t, args.tta) for m, t in zip(models, tensors)], 0)
             for k in good:
                 notes.look(items[k])
+            for number, item in zip(numbers, items):
+                if args.format == "cxr-lt":
+                    item["dicom_id"] = item["dicom_id"] or images[number].file.stem
             rows = _rows([(shown[k], images[k]) for k in numbers], items, found, names, adjust, cuts)
             contents = [item["content"] for item in items]
             table.add(numbers.start, list(zip(rows, contents)))

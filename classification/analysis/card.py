@@ -41,7 +41,7 @@ def model_card(report):
         ("data set", about["dataset"]), ("image domain", about["domain"]), ("splits", splits), ("left out", left_out),
         ("label policy", tables.policy_text(report)),
     ])]  # fmt: skip
-    wanted = ("labels", "mapping", "study", "cohort")
+    wanted = ("frequency", "labels", "mapping", "study", "cohort")
     shown = [t for key, _, found, _ in tables.sections(report) if key in wanted for t in found]
     parts += ["## Results", tables.plain_markdown(tables.note(report))]
     parts += [tables.markdown(t, tables.note(report)) for t in shown]

@@ -95,8 +95,8 @@ def _remarks(names, sections, labels):
         return found["policy"] and policy_text(found).removeprefix("Labels: ").removesuffix(".")
 
     def external(found):
-        trained = found["about"]["trained_on"]
-        known = trained and found["about"]["dataset"] and found["about"]["dataset"] not in trained
+        trained, tested = found["about"]["trained_on"], found["about"]["tested_on"]
+        known = trained and tested != [None] and not set(tested) & set(trained)
         return f"external, the model was trained on {', '.join(trained)}" if known else ""
 
     def unknown(found):
@@ -129,9 +129,15 @@ def significant(value, unit=1):
     return Cell(f"{shown:,.{max(0, 2 - floor(log10(abs(shown))))}f}", value)
 
 
+def _by_precision(sections):
+    """Whether the average precision is the primary metric of any."""
+    return any(found["about"]["primary"] == "auprc" for found in sections)
+
+
 def _models(name, part, k):
     """The table of a paper: the models on one test set, and their differences to the first."""
     rows, several = [], len(part["differences"]) > 1
+    precise = _by_precision(part["models"].values())
     for model, found in part["models"].items():
         cost = found["cost"]
         cells = [
@@ -142,6 +148,7 @@ def _models(name, part, k):
         d = part["differences"].get(model, {}).get("mean")
         cells += [signed(d), p_value(d["p"])] if d else [Cell(DASH), Cell(DASH)]
         cells += [p_value(d["p_holm"]) if d else Cell(DASH)] * several
+        cells += [figure(found["mean"]["auprc"], line=True)] * precise
         rows.append(cells)
     names, sections = list(part["models"]), list(part["models"].values())
     labels = [n for n, found in sections[0]["labels"].items() if found["auroc"]["value"] is not None]
@@ -159,7 +166,7 @@ def _models(name, part, k):
     remarks += _remarks(names, sections, labels)
     lacking = _listed((m, ", ".join(found)) for m, found in part["left_out_labels"].items())
     remarks += [f"left out, since not every model has them: {lacking}"] if lacking else []
-    more = ["p (Holm)"] * several
+    more = ["p (Holm)"] * several + ["mean AUPRC (95% CI)"] * precise
     return make("models", _note(sections), rows, remarks, key=f"models-{k}", more=more, name=name, **values)
 
 
@@ -251,8 +258,9 @@ def headline(report):
     said = []
     for model in report["models"]:
         own = [(s, part["models"][model]) for s, part in report["sets"].items() if model in part["models"]]
-        means = ", ".join(f"{figure(found['mean_common']['auroc']).text} on {s}" for s, found in own)
-        said.append(f"{model}: mean AUROC over {common} common labels {means}.")
+        for key in ["auprc"] * _by_precision(found for _, found in own) + ["auroc"]:
+            means = ", ".join(f"{figure(found['mean_common'][key]).text} on {s}" for s, found in own)
+            said.append(f"{model}: mean {tables.METRIC_NAMES[key]} over {common} common labels {means}.")
     for s, part in report["sets"].items():
         for model, d in part["differences"].items():
             p, holm = (_equals(p_value(d["mean"].get(key)).text) for key in ("p", "p_holm"))

@@ -229,7 +229,7 @@ class Evaluation:
         return {
             "checkpoints_sha256": None if None in digests else digests,
             "ema": self.metrics.get("ema"),
-            "tta": False,
+            "tta": bool(self.config.get("TEST", {}).get("TTA")),
             "domain": (self.metrics.get("domain") or {}).get("tested"),
         }
 
@@ -323,10 +323,14 @@ def read_predictions(path):
 # What a report reads of metrics.json, where it is there.
 KINDS = {
     **dict.fromkeys(("training", "software"), dict),
-    **dict.fromkeys(("config", "cohort", "label_mapping", "label_policy", *(m.name for m in METRICS)), dict),
+    **dict.fromkeys(
+        ("config", "cohort", "label_groups", "label_mapping", "label_policy", *(m.name for m in METRICS)), dict
+    ),
     **dict.fromkeys(("images", "skipped", "parameters"), int),
     **dict.fromkeys(("gmacs", "images_per_s"), (int, float)),
-    **dict.fromkeys(("checkpoint", "checkpoint_sha256", "root", "dataset", "backbone", "device"), str),
+    **dict.fromkeys(
+        ("checkpoint", "checkpoint_sha256", "root", "dataset", "primary_metric", "backbone", "device"), str
+    ),
 }
 KINDS_OF_SETTINGS = {"DATA": dict, "MODEL": dict, "TEST": dict, "TRAIN": dict, "SEED": int}
 
@@ -551,7 +555,7 @@ def ensemble(evaluations, folder):
     tables = {TEST: averaged([e.test for e in evaluations])}
     if all(e.validate is not None for e in evaluations):
         tables[VALIDATE] = averaged([e.validate for e in evaluations])
-    keys = ("dataset", "root", "label_mapping", "label_policy", "domain", "cohort")
+    keys = ("dataset", "root", "label_groups", "label_mapping", "label_policy", "primary_metric", "domain", "cohort")
     data, test = first.config.get("DATA"), tables[TEST]
     metrics = {
         "ensemble": [e.given for e in evaluations],

@@ -15,7 +15,8 @@ OFF = "recorded only in a checkpoint of this software"
 # ----------------------------------------------------------------------------------------- record
 def describe_checkpoint(state, path):
     """What metrics.json keeps of a checkpoint's training: {"config", "epoch", ...}; `state` is its content."""
-    kept = ("config", "epoch", "update", "weights", "best_by", "max_accuracy", "max_ema_accuracy", "images_per_update")
+    kept = ("config", "epoch", "update", "weights", "best_by", "max_accuracy", "max_ema_accuracy", "images_per_update",
+            "averaged", "pseudo_labels")  # fmt: skip
     found = {key: state[key] for key in kept if key in state}
     with suppress(OSError):
         found["written"] = datetime.fromtimestamp(Path(path).stat().st_mtime).isoformat(" ", "minutes")
@@ -71,6 +72,7 @@ def _preparation(config):
         f"normalised by mean {aug.get('MEAN')} and deviation {aug.get('STD')}" * ("MEAN" in aug),
         f"DICOM: {d.get('DICOM_RECIPE')}" * ("DICOM_RECIPE" in d),
         f"views: {d.get('VIEWS', 'all')}",
+        "test-time augmentation: the mean probability over shifts and scales" * bool(config.get("TEST", {}).get("TTA")),
     ]
     return [("preprocessing", "; ".join(filter(None, steps)))]
 
@@ -122,7 +124,10 @@ def _training(config, record):
 
 
 def _chosen(config, record, epochs):
-    """Epochs done and the one that was chosen, by which score."""
+    """Epochs done and the one that was chosen, by which score; of a mean of checkpoints what went in."""
+    if averaged := record.get("averaged"):
+        used = ["/".join(Path(m["path"]).parts[-2:]) for m in averaged["members"] if m["used"]]
+        return f"the mean of the weights of {len(used)} checkpoints ({averaged['how']}): {', '.join(used)}"
     done = epochs[-1]["epoch"] if epochs else None
     wanted, by = config.get("TRAIN", {}).get("EPOCHS"), record.get("best_by", "mean_auc")
     ema = record.get("weights") == "model_ema"

@@ -237,13 +237,15 @@ def render(report, pictures, no_pictures):
     largest = max((n for row in report["cooccurrence"]["counts"] for n in row), default=0)
     charts = {"curves": _curve_charts, "reliability": _reliability_charts, "decision": _decision_charts,
               "training": _training_charts}  # fmt: skip
+    primary = report["about"]["primary"]
     charts = {key: drawn_from(report) for key, drawn_from in charts.items()}
     shown = {"calibration": charts["reliability"], "together": True, "errors": report["errors"]} | charts
     return _fill(
         "page.html.j2", **charts, report=report, title=tables.title(report), headline=tables.headline(report),
-        holds=holds(report, pictures), mean=report["mean"]["auroc"], facts=_facts(report), note=tables.note(report),
+        holds=holds(report, pictures), mean=report["mean"][primary], facts=_facts(report), note=tables.note(report),
         sections=tables.sections(report), charts=[key for key, found in shown.items() if found], largest=largest or 1,
-        pictures=pictures, no_pictures=no_pictures, number=tables.number,
+        pictures=pictures, no_pictures=no_pictures, number=tables.number, primary=tables.METRIC_NAMES[primary],
+        least={"auroc": 0.5, "auprc": 0}[primary],
     )  # fmt: skip
 
 

@@ -315,6 +315,42 @@ def operating_points(evaluation, cluster, options):
     return found
 
 
+def by_frequency(evaluation, measured, points):
+    """The labels in the groups of the data (head, medium, tail) by their share of the training images, with the means
+    of each group and of all; None where the data has no such groups. points: the section of operating points.
+
+    A group: "least", the smallest share in it, "labels", "mean" as of all labels, "f1". f1: at the threshold 0.5, and
+    in "chosen" at that of the largest F1 in validation; of a group the means over the labels that have one.
+    """
+    least, test = evaluation.metrics.get("label_groups"), evaluation.test
+    if not least:
+        return None
+    train = evaluation.metrics.get("cohort", {}).get("splits", {}).get("train")
+    if not train:
+        return {"left_out": "the evaluation does not record the train split, by which labels are frequent or rare"}
+    chosen, labels = points.get("f1", {"labels": {}})["labels"], {}
+    for k, name in enumerate(test.label_names):
+        share = train["labels"][name]["positives"] / train["images"]
+        group = next((g for g, low in least.items() if share >= low), list(least)[-1])
+        half = thresholds.apply(0.5, test.probabilities[:, k], test.targets[:, k], measured.cluster)
+        defined = not np.isnan(measured.auprc[k])
+        f1 = {"half": half, "chosen": chosen.get(name, {})}
+        f1 = {key: thresholds.f1(at) if defined and "tp" in at else None for key, at in f1.items()}
+        labels[name] = {"share": share, "group": group, "f1": f1}
+
+    def means(names):
+        k = [i for i, n in enumerate(test.label_names) if n in names and not np.isnan(measured.auprc[i])]
+        f1 = {
+            key: [labels[n]["f1"][key] for n in names if labels[n]["f1"][key] is not None] for key in ("half", "chosen")
+        }
+        return {"mean": measured.mean(np.isin(np.arange(len(test.label_names)), k)),
+                "f1": {key: float(np.mean(values)) if values else None for key, values in f1.items()}}  # fmt: skip
+
+    in_group = {g: [n for n, found in labels.items() if found["group"] == g] for g in least}
+    groups = {g: {"least": least[g], "labels": names, **means(names)} for g, names in in_group.items()}
+    return {"groups": groups, "labels": labels, "all": means(list(labels))}
+
+
 def _fitted_on(targets, cluster, unit):
     """The numbers of a label in the validation split, [N] each."""
     counts = count(targets, cluster, unit)
@@ -486,6 +522,7 @@ def about(evaluation):
         "name": evaluation.name,
         "given": evaluation.given,
         "dataset": dataset,
+        "primary": {"average_precision": "auprc"}.get(m.get("primary_metric"), "auroc"),
         "tested_on": m.get("tested_on", [dataset]),
         "trained_on": m.get("trained_on", []),
         "model": config.get("MODEL", {}).get("NAME") or None,
@@ -541,6 +578,7 @@ def collect(evaluation, options, against=(), seeds=()):
         "groups": by_group(test, cluster, weights, options),
         "thresholds": operating_points(evaluation, cluster, options),
     }  # fmt: skip
+    report["frequency"] = by_frequency(evaluation, measured, report["thresholds"])
     if against:
         check_apart("--against", [evaluation, *against])
         others = [Measured(aligned(test, e.test), cluster, weights) for e in against]

@@ -21,6 +21,7 @@ SPLIT_NAMES = {"train": "train", "validate": "validation", "test": "test"}
 COUNTED = {
     "zeros": "counted as negative", "ones": "counted as positive", "ignore": "left out", "smooth": "left out",
 }  # fmt: skip
+METRIC_NAMES = {"auroc": "AUROC", "auprc": "average precision"}
 DASH = "–"
 
 
@@ -210,6 +211,36 @@ def _by_label(report, kind, section, **values):
     remarks = label_remarks(section["labels"] | {"mean": section["mean"]})
     remarks += _undefined(section["labels"], report["bootstrap"]["resamples"])
     return make(kind, note(report), rows, remarks, more=of_patients, total=1, **values)
+
+
+def _frequency(report):
+    section, rows, order = report["frequency"], [], list(report["frequency"]["groups"])
+
+    def cells(figures, f1):
+        return [
+            figure(figures["auprc"], line=True),
+            figure(figures["auroc"]),
+            *(plain(f1[k]) for k in ("half", "chosen")),
+        ]
+
+    for name, own in sorted(
+        section["labels"].items(), key=lambda item: (order.index(item[1]["group"]), -item[1]["share"])
+    ):
+        figures = cells(report["labels"][name], own["f1"])
+        rows.append([Cell(name, name), Cell(own["group"], own["group"]), share(own["share"]), *figures])
+    totals = {f"mean of {g}": found for g, found in section["groups"].items()} | {"mean of all": section["all"]}
+    for title, found in totals.items():
+        rows.append(
+            [
+                Cell(f"{title} ({found['mean'].get('labels', 0)})"),
+                Cell(""),
+                Cell(""),
+                *cells(found["mean"], found["f1"]),
+            ]
+        )
+    least = [f"{g} from {found['least']:.0%}" for g, found in section["groups"].items()]
+    remarks = label_remarks(report["labels"] | {title: found["mean"]["auprc"] for title, found in totals.items()})
+    return make("frequency", note(report), rows, remarks, total=len(totals), groups=", ".join(least))
 
 
 def _further_metrics(report):
@@ -438,8 +469,13 @@ def sections(report):
     Those without tables and reason are charts of the page alone.
     """
     labels = [_by_label(report, "labels", report), _further_metrics(report), _mapping(report)]
+    frequency = []
+    if by_frequency := report["frequency"]:
+        reason = by_frequency.get("left_out")
+        frequency = [("frequency", "Labels by frequency", [] if reason else [_frequency(report)], reason)]
     found = [
         ("cohort", "Patients and images", [_flow(report), _prevalence(report), *_label_values(report)], None),
+        *frequency,
         ("labels", "Results per label", [t for t in labels if t], None),
         ("curves", "Curves", [], None if report["curves"]["labels"] else NO_CLASSES),
     ]
@@ -539,15 +575,19 @@ def plain_text(table):
 
 
 def headline(report):
-    """The mean AUROC in one sentence."""
-    mean, unit = report["mean"]["auroc"], report["bootstrap"]
+    """The mean of the primary metric in one sentence; of average precision with the mean AUROC and F1 beside it."""
+    primary, unit = report["about"]["primary"], report["bootstrap"]
+    mean = report["mean"][primary]
     if mean["value"] is None:
         return f"No label has both classes among the {unit['images']:,} test images: there is no AUROC."
     units = "" if unit["unit"] == "image" else f" of {unit['units']:,} patients"
-    return (
-        f"Mean AUROC {number(mean['value'])} (95% CI {number(mean['low'])} to {number(mean['high'])}) over "
-        f"{report['mean']['labels']} labels on {unit['images']:,} test images{units}."
-    )
+    between = f"95% CI {number(mean['low'])} to {number(mean['high'])}"
+    said = f"Mean {METRIC_NAMES[primary]} {number(mean['value'])} ({between}) over {report['mean']['labels']} labels"
+    said += f" on {unit['images']:,} test images{units}"
+    if primary == "auprc":
+        f1 = ((report["frequency"] or {}).get("all") or {"f1": {"half": None}})["f1"]["half"]
+        said += f"; mean AUROC {figure(report['mean']['auroc']).text}, mean F1 at 0.5 {number(f1)}"
+    return f"{said}."
 
 
 def title(report):

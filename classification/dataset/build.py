@@ -35,7 +35,11 @@ class Dataset(Protocol):
     `cohort`, see `tables.Table.cohort`, what a report says of all splits; `label_mapping`, see `tables.Table`;
     `patients`, {split: names}, of all splits, by which two sources of one release are compared;
     `sources`, the name of each image's source [N], by which metrics are separated; `uses`, config keys that it uses
-    beside those of every dataset of its task.
+    beside those of every dataset of its task; `population`, whose patients its ids name, where it shares them with
+    another dataset; `primary_metric`, the row of METRICS that heads its report (auc); `label_groups`, {group: smallest
+    share of the training images}, the most frequent labels first; `pseudo_labels`, see `dataset.pseudo_labels`.
+
+    A module may have DEFAULTS, {config key: value} that differ from those of `config.py`.
     """
 
     task: str  # multilabel or single_label
@@ -92,10 +96,13 @@ def _fault(dataset, config):
 
 
 def own_values(config):
-    """{config key: value}: the defaults for X-rays, for `config.get_config`; {} for a module with TASK single_label."""
-    names = {one.DATA.DATASET for one in source_configs(config).values()}
-    tasks = {getattr(builders.find("dataset", name, "DATA.DATASET"), "TASK", "multilabel") for name in names}
-    return {key: knob.xrays for key, knob in KNOBS.items() if knob.xrays is not None and "multilabel" in tasks}
+    """{config key: value}: the defaults for X-rays, for `config.get_config`, none for a module with TASK single_label;
+    and those of the dataset, of several sources of the first."""
+    names = dict.fromkeys(one.DATA.DATASET for one in source_configs(config).values())
+    modules = [builders.find("dataset", name, "DATA.DATASET") for name in names]
+    tasks = {getattr(module, "TASK", "multilabel") for module in modules}
+    own = {key: knob.xrays for key, knob in KNOBS.items() if knob.xrays is not None and "multilabel" in tasks}
+    return own | getattr(modules[0], "DEFAULTS", {})
 
 
 def build_datasets(config, *splits):

@@ -78,7 +78,7 @@ def unlearnable(dataset):
     mapping, texts = getattr(dataset, "label_mapping", {}), []
     for name, target in zip(dataset.label_names, dataset.targets.T):
         positive, negative = int((target == 1).sum()), int((target == 0).sum())
-        if not (positive and negative) and mapping.get(name, {}).get("kind") != "unknown":
+        if len(np.unique(target[~np.isnan(target)])) < 2 and mapping.get(name, {}).get("kind") != "unknown":
             texts.append(
                 f"{name} cannot be learnt: the train split has {positive:,} positives and {negative:,} negatives of "
                 "it; see DATA.UNCERTAIN and DATA.MISSING"

@@ -139,8 +139,8 @@ def _refuse_cxr_lt(path):
         if row.str.fullmatch(r"1\d{7}|.*/p1\d{7}/s5\d{7}/.*").any():  # a subject_id or a path of MIMIC-CXR
             raise UserError(
                 f"{path} is a table of CXR-LT, whose splits are not MIMIC-CXR's: most of its test patients are in "
-                "MIMIC-CXR's train split, so that a model of MIMIC-CXR would be tested on what it has seen. Use the "
-                "official mimic-cxr-* tables, or a split of your own with patients in one split each"
+                "MIMIC-CXR's train split, so that a model of MIMIC-CXR would be tested on what it has seen. Read it by "
+                "--dataset cxr_lt, or use the official mimic-cxr-* tables"
             )
 
 
@@ -251,7 +251,7 @@ def read(folder, csv="", labeler="chexpert", test_labeler="same"):
 class MimicRelease(Release):
     """MIMIC-CXR, which may have a table of the user's own."""
 
-    def folder(self, root, in_zip=False):
+    def folder(self, root, in_zip=False, **_options):
         return find_folder(root, in_zip)
 
     def find_own_csv(self, root, csv=""):

@@ -143,11 +143,14 @@ def _having(place, pattern, columns):
 
 
 class Folder:
-    """The folder of a release: its tables, and the names of its images. also: folders that may hold tables, too."""
+    """The folder of a release: its tables, and the names of its images.
 
-    def __init__(self, root, in_zip=False, also=()):
+    tables: the folder of the tables where that is another; also: further folders that may hold some.
+    """
+
+    def __init__(self, root, in_zip=False, also=(), tables=None):
         self.root, self.store = root, ZipStore(root) if in_zip else FileStore(root)
-        self.searched = (root, *also)
+        self.searched = (tables or root, *also)
         self.places = ", ".join(map(str, self.searched))
 
     def table(self, *patterns, columns=()):
@@ -263,10 +266,14 @@ def use_instead(folder, name):
     return f"; it looks like {' and '.join(others)}: use --dataset {others[0]}" if others else ""
 
 
-def find_root(given, name, signs):
-    """The folder that holds the tables of a release; `given` is it, one above or one below it."""
+def find_root(given, name, signs, of_several="*"):
+    """The folder that holds the tables of a release; `given` is it, one above or one below it.
+
+    of_several: pattern of the folder's name by which one of several is chosen.
+    """
     folder = data_folder(given)
     roots = _roots(folder, signs)
+    roots = [root for root in roots if fnmatch.fnmatchcase(root.name, of_several)] or roots
     if not roots:
         other = use_instead(folder, name)
         for pattern, columns in signs.items() if not other else ():
@@ -381,6 +388,7 @@ class Release:
     uses: further config keys that it uses.
     parts: pattern of the folders in which a download is unpacked; the folder above them is then the root.
     all_images: the options by which `read` leaves out no image, and finds no fault in one that is too many.
+    population, primary_metric, label_groups: see :class:`dataset.tables.Table`.
     """
 
     name: str
@@ -391,6 +399,9 @@ class Release:
     uses: tuple = ()
     all_images: dict = field(default_factory=dict)
     parts: str = ""
+    population: str = ""
+    primary_metric: str = ""
+    label_groups: dict = field(default_factory=dict)
 
     def load_table(
         self,
@@ -428,7 +439,7 @@ class Release:
         Raises:
             UserError: names the file, column or value.
         """
-        folder = self.folder(root, in_zip)
+        folder = self.folder(root, in_zip, **options)
         reading = self.read(folder, **options)
         tables.no_duplicates(reading.image, "image", reading.sources[0])
         label_names, notes = reading.default_labels() if label_names is None else (tuple(label_names), ())
@@ -456,6 +467,9 @@ class Release:
             left_out={reason: n for reason, n in reading.left_out.items() if n},
             notes=(*notes, *_say_mapping(mapped, self.name)),
             label_mapping=mapped,
+            population=self.population,
+            primary_metric=self.primary_metric,
+            label_groups=self.label_groups,
         )
         if views != "all":
             if table.view is None:
@@ -463,8 +477,8 @@ class Release:
             table = tables.select_views(table, views)
         return tables.check_table(table, allow_missing) if checked else table
 
-    def folder(self, root, in_zip=False):
-        """The :class:`Folder` that holds it; root: see :meth:`load_table`."""
+    def folder(self, root, in_zip=False, **_options):
+        """The :class:`Folder` that holds it; root: see :meth:`load_table`; options: of `read`."""
         found = find_root(root, self.name, self.signs)
         return Folder(found.parent if fnmatch.fnmatchcase(found.name, self.parts) else found, in_zip)
 

@@ -41,6 +41,9 @@ class Sources:
         if all(hasattr(part, "labels") for part in datasets):
             self.labels = np.concatenate([part.labels for part in datasets])
         self.label_mapping = _joined_mapping(self.label_names, parts)
+        self.primary_metric, self.label_groups = (
+            getattr(datasets[0], k, "") for k in ("primary_metric", "label_groups")
+        )
         self.cohort = _joined_cohort(parts)
         domains = {kind for part in datasets for kind in getattr(part, "domain", "").split(" and ")}
         self.domain = " and ".join(sorted(domains - {""}))
@@ -119,6 +122,11 @@ def parts_of(dataset, config):
     return {name: (one, parts[name]) for name, one in source_configs(config).items() if name in parts}
 
 
+def population(config, dataset):
+    """The name of those whose ids a dataset has: its `population`, where two releases are of the same patients."""
+    return getattr(dataset, "population", "") or config.DATA.DATASET
+
+
 def check_folders(configs):
     """Raises a UserError for a source whose path is no folder, or that of another one with the same table.
 
@@ -143,11 +151,12 @@ def check_patients(configs, parts):
     """
     for (name, one), (other, two) in itertools.permutations(configs.items(), 2):
         ours, theirs = (getattr(parts[source], "patients", {}) for source in (name, other))
-        for split in ("validate", "test") if ours and theirs and one.DATA.DATASET == two.DATA.DATASET else ():
+        same = population(one, parts[name]) == population(two, parts[other])
+        for split in ("validate", "test") if ours and theirs and same else ():
             if len(shared := np.intersect1d(ours["train"], theirs[split])):
                 raise UserError(
                     f"DATA.SOURCES {name} trains on {len(shared):,} patient(s) that are in the {split} split of "
-                    f"{other}, the same release, such as {shared[0].decode()}: the score would measure memory. Give "
+                    f"{other}, of the same release, such as {shared[0].decode()}: the score would measure memory. Give "
                     "both the same split; if they are different people, give them different ids"
                 )
 

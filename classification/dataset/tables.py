@@ -38,6 +38,7 @@ class Table:
     none; split: index into SPLITS; labels: [N, L] float32 of 1, 0, -1 (uncertain), NaN (not mentioned) and
     :data:`dataset.labels.UNKNOWN`;
     targets: see :meth:`with_targets`; view: text as of :func:`dataset.views.find_views`, None where no table tells it.
+    population, primary_metric, label_groups: see `dataset.build.Dataset`.
     """
 
     root: Path
@@ -56,6 +57,9 @@ class Table:
     notes: tuple = ()  # texts that the summary ends with
     # label -> {"from": its names in the release, "kind": exact, approximate or unknown}; empty: each is itself
     label_mapping: dict = dataclasses.field(default_factory=dict)
+    population: str = ""
+    primary_metric: str = ""
+    label_groups: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self.store = self.store or FileStore(self.root)

@@ -7,6 +7,7 @@ from dataset.files.domain import image_domain
 from dataset.files.images import decode
 from dataset.files.stores import MemoryStore
 from dataset.labels import unlearnable
+from dataset.pseudo_labels import fill_unknown
 
 
 class RadiographDataset:
@@ -19,6 +20,7 @@ class RadiographDataset:
         mode: of that image, RGB (the grey values three times) or L (grey, a third of the work).
         on_memory: read all of them now, see :class:`dataset.files.stores.MemoryStore`.
         uses: keys of the config that it uses beside those of all X-rays.
+        pseudo_labels: the record of :func:`dataset.pseudo_labels.fill_unknown`, None without such labels.
         decoding: how a file becomes grey, the keywords of :func:`dataset.files.images.decode`.
 
     Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
@@ -39,6 +41,7 @@ class RadiographDataset:
         mode="RGB",
         on_memory=False,
         uses=frozenset(),
+        pseudo_labels=None,
         **decoding,
     ):
         if table.targets is None:
@@ -51,7 +54,9 @@ class RadiographDataset:
         self.domain = image_domain(self.store, self.table.path, recipe := decoding.get("recipe", "window"))
         self.label_names, self.targets = table.label_names, self.table.targets
         self.labels, self.cohort, self.patients = self.table.labels, table.cohort, table.patients()
-        self.label_mapping = table.label_mapping
+        self.label_mapping, self.pseudo_labels = table.label_mapping, pseudo_labels
+        self.population, self.primary_metric = table.population, table.primary_metric
+        self.label_groups = table.label_groups
         of_dicom = ("DATA.DICOM_RECIPE", "DATA.DICOM_WINDOW") if f"dicom {recipe}" in self.domain else ()
         self.uses = uses.union(of_dicom)
         self.summary, self.warnings = table.summary(), unlearnable(self) if split == "train" else []
@@ -91,7 +96,9 @@ def build_radiographs(config, table, splits, uses=frozenset()):
 
     d = config.DATA
     table = table.limited(d.LIMIT) if d.LIMIT else table
-    table = table.with_targets(d.UNCERTAIN, d.MISSING)
+    table, pseudo_labels = table.with_targets(d.UNCERTAIN, d.MISSING), None
+    if d.PSEUDO_LABELS and "train" in splits:
+        table, pseudo_labels = fill_unknown(table, d.PSEUDO_LABELS)
     datasets = [
         RadiographDataset(
             table,
@@ -103,6 +110,7 @@ def build_radiographs(config, table, splits, uses=frozenset()):
             window=d.DICOM_WINDOW,
             shrink_to=2 * resized_side(d.IMG_SIZE),  # resizing then has four pixels or more for each of its own
             uses=uses,
+            pseudo_labels=pseudo_labels,
         )
         for split in splits
     ]

@@ -9,10 +9,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from common import distributed
 from common.errors import UserError
+
+# Parts of the image that --tta averages over: left, top and side as parts of its own. No flip: the heart has a side.
+TTA = ((0, 0, 1), (0.05, 0.05, 0.9), (0, 0, 0.95), (0.05, 0, 0.95), (0, 0.05, 0.95), (0.05, 0.05, 0.95))
+
+
+class Augmented(nn.Module):
+    """A model of labels under test-time augmentation: the logits of its mean probability over the parts in TTA."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, *more):
+        """Images [..., 3, S, S], and what else the model takes -> float64 logits [N, L]."""
+        size, found = images.shape[-1], []
+        for left, top, side in TTA:
+            x, y, pixels = round(left * size), round(top * size), round(side * size)
+            part = images[..., y : y + pixels, x : x + pixels]
+            if side < 1:
+                flat = part.reshape(-1, *part.shape[-3:])
+                part = F.interpolate(flat, size=(size, size), mode="bilinear", align_corners=False).view(images.shape)
+            found.append(self.model(part, *more).double())
+        logits = torch.stack(found)
+        # By logarithms, since probabilities of 1 would all be one.
+        return F.logsigmoid(logits).logsumexp(0) - F.logsigmoid(-logits).logsumexp(0)
 
 
 def _fast_dtype(device):

@@ -64,6 +64,15 @@ class _Csv:
             return
 
 
+class _Submission(_Csv):
+    """The file of a CXR-LT challenge: dicom_id, and a column a label."""
+
+    BESIDE = ("path", "error", "study_id", "subject_id", "view")
+
+    def __init__(self, columns):
+        super().__init__([c for c in columns if c not in self.BESIDE])
+
+
 class _Json:
     """An array of objects, each on a line of its own; whole after every batch."""
 
@@ -88,7 +97,7 @@ class _Json:
             yield row, line
 
 
-FORMATS = {"csv": _Csv, "json": _Json}
+FORMATS = {"csv": _Csv, "json": _Json, "cxr-lt": _Submission}
 
 
 class PredictionFile:
@@ -183,7 +192,7 @@ class PredictionFile:
                     "begun); choose another file, or remove this one"
                 )
             row, text = next(rows, ({}, b"")) if state != NO_ROW else ({"path": name}, b"")
-            if row.get("path") != name:  # the row was cut
+            if row.get("path", row and name) != name:  # the row was cut; of a submission it has no path
                 break
             entries.append(entry)
             texts.append(text)

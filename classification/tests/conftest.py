@@ -97,6 +97,7 @@ def run_main(tiny, tree, tmp_path):
         run.status = main.main(argv)
         return tmp_path / out / "tiny" / "default"
 
+    run.cfg = tiny
     return run
 
 

@@ -573,7 +573,7 @@ def test_eval_takes_the_runs_best_and_says_what_changed(finished, run_main, tmp_
 
 
 def test_averaged_weights_are_not_resumed(finished, run_main):
-    with pytest.raises(UserError, match="ema_best_ckpt.pth holds EMA weights"):
+    with pytest.raises(UserError, match="ema_best_ckpt.pth holds averaged weights"):
         run_main("--resume", finished / "out" / "tiny" / "default" / "ema_best_ckpt.pth")
 
 

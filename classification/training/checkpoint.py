@@ -19,6 +19,7 @@ import config as config_module
 from common import builders
 from common.errors import UserError, reason
 from common.files import rename, sha256
+from dataset.patients import seen_by
 
 LAST = "last_ckpt.pth"  # after every epoch, or where a signal stopped the run
 PREVIOUS = "last_ckpt.previous.pth"
@@ -256,13 +257,13 @@ def load_strictly(module, weights, path):
     module.load_state_dict(weights)
 
 
-def check_labels(state, path, label_names):
-    """Raise a UserError unless `state` is one of our checkpoints, of these labels."""
+def check_labels(state, path, label_names, others="the data has"):
+    """Raise a UserError unless `state` is one of our checkpoints, of these labels, those of `others`."""
     if not isinstance(state, dict) or "model" not in state or "label_names" not in state:
         raise UserError(f"{path} is not a checkpoint of this project; load foreign weights with --pretrained")
     if list(state["label_names"]) != list(label_names):
         raise UserError(
-            f"{path} was trained on the labels {', '.join(state['label_names'])}; the data has {', '.join(label_names)}"
+            f"{path} was trained on the labels {', '.join(state['label_names'])}; {others} {', '.join(label_names)}"
         )
 
 
@@ -282,7 +283,8 @@ def load_weights(model, state, path, label_names, ema=False):
 # What the model sees of an image; trained with another value, its scores are lower.
 SEEN = ("DATA.IMG_SIZE", "DATA.RESIZE", "DATA.INTERPOLATION", "AUG.MEAN", "AUG.STD", "TEST.CROP")
 # What it learns; changed within a run, its epochs cannot be compared.
-LEARNT = (*SEEN, "DATA.UNCERTAIN", "DATA.MISSING", "DATA.VIEWS", "DATA.LABELER", "DATA.SAMPLER", "TRAIN.LOSS")
+LEARNT = (*SEEN, "DATA.UNCERTAIN", "DATA.MISSING", "DATA.VIEWS", "DATA.LABELER", "DATA.SAMPLER",
+          "DATA.PSEUDO_LABELS", "TRAIN.LOSS")  # fmt: skip
 
 
 def log_differences(state, path, config, log, but=(), warned=()):
@@ -334,8 +336,8 @@ def load_pretrained(model, path, log):
     """Start from the weights of a published checkpoint (InternImage's own, the Hugging Face copy, timm's).
 
     A classifier of another size is left as initialised, and so is a part of the model of which the file has nothing.
-    Returns {loaded, replaced, missing, unexpected}, lists of keys as files have them, and logs them; the `patients` it
-    was trained on, see `dataset.patients`, {} where the file does not say; and the file's `sha256`.
+    Returns {loaded, replaced, missing, unexpected}, lists of keys as files have them, and logs them; `patients` and
+    `trained` of `dataset.patients.seen_by`; and the file's `sha256`.
 
     Raises:
         UserError: the file is of another architecture.
@@ -352,8 +354,8 @@ def load_pretrained(model, path, log):
     log.info(f"pretrained weights from {path}: {len(found['loaded'])} of {len(ours)} keys loaded, all but these")
     for what in ("replaced", "missing", "unexpected"):
         log.info(f"  {what}: {', '.join(found[what]) or 'none'}")
-    known = content.get("patients")
-    return found | {"patients": known if isinstance(known, dict) else {}, "sha256": sha256}
+    known, trained = seen_by(content)
+    return found | {"patients": known, "trained": trained, "sha256": sha256}
 
 
 def match_weights(theirs, ours, classifier, path):

@@ -22,6 +22,7 @@ from training.lr_scheduler import Schedule, build_schedule
 from training.state import Best, Loss, Moments, Origin, Position, RandomNumbers, Rate, Scaler, Weights, collect, restore
 from training.step import Step, build_step
 from training.tasks import TASKS, Task
+from training.teachers import check_teachers
 
 
 @dataclass
@@ -103,13 +104,16 @@ def build_run(config, world, folder, log, stop):
     train_loader.while_waiting = val_loader.while_waiting = stop.while_waiting
     sampler, task = train_loader.batch_sampler, TASKS[train_set.task]
     data = {"train": fingerprint(train_set, sampler), "validate": fingerprint(val_set)}
-    patients = together(patients_of(train_set, config), patients_of(val_set, config))
+    pseudo_labels, seen, learnt = check_teachers(train_set, config)
+    trained = together(patients_of(train_set, config), learnt)
+    patients = together(trained, seen, patients_of(val_set, config))
     # 2. A checkpoint before the model, which then needs no foreign weights.
     found = find_checkpoint(config, folder, log)
     model = build_model(config)
     log_without_effect(log, config, train_set, model, world.device)
     if found is None:
-        patients = together(patients, start_weights(config, model, log))
+        start = start_weights(config, model, log)
+        patients, trained = together(patients, start["patients"]), together(trained, start["trained"])
     # 3. The step, over the parameters as they lie on the device.
     limit_threads(config, world)
     criterion = task.build_criterion(config, train_set.targets, sampler.expected, world.device)
@@ -124,7 +128,16 @@ def build_run(config, world, folder, log, stop):
         for key, name in (("max_accuracy", checkpoint.BEST), ("max_ema_accuracy", checkpoint.EMA_BEST))
     )
     parts = [
-        Origin(config, train_set.label_names, data, getattr(train_set, "domain", ""), log, patients),
+        Origin(
+            config,
+            train_set.label_names,
+            data,
+            getattr(train_set, "domain", ""),
+            log,
+            patients,
+            trained,
+            pseudo_labels,
+        ),
         Weights(model, step.ema, log),
         Loss(criterion, log),
         Moments(step.optimizer, log),
@@ -172,14 +185,17 @@ def find_checkpoint(config, folder, log):
 
 
 def start_weights(config, model, log):
-    """Load MODEL.PRETRAINED, or what the backbone fetches, and log where the weights come from; returns `patients`."""
+    """Load MODEL.PRETRAINED, or what the backbone fetches, and log where the weights come from.
+
+    Returns what `checkpoint.load_pretrained` does; without such weights empty `patients` and `trained`.
+    """
     if path := pretrained_file(config):
-        return checkpoint.load_pretrained(model, path, log)["patients"]
+        return checkpoint.load_pretrained(model, path, log)
     log.warning(
         "weights: random, since no --pretrained is given. Training from random weights takes many times as long and "
         "scores less; python download_weights.py --help names the published files"
     )
-    return {}
+    return {"patients": {}, "trained": {}}
 
 
 def _log_start(run):

@@ -17,7 +17,7 @@ from analysis.metrics import Metric
 from common import distributed
 from common.errors import UserError
 from dataset.files.domain import domain_warning
-from dataset.patients import together
+from dataset.patients import seen_by, together
 from training import checkpoint
 
 
@@ -125,7 +125,7 @@ class Weights:
 
     def restore(self, state, path):
         if state["weights"] != "model":
-            raise UserError(f"{path} holds EMA weights: evaluate them or start from them (--pretrained)")
+            raise UserError(f"{path} holds averaged weights: evaluate them or start from them (--pretrained)")
         checkpoint.load_strictly(self.model, state["model"], path)
         if self.ema is not None:
             if state["model_ema"] is None:
@@ -292,8 +292,9 @@ class Best:
 class Origin:
     """What a checkpoint tells of its training: labels, images, patients, config.
 
-    data: fingerprints of the training and the validation images. patients: see `dataset.patients`; a pretrained file
-    may add some.
+    data: fingerprints of the training and the validation images. patients: on whom it was trained or chosen, trained:
+    on whom it was trained, see `dataset.patients`; a pretrained file, and what gave labels, add theirs. pseudo_labels:
+    of each source what gave some of its labels, see `dataset.pseudo_labels`.
     """
 
     config: object
@@ -302,6 +303,8 @@ class Origin:
     domain: str
     log: object
     patients: dict = field(default_factory=dict)
+    trained: dict = field(default_factory=dict)
+    pseudo_labels: dict = field(default_factory=dict)
 
     def saved(self):
         return {
@@ -309,12 +312,15 @@ class Origin:
             "data": self.data,
             "domain": self.domain,
             "patients": self.patients,
+            "trained": self.trained,
+            "pseudo_labels": self.pseudo_labels,
             "config": config_module.to_dict(self.config),
         }
 
     def restore(self, state, path):
         checkpoint.check_labels(state, path, self.label_names)
-        self.patients = together(self.patients, state.get("patients", {}))
+        known, trained = seen_by(state)
+        self.patients, self.trained = together(self.patients, known), together(self.trained, trained)
         if warning := domain_warning(state.get("domain"), self.domain):
             self.log.warning(warning)
         checkpoint.log_differences(state, path, self.config, self.log, warned=checkpoint.LEARNT)

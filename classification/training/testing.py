@@ -12,14 +12,15 @@ from common.errors import UserError
 from dataset.build import build_datasets, build_loader
 from dataset.files.domain import domain_warning
 from dataset.patients import refuse_known
+from dataset.sources import parts_of, population
 from dataset.tables import EmptySplit
 from models import build_model
 from models.cost import count_gmacs
-from models.inference import autocast, device_name
+from models.inference import TTA, Augmented, autocast, device_name
 from training import checkpoint
 from training.tasks import TASKS
 
-OF_EVALUATION = ("CFG", "EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA")
+OF_EVALUATION = ("CFG", "EVAL_MODE", "MODEL.RESUME", "MODEL.PRETRAINED", "RESULTS", "TEST.EMA", "TEST.TTA")
 
 
 @dataclass
@@ -96,7 +97,12 @@ def test_split(tested, split, config, world, log):
     amp, _ = autocast(config, world.device)
     loader = build_loader(config, split, train=False, world=world, log=log)
     sources = getattr(split, "sources", None)
-    return TASKS[split.task].test(tested.model, loader, world, amp, label_names=split.label_names, sources=sources)
+    model = Augmented(tested.model) if _augments(config, split) else tested.model
+    return TASKS[split.task].test(model, loader, world, amp, label_names=split.label_names, sources=sources)
+
+
+def _augments(config, dataset):
+    return config.TEST.TTA and dataset.task == "multilabel"
 
 
 def describe(tested, dataset, config, world, *, seconds, found, warnings):
@@ -104,18 +110,19 @@ def describe(tested, dataset, config, world, *, seconds, found, warnings):
     metrics = {k: v for k, v in found.items() if k not in ("logits", "probabilities", "targets", "rows")}
     processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
     _, dtype = autocast(config, world.device)
+    views = len(TTA) if _augments(config, dataset) else 1
     about = {
         "dataset": config_module.data_name(config),
         "root": str(getattr(dataset, "root", config.DATA.DATA_PATH)),
-        "tested_on": sorted({one.DATA.DATASET for one in config_module.source_configs(config).values()}),
+        "tested_on": sorted({population(*source) for source in parts_of(dataset, config).values()}),
         "trained_on": sorted(tested.origin.get("patients", {})),
         "checkpoint": str(tested.path),
         "checkpoint_sha256": tested.sha256,
-        # None: the file holds the EMA alone, so --ema of predict.py changes nothing.
-        "ema": None if tested.origin.get("weights") == "model_ema" else config.TEST.EMA,
+        # None: the file holds averaged weights alone, so --ema of predict.py changes nothing.
+        "ema": None if tested.origin.get("weights") in ("model_ema", "average") else config.TEST.EMA,
         "backbone": config_module.backbone_name(config),
         "parameters": sum(p.numel() for p in tested.model.parameters()),
-        "gmacs": round(count_gmacs(tested.model, config.DATA.IMG_SIZE), 3),
+        "gmacs": round(count_gmacs(tested.model, config.DATA.IMG_SIZE) * views, 3),
         "images_per_s": round(metrics["images"] / seconds, 1),
         "device": f"{processors}, {dtype}, batch {config.DATA.BATCH_SIZE}",
         "domain": {"trained": tested.origin.get("domain", ""), "tested": getattr(dataset, "domain", "")},
@@ -129,4 +136,6 @@ def describe(tested, dataset, config, world, *, seconds, found, warnings):
         about["label_policy"] = {"uncertain": config.DATA.UNCERTAIN, "missing": config.DATA.MISSING}
         about["label_mapping"] = getattr(dataset, "label_mapping", {})
         about["cohort"] = getattr(dataset, "cohort", {})
+        own = {key: getattr(dataset, key, None) for key in ("primary_metric", "label_groups")}
+        about |= {key: value for key, value in own.items() if value}
     return about | metrics

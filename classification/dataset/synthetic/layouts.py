@@ -1,5 +1,5 @@
 """The paths of the images of a release, and its tables: the plan of `dataset.synthetic` in the forms of
-MIMIC-CXR, CheXpert, NIH ChestX-ray14, PadChest, VinDr-CXR and BRAX.
+MIMIC-CXR, CXR-LT, CheXpert, NIH ChestX-ray14, PadChest, VinDr-CXR and BRAX.
 
 A layout is a function of the rows of the plan, one an image (see `dataset.synthetic.tree.image_rows`), and returns
 
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from dataset.cxr_lt import TASKS
 from dataset.labels import LABELS
 
 
@@ -111,6 +112,54 @@ def chexpert(rows, _form):
         "valid.csv": table[rows["split"] == "validate"],
         "groundtruth.csv": test[["Study", *CHEXPERT_LABELS]],
     }
+
+
+# ---------------------------------------------------------------------------------------------------------- CXR-LT
+# Label that MIMIC-CXR's tables do not have -> of which images: (those with all of these labels, one in so many).
+CXR_LT_SIGNS = {
+    "Clavicle Fracture": (("Fracture",), 4), "Fibrosis": (("Pleural Other",), 3), "Granuloma": (("Lung Lesion",), 12),
+    "Hydropneumothorax": (("Pneumothorax", "Pleural Effusion"), 1), "Infiltration": (("Lung Opacity",), 3),
+    "Lobar Atelectasis": (("Atelectasis",), 6), "Mass": (("Lung Lesion",), 2), "Nodule": (("Lung Lesion",), 3),
+    "Normal": (("No Finding",), 1), "Pleural Thickening": (("Pleural Other",), 2), "Rib Fracture": (("Fracture",), 2),
+    "Tortuous Aorta": (("Enlarged Cardiomediastinum",), 3),
+    "Tuberculosis": (("Lung Lesion", "Consolidation", "Pleural Effusion"), 1),
+}  # fmt: skip
+
+
+def cxr_lt(rows, form):
+    """Images as in MIMIC-CXR; the tables of 2023 and 2024 beside them, with splits of their own, a leading s in
+    study_id, 4% blank views, and 0 for what is not 1. Some rare labels have no positives."""
+    rows, _ = mimic(rows, form)
+    people = sorted(set(rows["subject_id"]), key=lambda subject: _hex(16, "cxr-lt", subject))
+    place = rows["subject_id"].map({subject: k / len(people) for k, subject in enumerate(people)})
+    blank = rows["image_seed"] % 25 == 0
+    codes = {"PA": "postero-anterior", "AP": "antero-posterior", "LATERAL": "lateral"}
+    head = pd.DataFrame(
+        {
+            **rows[["dicom_id", "subject_id"]],
+            "study_id": "s" + rows["study_id"].astype(str),
+            "ViewPosition": rows["view"].where(~blank, ""),
+            "ViewCodeSequence_CodeMeaning": rows["view"].map(codes).where(~blank, ""),
+            "fpath": rows["file"].str.replace(".dcm", ".jpg"),
+        }
+    )
+
+    def value(name):
+        shown, one_in = CXR_LT_SIGNS.get(name, ((name,), 1))
+        known = [rows[label].eq(1) if label in rows else pd.Series(False, rows.index) for label in shown]
+        chosen = rows["study_seed"].map(lambda seed: int(_hex(8, name, seed), 16) % one_in == 0)
+        return (np.logical_and.reduce(known) & chosen).astype(int)
+
+    splits = {"train": place >= 0.3, "development": place < 0.12, "test": (place >= 0.12) & (place < 0.3)}
+    found = {}
+    for task, names in TASKS.items():
+        year, _, number = task.partition("-")
+        values = {name: value("Normal" if name == "No Finding" else name) for name in names}
+        table = head.assign(**values)
+        for split, chosen in splits.items():
+            ending = f"_labeled{f'_task{number}' if split != 'train' else ''}" if number else ""
+            found.setdefault(f"cxr-lt-{year}/{split}{ending}.csv", table[chosen])  # one train table for both tasks
+    return rows, found
 
 
 # ------------------------------------------------------------------------------------------------ NIH ChestX-ray14
@@ -291,6 +340,7 @@ LAYOUTS = {
     "chexpert": Layout(
         chexpert, ("train", "valid", "test", "train.csv", "valid.csv", "groundtruth.csv"), ("jpg",), "chexpert"
     ),
+    "cxr_lt": Layout(cxr_lt, ("files", "cxr-lt-202[34]"), ("jpg", "dicom"), "cxr_lt"),
     "nih": Layout(nih, ("images_*", "Data_Entry_2017_v2020.csv", "*_list.txt"), ("png",), "nih"),
     "padchest": Layout(padchest, ("[0-9]", "[0-9][0-9]", PADCHEST_TABLE), ("png",), "padchest"),
     "vindr": Layout(vindr, ("train", "test", "annotations"), ("dicom",), "vindr"),

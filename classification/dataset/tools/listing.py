@@ -112,14 +112,19 @@ def _is_table(name):
 
 def _of_table(table):
     from dataset import tables  # pandas takes longer to import than ten images to predict
+    from dataset.cxr_lt import find_images
 
-    frame = tables.read_csv(table, ("path",))
+    frame, folder = tables.read_csv(table, ()), table.parent
+    if "fpath" in frame and "path" not in frame:  # of CXR-LT, whose images lie elsewhere
+        frame, folder = frame.rename(columns={"fpath": "path"}), find_images(folder)
+        frame["study_id"] = frame["study_id"].str.removeprefix("s")
+    tables.need_columns(frame, ("path",), table)
     frame["path"] = tables.names(frame, "path", table)
     if "ViewPosition" in frame and "view" not in frame:
         frame["view"] = find_views(frame)
     columns = [c for c in IDS if c in frame]
     return [
-        Listed(row["path"], table.parent / row["path"], {c: row[c].strip() for c in columns if row[c].strip()})
+        Listed(row["path"], folder / row["path"], {c: row[c].strip() for c in columns if row[c].strip()})
         for row in frame[["path", *columns]].to_dict("records")
     ]
 
