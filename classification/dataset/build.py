@@ -108,7 +108,8 @@ def own_values(config):
 def build_datasets(config, *splits):
     """One :class:`Dataset` for each of `splits`, over the same tables; of several sources (DATA.SOURCES) their union.
 
-    A source without one of the splits is left out of it with a warning, but for the first, which all must have.
+    A source without one of the splits is left out of it with a warning, but for the first, which all must have. One
+    with DATA.PSEUDO_LABELS has the labels of the first, where DATA.LABELS names none.
 
     Raises:
         UserError: no such dataset, faulty data, a dataset that is not complete, or another number of labels than the
@@ -119,6 +120,9 @@ def build_datasets(config, *splits):
     configs, built, warnings = source_configs(config), {}, []
     check_folders(configs)
     for name, one in configs.items():
+        if built and one.DATA.PSEUDO_LABELS and not one.DATA.LABELS:
+            one.defrost()
+            one.DATA.LABELS = list(next(iter(built.values()))[0].label_names)
         try:
             built[name], missing = _build_source(one, splits)
         except UserError as error:

@@ -14,6 +14,7 @@ import pandas as pd
 from common.errors import UserError
 from common.files import sha256
 from dataset import tables
+from dataset.labels import LABELS
 from dataset.tables import SPLITS
 
 KEY = "DATA.PSEUDO_LABELS"
@@ -50,6 +51,10 @@ def _teachers(path):
         ) from error
 
 
+def _unknown(table, name):
+    return table.label_mapping[name]["kind"] == "unknown"
+
+
 def fill_unknown(table, path):
     """(the table with the targets of train that are unknown filled by probabilities, a record of it).
 
@@ -69,6 +74,8 @@ def fill_unknown(table, path):
         raise UserError(f"{KEY} {path} has none of the labels {', '.join(table.label_names)} (it has: "
                         f"{', '.join(frame.columns)})")  # fmt: skip
     train = np.flatnonzero(table.split == SPLITS.index("train"))
+    if absent := [n for n in table.label_names if n not in frame and n not in LABELS and _unknown(table, n)]:
+        raise UserError(f"{KEY} {path}: neither it nor the data has the label {absent[0]!r}")
     rows = _rows(frame, table.path[train], path)
     if (rows < 0).all():
         raise UserError(

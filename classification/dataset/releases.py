@@ -62,17 +62,17 @@ def _any_of(values):
     return found
 
 
-def map_labels(reading, mapping, label_names, approximate_labels, release):
+def map_labels(reading, mapping, label_names, approximate_labels, release, foreign=False):
     """(labels [N, L] float32, {label: {"from": names, "kind": exact, approximate or unknown}}).
 
     Raises:
-        UserError: a label that neither the 14 of CheXpert nor the release has.
+        UserError: a label that neither the 14 of CheXpert nor the release has; not with `foreign`: it is unknown then.
     """
     own = {name: exact(name) for name in reading.names}
     values, mapped = np.full((len(reading.image), len(label_names)), UNKNOWN, np.float32), {}
     for k, label in enumerate(label_names):
         source = mapping.get(label) or own.get(label)
-        if source is None and label not in LABELS:
+        if source is None and label not in LABELS and not foreign:
             known = [*reading.names, *LABELS]
             there = f"; its labels: {', '.join(reading.names)}" if len(reading.names) < 40 else ""
             raise UserError(
@@ -408,6 +408,7 @@ class Release:
         root,
         *,
         label_names=None,
+        foreign_labels=False,
         approximate_labels=True,
         no_finding_clears=False,
         views="all",
@@ -424,6 +425,7 @@ class Release:
         Args:
             root: the folder of the release, the one above it, or one in it.
             label_names: the labels, of the 14 of CheXpert (None: those, or a table's own) or of the release's own.
+            foreign_labels: other labels are allowed, and unknown.
             approximate_labels: False: what is mapped approximately is unknown.
             no_finding_clears: where No Finding is 1, a blank label is 0, but for Support Devices.
             views: all, or a key of :data:`dataset.views.VIEWS`.
@@ -443,7 +445,7 @@ class Release:
         reading = self.read(folder, **options)
         tables.no_duplicates(reading.image, "image", reading.sources[0])
         label_names, notes = reading.default_labels() if label_names is None else (tuple(label_names), ())
-        labels, mapped = map_labels(reading, self.mapping, label_names, approximate_labels, self.name)
+        labels, mapped = map_labels(reading, self.mapping, label_names, approximate_labels, self.name, foreign_labels)
         if no_finding_clears and "No Finding" in reading.names:
             tables.clear_findings(labels, label_names, reading.finding("No Finding") == 1)
         split, note = _split(reading, split_seed, "DATA.SPLIT_SEED" in self.uses)
@@ -509,6 +511,7 @@ class Release:
         table = self.load_table(
             d.DATA_PATH,
             label_names=tuple(d.LABELS) or None,
+            foreign_labels=bool(d.PSEUDO_LABELS),
             approximate_labels=d.APPROXIMATE_LABELS,
             no_finding_clears=d.NO_FINDING_CLEARS,
             views=d.VIEWS,

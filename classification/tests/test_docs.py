@@ -104,7 +104,9 @@ def commands(path):
 
 def parse(words):
     """Parse the arguments of one command as the program does; False for what is none of the project's programs."""
-    programs = {"main.py", "predict.py", "export.py", "report.py", "prepare_mimic.py", "download_weights.py"}
+    programs = {"main.py", "predict.py", "average.py", "export.py", "report.py", "prepare_mimic.py"} | {
+        "download_weights.py"
+    }
     program = next((word for word in words if word in programs), None)
     after = words[words.index(program) + 1 :] if program else []
     script = next((k for k, word in enumerate(words) if word.endswith(".sbatch")), None)
