@@ -458,8 +458,8 @@ def aligned(first, other):
 
 
 # -------------------------------------------------------------------------------------- ensembles
-NO_MATTER = ("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.IMG_ON_MEMORY", "DATA.ZIP_MODE",
-             "MODEL.NAME", "MODEL.RESUME", "TRAIN.AUTO_RESUME")  # fmt: skip
+NO_MATTER = ("DATA.DATA_PATH", "DATA.IMAGES", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.IMG_ON_MEMORY",
+             "DATA.ZIP_MODE", "MODEL.NAME", "MODEL.RESUME", "TRAIN.AUTO_RESUME")  # fmt: skip
 
 
 def learned_by(config, prefix=""):

@@ -582,6 +582,7 @@ def headline(report):
         return f"No label has both classes among the {unit['images']:,} test images: there is no AUROC."
     units = "" if unit["unit"] == "image" else f" of {unit['units']:,} patients"
     between = f"95% CI {number(mean['low'])} to {number(mean['high'])}"
+    between = mean.get("left_out", between)  # why there is none
     said = f"Mean {METRIC_NAMES[primary]} {number(mean['value'])} ({between}) over {report['mean']['labels']} labels"
     said += f" on {unit['images']:,} test images{units}"
     if primary == "auprc":

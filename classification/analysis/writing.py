@@ -107,8 +107,11 @@ def _patients_tables(evaluation):
     """patients.csv.gz of MIMIC-IV and, for the studies' dates, metadata.csv.gz of MIMIC-CXR, if they are beside the
     evaluation's images and know its patients."""
     data = evaluation.config.get("DATA", {})
-    root = "" if data.get("SOURCES") else data.get("DATA_PATH")  # several sources: its ids are those of one
-    folders = [Path(root).expanduser(), Path(root).expanduser().parent] if root else []
+    # Of several sources none: its ids are those of one.
+    roots = [] if data.get("SOURCES") else filter(None, (data.get("DATA_PATH"), evaluation.metrics.get("root")))
+    folders = dict.fromkeys(
+        folder for root in map(Path, roots) for folder in (root.expanduser(), root.expanduser().parent)
+    )
     found = []
     for pattern in ("patients.csv*", "mimic-cxr-*-metadata.csv*"):
         for path in (path for folder in folders for path in sorted(folder.glob(pattern))):

@@ -36,13 +36,12 @@ LEVELS = 4  # folders, that of the tables and those above it, in or beside which
 
 def _holding(place, in_zip):
     """Those of a folder and the folders in it that hold `files/` with images; JPGs are preferred to DICOM."""
-    inside = list(islice(place.glob("*"), MOST_FOLDERS))
-    images = "files/p1*/p1*/s5*/*"
-    for sign in ("*.zip",) if in_zip else (images + ".jpg", images):
-        found = [one for one in (place, *inside, *place.glob("mimic-cxr*/*")) if next(one.glob(sign), None)]
-        if found:
-            return found[:1] if found[0] == place else found
-    return []
+    endings = {}
+    for one in (place, *islice(place.glob("*"), MOST_FOLDERS), *place.glob("mimic-cxr*/*")):
+        some = one.glob("*.zip") if in_zip else (p for study in one.glob("files/p1*/p1*/s5*") for p in study.glob("*"))
+        endings[one] = {path.suffix for path in islice(some, 10)}
+    found = [one for one, kinds in endings.items() if ".jpg" in kinds] or [one for one in endings if endings[one]]
+    return [place] if place in found else found
 
 
 def find_images(folder, named="", in_zip=False):
@@ -105,9 +104,7 @@ def read(folder, task="", images=""):
         for (split, frame), of_split in zip(frames.items(), values):
             if (bad := ~np.isin(of_split, (0, 1))).any():
                 text, row = frame[name][bad].iloc[0], tables.first_row(bad) + 1
-                raise UserError(
-                    f"{files[split]}: label {name!r} is {text!r} in data row {row}; CXR-LT has 0 and 1 alone"
-                )
+                raise UserError(f"{files[split]}: label {name!r} is {text!r} in data row {row}; expected 1 or 0")
         return np.concatenate(values)
 
     return Reading(
@@ -121,6 +118,7 @@ def read(folder, task="", images=""):
         finding=finding,
         names=tuple(dict.fromkeys((*TASKS[task], *NORMAL))),
         split=whole["split"].to_numpy(str),
+        notes=(f"CXR-LT {task}, images in {folder.root}",),
         default_labels=lambda: (TASKS[task], ()),
     )
 

@@ -352,6 +352,7 @@ class Reading:
     split: names of SPLITS [N]; None: the release has no splits.
     lacks_test: what is not there, so that the validation split is tested; else empty.
     lacks_view: why there are no views, for whom asks for one.
+    notes: texts for the summary.
     default_labels: () -> (the labels of a model where DATA.LABELS names none, notes for the summary).
     """
 
@@ -368,6 +369,7 @@ class Reading:
     lacks_test: str = ""
     lacks_view: str = "the release does not tell the views of its images"
     left_out: dict = field(default_factory=dict)
+    notes: tuple = ()
     default_labels: Callable = lambda: (LABELS, ())
 
 
@@ -449,7 +451,7 @@ class Release:
         if no_finding_clears and "No Finding" in reading.names:
             tables.clear_findings(labels, label_names, reading.finding("No Finding") == 1)
         split, note = _split(reading, split_seed, "DATA.SPLIT_SEED" in self.uses)
-        notes = [*notes, note] if note else [*notes]
+        notes = [*reading.notes, *notes, *filter(None, [note])]
         if reading.lacks_test and testing:
             split[split == SPLITS.index("validate")] = SPLITS.index("test")
             notes.append(f"the test split is the release's validation split: {reading.lacks_test} is not there")

@@ -190,9 +190,8 @@ def save_torch(model, size, path, *, metadata):
 
 
 # Options with names of folders and files of the machine, or of the run.
-_PRIVATE = (
-    "DATA.DATA_PATH DATA.SOURCES DATA.CSV DATA.PSEUDO_LABELS MODEL.PRETRAINED MODEL.RESUME OUTPUT RESULTS TAG".split()
-)
+_PRIVATE = ["DATA.DATA_PATH", "DATA.SOURCES", "DATA.CSV", "DATA.IMAGES", "DATA.PSEUDO_LABELS"]
+_PRIVATE += "MODEL.PRETRAINED MODEL.RESUME OUTPUT RESULTS TAG".split()
 
 
 def save_weights(weights, config, label_names, path, *, domain):
