@@ -92,6 +92,7 @@ def read(folder, task="", images=""):
     for split, path in files.items():
         frame = tables.read_csv(path, ("dicom_id", "subject_id", "study_id", "ViewPosition", *TASKS[task]))
         frame = frame.rename(columns={"path": "fpath"} if "fpath" not in frame else {})
+        tables.need_columns(frame, ("fpath",), path)
         frame["fpath"] = tables.names(frame, "fpath", path)
         frame["subject_id"] = tables.integer_ids(frame, "subject_id", path).astype(str)
         frame["dicom_id"] = tables.names(frame, "dicom_id", path)
