@@ -100,7 +100,7 @@ def test_a_module_outside_the_package_is_found_by_its_name(outside, run_main, tm
         ("torch.from_numpy(", "1 - torch.from_numpy(", "gives item 0 the target"),
         ("return len(self.targets)", "return 0", "has no images"),
         ("for split in splits]", "for split in splits[:1]]", "must return a list of 2"),
-        ("def build", "def built", "DATA.DATASET is 'squares'; choose one of brax, chexpert, imagenet, mimic_cxr"),
+        ("def build", "def built", "DATA.DATASET is 'squares'; choose one of brax, chexpert, cxr_lt, imagenet"),
         ("import numpy", "import no_such_package, numpy", "squares cannot be imported: No module named 'no_such_pack"),
     ],
 )  # fmt: skip
@@ -113,7 +113,9 @@ def test_what_a_dataset_lacks_is_one_clear_error(outside, run_main, old, new, me
 
 @pytest.mark.parametrize("name", ["mimic-cxr", "mimic_cxr_", "", "../mimic_cxr", "json", "a.b.c", "mimic_cxr."])
 def test_a_name_that_is_no_dataset(run_main, name):
-    with pytest.raises(UserError, match="DATA.DATASET is .*; choose one of brax, chexpert, imagenet, mimic_cxr"):
+    with pytest.raises(
+        UserError, match="DATA.DATASET is .*; choose one of brax, chexpert, cxr_lt, imagenet, mimic_cxr"
+    ):
         run_main(DATA__DATASET=name)
 
 
