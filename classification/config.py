@@ -47,6 +47,10 @@ def off_or_at_least(least):
     return rule(lambda value: value == 0 or value >= least, f"it must be 0 (off), or at least {least}")
 
 
+def multiple_of(number):
+    return rule(lambda value: value > 0 and value % number == 0, f"it must be a multiple of {number}")
+
+
 fraction = rule(lambda value: 0 <= value < 1, "it must be at least 0 and below 1")
 odd = rule(lambda value: value >= 1 and value % 2, "it must be odd: 1, 3, 5, ...")
 area_range = rule(lambda value: 0 < value[0] <= value[1] <= 1, "it must be [smallest, largest] area within 0 to 1")
@@ -140,6 +144,8 @@ class Knob:
 XRAYS, PHOTOS = {"task": "multilabel"}, {"task": "single_label"}
 INTERN_IMAGE, TIMM = {"MODEL.TYPE": "intern_image"}, {"MODEL.TYPE": "timm"}
 MODEL, DATA, GPU = {"model": True}, {"data": True}, {"device": "cuda"}
+STUDIES = {"DATA.UNIT": "study"}
+ATTENDED = {("MODEL.HEAD", "MODEL.FUSION"): one_of("label_attention", "attention")}
 STEP = {"TRAIN.LR_SCHEDULER.NAME": "step"}
 ERASING = {"AUG.REPROB": above(0)}
 SGD, ADAMW = {"TRAIN.OPTIMIZER.NAME": "sgd"}, {"TRAIN.OPTIMIZER.NAME": "adamw"}
@@ -165,6 +171,10 @@ KNOBS = {
                           takes_effect=DATA),
     "DATA.TEST_LABELER": Knob("same", "(new) labels of the test split: those, or mimic-cxr-*-test-set-labeled.csv",
                               one_of("same", "radiologist"), takes_effect=DATA),
+    "DATA.UNIT": Knob("image", "(new) what is one question with one answer: an image, or a study with all its images",
+                      one_of("image", "study"), takes_effect=XRAYS),
+    "DATA.MAX_VIEWS": Knob(4, "(new) images of a study at most; of more, training samples anew each epoch, evaluation "
+                           "takes one of each view first", at_least(1), takes_effect=STUDIES),
     "DATA.VIEWS": Knob("all", "(new) which views; if the view is blank, the texts of the metadata decide",
                        one_of("all", "frontal", "AP", "PA", "lateral"), takes_effect=XRAYS),
     "DATA.LABELS": Knob([], "(new) label columns, also those that only this release has; empty: the 14 of CheXpert",
@@ -203,7 +213,8 @@ KNOBS = {
                           flag="--zip"),
     "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node",
                                takes_effect=XRAYS),
-    "DATA.BATCH_SIZE": Knob(128, "images per GPU and forward pass", at_least(1), flag="--batch-size"),
+    "DATA.BATCH_SIZE": Knob(128, "images, or studies by DATA.UNIT, per GPU and forward pass", at_least(1),
+                            flag="--batch-size"),
     "DATA.IMG_SIZE": Knob(224, "side of the model's input in pixels; timm: the backbone's own unless set",
                           between(32, 4096)),
     "DATA.INTERPOLATION": Knob("bicubic", "how images are resized", one_of("bicubic", "bilinear")),
@@ -218,6 +229,15 @@ KNOBS = {
     "MODEL.PRETRAINED": Knob("", "weights to start from, such as a published checkpoint", flag="--pretrained"),
     "MODEL.RESUME": Knob("", "checkpoint of this project to continue from, or to evaluate", flag="--resume"),
     "MODEL.NUM_CLASSES": Knob(1000, "labels, or classes", at_least(1)),
+    "MODEL.HEAD": Knob("pool", "(new) from the last feature maps to logits: as the backbone does (pool), or by a query "
+                       "per label that attends to them (label_attention)", one_of("pool", "label_attention")),
+    "MODEL.HEAD_WIDTH": Knob(256, "(new) channels of label_attention and of MODEL.FUSION attention", multiple_of(32),
+                             takes_effect=ATTENDED),
+    "MODEL.FUSION": Knob("mean", "(new) how the images of a study become one answer: mean or largest of their logits, "
+                         "or a transformer over their feature maps and views, and a query per label (attention)",
+                         one_of("mean", "max", "attention"), takes_effect=STUDIES),
+    "MODEL.FUSION_LAYERS": Knob(2, "(new) layers of that transformer", at_least(1),
+                                takes_effect={"MODEL.FUSION": "attention"}),
     "MODEL.DROP_RATE": Knob(0.0, "dropout", fraction, takes_effect=MODEL),
     "MODEL.DROP_PATH_RATE": Knob(0.1, "stochastic depth of the last block, linear from 0", fraction,
                                  takes_effect=MODEL),
@@ -299,6 +319,8 @@ KNOBS = {
     "TRAIN.LR_LAYER_DECAY": Knob(False, "smaller rates for earlier blocks", takes_effect=MODEL),
     "TRAIN.LR_LAYER_DECAY_RATIO": Knob(0.875, "factor from one block to the one before", above(0, most=1),
                                        takes_effect={"TRAIN.LR_LAYER_DECAY": True}),
+    "TRAIN.BACKBONE_LR_SCALE": Knob(1.0, "(new) factor on the rate of the backbone, behind which label_attention or "
+                                    "MODEL.FUSION attention comes", above(0), takes_effect=MODEL),
     "TRAIN.EMA.ENABLE": Knob(False, "keep, validate and save an exponential moving average of the weights"),
     "TRAIN.EMA.DECAY": Knob(0.9998, "of the EMA, per update", fraction, takes_effect={"TRAIN.EMA.ENABLE": True}),
     "TRAIN.EMA.WARMUP": Knob(False, "(new) DECAY rises from 0 with the updates, as in timm: for short runs",
@@ -701,6 +723,11 @@ def data_name(config):
 def to_dict(config):
     """The config as plain dictionaries, for JSON and checkpoints."""
     return {k: to_dict(v) if isinstance(v, CN) else v for k, v in config.items()}
+
+
+def units(unit):
+    """The plural of a DATA.UNIT, or of patient."""
+    return {"image": "images", "study": "studies", "patient": "patients"}[unit]
 
 
 def backbone_name(config):

@@ -137,6 +137,11 @@ def export(args):
     if target.suffix != (ending := ENDINGS.get(args.format, target.suffix)):
         raise UserError(f"--output {target}: a file of --format {args.format} must end in {ending}; name it so")
     model = trained.load(args.checkpoint, ema=args.ema)
+    if model.config.DATA.UNIT == "study" and args.format != "weights":
+        raise UserError(
+            f"{args.checkpoint} is a model of studies (DATA.UNIT study); a file of --format {args.format} takes images "
+            "one by one: export the model of images, or share the weights with --format weights"
+        )
     size, network = model.config.DATA.IMG_SIZE, Probabilities(model.model)
     images, metadata = _images(model, args.images), _metadata(model, args)
     try:

@@ -29,6 +29,7 @@ from analysis.writing import write_report
 from common import distributed, logger
 from common.errors import UserError, run_command
 from common.files import reserved, write_whole
+from common.studies import images_of, size
 from dataset.build import build_datasets, build_loader, worker_count
 from dataset.build import own_values as data_values
 from models import own_values
@@ -78,7 +79,7 @@ def train(config, world, folder, log):
 def train_epoch(run, stop):
     """The updates of an epoch that are left; at their end, and where training is asked to stop, a checkpoint."""
     position, config, batches = run.position, run.config, run.batches()
-    first, sums = position.update, run.position.sums
+    first, sums, unit = position.update, run.position.sums, config_module.units(config.DATA.UNIT)
     started, seconds_before = time.time(), sums.seconds
     line_at, waited_before, checked = started, sums.waited, first  # of the last line of the log
     run.step.train()
@@ -95,7 +96,7 @@ def train_epoch(run, stop):
                 raise
             break
         now = time.time()
-        sums.add(loss, norm, position.images_per_update)
+        sums.add(loss, norm)
         sums.seconds = seconds_before + now - started
         position.update = update + 1
         if run.to_compile:
@@ -111,7 +112,7 @@ def train_epoch(run, stop):
             line_at, waited_before = now, sums.waited
             run.log.info(
                 f"epoch {position.epoch + 1}/{config.TRAIN.EPOCHS} update {position.update}/{position.updates} loss "
-                f"{sums.loss.item() / sums.updates:.4f} lr {lr:.3e} norm {norm.item():.3f} {speed:.1f} images/s, "
+                f"{sums.loss.item() / sums.updates:.4f} lr {lr:.3e} norm {norm.item():.3f} {speed:.1f} {unit}/s, "
                 f"{waited:.0%} waiting for data, peak memory {peak_memory(run.world.device):.2f} GB"
             )
         if stopped_by:
@@ -143,7 +144,8 @@ def finish_epoch(run):
         record["ema"]["best"] = run.ema_best.value
     waited = distributed.gather(sums.waited, run.world)
     record["skipped"] = sum(distributed.gather(sums.skipped, run.world))
-    record |= {"seconds": round(sums.seconds, 1), "images_per_s": round(sums.images / sums.seconds, 1)}
+    images = sum(distributed.gather(sums.images, run.world))
+    record |= {"seconds": round(sums.seconds, 1), "images_per_s": round(images / sums.seconds, 1)}
     # The others wait, for its gradients, for the one that waits longest.
     record |= {"waited": round(max(waited) / sums.seconds, 3)}
     record |= {"peak_memory_gb": round(max(distributed.gather(peak_memory(run.world.device), run.world)), 2)}
@@ -208,18 +210,18 @@ def evaluate(config, world, folder, log):
     warnings = testing.warnings_of(tested, dataset, config)
     for text in warnings:
         log.warning(text)
-    target = new_evaluation(config.RESULTS) if world.is_main else None
+    target, unit = new_evaluation(config.RESULTS) if world.is_main else None, config_module.units(config.DATA.UNIT)
     tested.model.to(world.device)
     limit_threads(config, world)
 
     # Before an hour of work whose results find no room.
     with reserved(target, testing.expected_bytes(dataset, held_out)) if target else contextlib.nullcontext():
-        log.info(f"evaluating {tested.path} on {len(dataset):,} test images")
+        log.info(f"evaluating {tested.path} on {len(dataset):,} test {unit}")
         started = time.time()
         predicted = {TEST: (dataset, testing.test_split(tested, dataset, config, world, log))}
         seconds = time.time() - started
         if held_out is not None:
-            log.info(f"thresholds and calibration: {len(held_out):,} validation images")
+            log.info(f"thresholds and calibration: {len(held_out):,} validation {unit}")
             predicted[VALIDATE] = held_out, testing.test_split(tested, held_out, config, world, log)
     if not world.is_main:
         return None
@@ -228,7 +230,7 @@ def evaluate(config, world, folder, log):
     write_evaluation(target, metrics, predicted, tested.path.parent / "metrics.jsonl")
     log.info("test split\n" + task.table(metrics))
     if metrics["skipped"]:
-        log.warning(f"{metrics['skipped']} of {len(dataset):,} test images could not be read and do not count")
+        log.warning(f"{metrics['skipped']} of {len(dataset):,} test {unit} could not be read and do not count")
     log.info(f"results in {target}")
     if task.report and config.TEST.REPORT:
         log.info(write_report(read_evaluation(target), Options(), target)["headline"])
@@ -247,11 +249,13 @@ def measure_throughput(config, world, log):
     step = throughput.RandomStep(config, world.device)
     product = throughput.Product(world.device, step.step.dtype)
     seconds, of_product = throughput.step_seconds({"step": step, "product": product}, rounds=10).values()
-    rate, matrices = len(step.images) / sum(seconds), product.rate(*of_product)
+    images = len(images_of(step.images))
+    rate, matrices = images / sum(seconds), product.rate(*of_product)
+    batch = images if images == size(step.images) else f"{size(step.images)} studies, {images} images"
     parts = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in zip(throughput.PARTS, seconds))
     log.info(
-        f"training step: {rate:.1f} images/s (batch {len(step.images)}, {step.step.dtype}, {world.device}), "
-        f"ms: {parts}; peak memory {peak_memory(world.device):.2f} GB\n{step.gmacs:.3f} GMACs an image: "
+        f"training step: {rate:.1f} images/s (batch {batch}, {step.step.dtype}, {world.device}), ms: {parts}; "
+        f"peak memory {peak_memory(world.device):.2f} GB\n{step.gmacs:.3f} GMACs an image: "
         f"{throughput.share_of(matrices, step.gmacs, rate):.0%} of the rate of matrix products, "
         f"{matrices / 1e12:.3f} TFLOP/s on {device_name(world.device)}"
     )
@@ -262,11 +266,12 @@ def measure_throughput(config, world, log):
         if batches < 1:
             log.warning(f"{len(loader)} batches of images are too few to measure loading by")
             return
-        fed, waited = throughput.fed_rate(step, loader, batches, warm_up)
-        total = timedelta(seconds=round(config.TRAIN.EPOCHS * len(dataset) / (fed * world.size)))
+        unit = config_module.units(config.DATA.UNIT)
+        fed, items, waited = throughput.fed_rate(step, loader, batches, warm_up)
+        total = timedelta(seconds=round(config.TRAIN.EPOCHS * len(dataset) / (items * world.size)))
         log.info(
             f"fed by the loader: {fed:.1f} images/s, {fed / rate:.0%} of that; {waited:.0%} waiting for data\n"
-            f"TRAIN.EPOCHS {config.TRAIN.EPOCHS} of {len(dataset):,} images: about {total} (hours:minutes:seconds)"
+            f"TRAIN.EPOCHS {config.TRAIN.EPOCHS} of {len(dataset):,} {unit}: about {total} (hours:minutes:seconds)"
         )
 
 

@@ -4,9 +4,10 @@
     python predict.py best_ckpt.pth FOLDER 'more/**/*.png' table.csv --output predictions.csv
     python predict.py a.pth b.pth FOLDER --output predictions.csv --tta      # the mean of several models
     python predict.py best_ckpt.pth image.dcm --output prediction.csv --explain overlays --labels Edema
+    python predict.py best_ckpt.pth FOLDER --output studies.csv --by study   # a row per study, all its images at once
 
-The checkpoint alone says model, labels, size and preprocessing. Each image is a row, written as soon as it is
-predicted; the same command resumes where it was stopped, and predicts images again that have changed. An image that
+The checkpoint alone says model, labels, size and preprocessing. Each image, or study, is a row, written as soon as it
+is predicted; the same command resumes where it was stopped, and predicts images again that have changed. An image that
 cannot be read is a row with its error, and exit status 1 at the end. DICOM without an image (reports, presentation
 states, videos) is counted, not predicted. The table holds the ids of patient, study and image that a DICOM or its path
 has, unless --no-ids is given.
@@ -14,9 +15,11 @@ Read `predict` first.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -29,12 +32,15 @@ import dcnv3
 from analysis import applied
 from common.errors import UserError, did_you_mean, run_command
 from common.folders import check_tmpdir
-from config import Parser
+from common.studies import Studies, images_of, join, view_numbers, with_images
+from config import Parser, units
 from dataset.files.contents import NO_IMAGE, NOT_CHEST, find_content, read_header
 from dataset.files.domain import domain_warning
 from dataset.files.images import ImageError
+from dataset.studies import preferred_order
 from dataset.tools.listing import IDS, count_kinds, identify, list_images
 from dataset.views import VIEWS
+from models.attention import Pooled
 from models.inference import TTA, Augmented, autocast
 from predicting import explain, trained
 from predicting.prediction_file import ERROR, FORMATS, ROW, PredictionFile
@@ -64,7 +70,8 @@ def parse_args(argv):
     add("--dicom-recipe", choices=["window", "mimic_jpg"], help="how DICOM becomes grayscale (that of the training)")
     add("--only-chest", action="store_true", help="an image that is no chest radiograph by its header is an error")
     add("--no-ids", action="store_true", help="without ids of patient, study and image; `path` is a number")
-    add("--explain", metavar="DIR", help="an overlay of each image and label: Grad-CAM over the X-ray")
+    add("--by", choices=["image", "study"], help="what a row is (as the model was trained, DATA.UNIT)")
+    add("--explain", metavar="DIR", help="overlays of each image and label: Grad-CAM, or the label's attention")
     add("--sampling-points", action="store_true", help="with --explain: also where DCNv3 looked, from coarse to fine")
     add("--labels", nargs="+", metavar="LABEL", help="with --explain: these labels only")
     add("--device", help="cuda, cuda:1, cpu (a GPU where there is one)")
@@ -116,7 +123,8 @@ def _models(args, device):
             one, two = set(models[0].label_names), set(other.label_names)
             differ = ", ".join(sorted(one ^ two)) or "another order"
             raise UserError(f"{other.path} has other labels than {models[0].path}: {differ}; predict with each alone")
-    return models, paths
+    # A model of images answers for a study by the mean of its logits.
+    return [m if m.config.DATA.UNIT == "study" else replace(m, model=Pooled(m.model, "mean")) for m in models], paths
 
 
 def _explained(args, models, paths):
@@ -148,18 +156,58 @@ def _explained(args, models, paths):
 
 
 # ----------------------------------------------------------------------------------------- images
-class _Images(torch.utils.data.Dataset):
-    """Items: ids and content of an image with its uint8 tensor [1, S, S] for each model, or with its error."""
+def _grouped(images, by):
+    """Lists of images, of each of which the table has a row."""
+    if by == "image":
+        return [[listed] for listed in images]
+    studies, alone = {}, 0
+    for k, listed in enumerate(images):
+        ids = identify(listed, b"")
+        if not ids["study_id"]:  # a DICOM has it in its header
+            with contextlib.suppress(ImageError):
+                ids = identify(listed, listed.read())
+        alone += not ids["study_id"]
+        studies.setdefault((ids["subject_id"], ids["study_id"]) if ids["study_id"] else k, []).append(listed)
+    unknown = f"; {alone:,} images have no study_id, so each is one" if alone else ""
+    print(f"{len(images):,} images of {len(studies):,} studies, by subject_id and study_id{unknown}")
+    return list(studies.values())
 
-    def __init__(self, images, readers, only_chest):
-        self.images, self.readers, self.only_chest = images, readers, only_chest
+
+class _Images(torch.utils.data.Dataset):
+    """Items: ids and content of a row, the `images` that it is made of (Listed), their `facts`, and `batches`: for each
+    model Studies of one, uint8; or without these its error.
+
+    groups: lists of images; most: images of a study at most.
+    """
+
+    def __init__(self, groups, readers, only_chest, most):
+        self.groups, self.readers, self.only_chest, self.most = groups, readers, only_chest, most
 
     def __len__(self):
-        return len(self.images)
+        return len(self.groups)
 
     def __getitem__(self, index):
-        listed = self.images[index]
-        item = {"error": "", "dicom": False, "content": "", "row": True, **dict.fromkeys(IDS, "")}
+        found = [self._read(listed) for listed in self.groups[index]]
+        good = [one for one in found if "tensors" in one]
+        good = [good[k] for k in self._preferred([one["view"] for one in good])]
+        chosen = good or [one for one in found if one["row"]][:1] or found[:1]
+        images, tensors = ([one.pop(key, ()) for one in chosen] for key in ("listed", "tensors"))
+        item = {**chosen[0], "images": images, "facts": chosen if good else []}
+        for name in ("dicom_id", "view"):
+            item[name] = ";".join(one[name] for one in chosen)
+        item["content"] = ", ".join(dict.fromkeys(one["content"] for one in chosen if one["content"]))
+        item["left_out"] = [one["error"] for one in found if one["error"]] if good else []
+        if good:
+            view, rows = torch.from_numpy(view_numbers([one["view"] for one in good])), torch.arange(len(good))[None]
+            item["batches"] = [Studies(torch.stack(of_model), view, rows) for of_model in zip(*tensors)]
+        return item
+
+    def _preferred(self, views):
+        return preferred_order(view_numbers(views), np.zeros(len(views), int))[: self.most] if views else []
+
+    def _read(self, listed):
+        """An image by itself: its ids and content, and `tensors`, uint8 [1, S, S] for each model, or its error."""
+        item = {"error": "", "dicom": False, "content": "", "row": True, "listed": listed, **dict.fromkeys(IDS, "")}
         try:
             data = listed.read()
             item |= identify(listed, data)
@@ -171,19 +219,14 @@ class _Images(torch.utils.data.Dataset):
                     return item
                 if kind == NOT_CHEST and self.only_chest:
                     raise ImageError(f"{listed.path}: {NOT_CHEST} ({item['content']}); predict it without --only-chest")
-            item["images"] = [read(data, listed.path) for read in self.readers]
+            item["tensors"] = [read(data, listed.path) for read in self.readers]
         except ImageError as error:
             item["error"] = " ".join(str(error).split())
         return item
 
 
-def _loader(images, models, batches, workers, only_chest):
-    return DataLoader(
-        _Images(images, [model.reader() for model in models], only_chest),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=list,
-    )
+def _loader(items, batches, workers):
+    return DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list)
 
 
 class _Notes:
@@ -193,25 +236,28 @@ class _Notes:
         self.model, self.counts = model, Counter()
 
     def look(self, item):
-        config = self.model.config
-        domain = f"dicom {config.DATA.DICOM_RECIPE}" if item["dicom"] else "pictures"
-        if text := domain_warning(self.model.domain, domain):
-            self.counts[text.replace("DATA.DICOM_RECIPE", "--dicom-recipe")] += 1
-        views = VIEWS.get(config.DATA.VIEWS)
-        if views and item["view"] and item["view"] not in views:
-            self.counts[
-                f"the model was trained on DATA.VIEWS {config.DATA.VIEWS}, these images are of the view {item['view']}"
-            ] += 1
+        data = self.model.config.DATA
+        for error in item["left_out"]:
+            self.counts[f"left out of its study, whose other images answer: {error}"] += 1
+        for image in item["facts"]:
+            domain = f"dicom {data.DICOM_RECIPE}" if image["dicom"] else "pictures"
+            if text := domain_warning(self.model.domain, domain):
+                self.counts[text.replace("DATA.DICOM_RECIPE", "--dicom-recipe")] += 1
+            view, views = image["view"], VIEWS.get(data.VIEWS)
+            if views and view and view not in views:
+                text = f"the model was trained on DATA.VIEWS {data.VIEWS}, these images are of the view {view}"
+                self.counts[text] += 1
 
 
 # ------------------------------------------------------------------------------------ probability
 @torch.no_grad()
-def probabilities(model, images, tta=False):
-    """uint8 [N, 1, S, S] -> float64 [N, L], as evaluation has them; with tta their mean over TTA."""
+def probabilities(model, batch, tta=False):
+    """uint8 [N, 1, S, S], or Studies of such images -> float64 [N, L], as evaluation has them; with tta their mean over
+    TTA."""
     device = next(model.model.parameters()).device
-    network = Augmented(model.model) if tta else model.model
+    network, batch = Augmented(model.model) if tta else model.model, batch.to(device)
     with autocast(model.config, device)[0]():
-        logits = network(model.normalize(images.to(device)))
+        logits = network(with_images(batch, model.normalize(images_of(batch))))
     result = torch.sigmoid(logits.cpu().double()).numpy()
     if not np.isfinite(result).all():
         raise UserError(f"{model.path}: the model's outputs are not finite; its weights are broken")
@@ -220,7 +266,7 @@ def probabilities(model, images, tta=False):
 
 # ------------------------------------------------------------------------------------------- main
 def predict(args):
-    """Predict, and write the table; returns (the images, those with an error)."""
+    """Predict, and write the table; returns (how many rows it has, how many with an error, what they are)."""
     device = _device(args.device)
     models, paths = _models(args, device)
     names, first = models[0].label_names, models[0]
@@ -254,13 +300,18 @@ def predict(args):
     for note in fitted_notes:
         print(f"note: {note}")
     left_out = Counter()
-    images = list_images(paths, left_out)
-    shown = [str(k + 1) if args.no_ids else image.path for k, image in enumerate(images)]
+    by = args.by or first.config.DATA.UNIT
+    if args.format == "cxr-lt" and by == "study":
+        raise UserError("--format cxr-lt has a row per image; add --by image, by which each is a study of its own")
+    groups = _grouped(list_images(paths, left_out), by)
+    paths = [";".join(image.path for image in group) for group in groups]
+    shown = [str(k + 1) if args.no_ids else path for k, path in enumerate(paths)]
 
     command = {
         "checkpoints": [model.digest for model in models],
         **{k: getattr(args, k) for k in COMMAND},
         "rule": rule,
+        "by": by if by == "study" else None,
         "explain": [args.explain, [names[k] for k in labels], args.sampling_points] if args.explain else None,
     }
     about = {
@@ -276,30 +327,32 @@ def predict(args):
     columns = ["path", "error", *ids, *names, *(f"{name}_positive" for name in names if args.thresholds)]
     if repeated := [name for k, name in enumerate(columns) if name in columns[:k]]:
         raise UserError(f"{first.path}: the label {repeated[0]!r} has the name of another column of the table")
-    stamps = [image.stamp() for image in images]
+    stamps = [
+        group[0].stamp() if by == "image" else [path, [image.stamp() for image in group]]
+        for path, group in zip(paths, groups)
+    ]
     table = PredictionFile(
         args.output, columns, list(zip(shown, stamps)), command=command, about=about, batch=batch, form=args.format
     )
-    waiting = sum(map(len, table.todo))
-    if waiting < len(images):
-        done = len(images) - waiting
-        print(f"{done:,} of {len(images):,} images are done already, {table.changed:,} have changed since")
+    waiting, count, unit = sum(map(len, table.todo)), len(groups), units(by)
+    if waiting < count:
+        print(f"{count - waiting:,} of {count:,} {unit} are done already, {table.changed:,} have changed since")
 
-    notes = _Notes(first)
-    with tqdm(total=len(images), initial=len(images) - waiting, unit="image", disable=not sys.stderr.isatty()) as bar:
-        loader = _loader(images, models, table.todo, workers, args.only_chest)
-        for numbers, items in zip(table.todo, loader):
-            good = [k for k, item in enumerate(items) if "images" in item]
+    notes, most = _Notes(first), first.config.DATA.MAX_VIEWS if first.config.DATA.UNIT == "study" else None
+    content = _Images(groups, [model.reader() for model in models], args.only_chest, most)
+    with tqdm(total=count, initial=count - waiting, unit=by, disable=not sys.stderr.isatty()) as bar:
+        for numbers, items in zip(table.todo, _loader(content, table.todo, workers)):
+            good = [k for k, item in enumerate(items) if "batches" in item]
             found = np.full((len(items), len(names)), np.nan)
             if good:
-                tensors = [torch.stack([items[k]["images"][m] for k in good]) for m in range(len(models))]
-                found[good] = np.mean([probabilities(m, t, args.tta) for m, t in zip(models, tensors)], 0)
+                batches = [join([items[k]["batches"][m] for k in good]) for m in range(len(models))]
+                found[good] = np.mean([probabilities(m, b, args.tta) for m, b in zip(models, batches)], 0)
             for k in good:
                 notes.look(items[k])
-            for number, item in zip(numbers, items):
+            for item in items:
                 if args.format == "cxr-lt":
-                    item["dicom_id"] = item["dicom_id"] or images[number].file.stem
-            rows = _rows([(shown[k], images[k]) for k in numbers], items, found, names, adjust, cuts)
+                    item["dicom_id"] = item["dicom_id"] or item["images"][0].file.stem
+            rows = _rows([(shown[k], groups[k]) for k in numbers], items, found, names, adjust, cuts)
             contents = [item["content"] for item in items]
             table.add(numbers.start, list(zip(rows, contents)))
             bar.update(len(rows))
@@ -308,7 +361,8 @@ def predict(args):
         from predicting import overlays  # matplotlib takes longer to import than sixty images to predict
 
         finished["overlay_scale"] = overlays.draw_overlays(
-            args.explain, first, images, table.read(), labels, cuts=about["thresholds"],
+            args.explain, first, lambda k: ((item := content[k])["images"], item["batches"][0]), table.read(), labels,
+            cuts=about["thresholds"],
             calibrated=bool(args.calibrated), points=args.sampling_points, no_ids=args.no_ids,
             areas=overlays.read_areas(args.thresholds or args.calibrated, first.digest),
         )  # fmt: skip
@@ -322,7 +376,7 @@ def predict(args):
             print(f"note, {sum(count.values()):,} file(s), {kinds}: {count_kinds(count)}")
     if left_out:
         print(f"note, {sum(left_out.values()):,} file(s) left out, not of an image format: {count_kinds(left_out)}")
-    return finished["images"], finished["errors"]
+    return finished["images"], finished["errors"], unit
 
 
 def _on_one_scale(cuts, names, adjust):
@@ -336,13 +390,13 @@ def _on_one_scale(cuts, names, adjust):
 def _rows(images, items, found, names, adjust, cuts):
     """Rows of the table for a batch, None for what is no image.
 
-    images: of each (what the table has as its path, the `Listed`); found: probabilities [N, L], NaN where none.
+    images: of each (what the table has as its path, its list of `Listed`); found: probabilities [N, L], NaN where none.
     """
     adjusted = adjust(found) if adjust else found
     rows = []
-    for k, (item, (shown, listed)) in enumerate(zip(items, images)):
+    for k, (item, (shown, group)) in enumerate(zip(items, images)):
         error = item["error"]
-        if shown != listed.path:  # --no-ids
+        for listed in group if shown != ";".join(image.path for image in group) else ():  # --no-ids
             error = error.replace(str(listed.file), shown).replace(listed.path, shown)
         row = {"path": shown, "error": error, **{name: item[name] for name in IDS}}
         for j, name in enumerate(names):
@@ -357,11 +411,11 @@ def _rows(images, items, found, names, adjust, cuts):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        count, errors = predict(args)
+        count, errors, unit = predict(args)
     except KeyboardInterrupt:
         print("stopped; the same command resumes here", file=sys.stderr)
         sys.exit(130)
-    print(f"{count:,} images, {errors:,} of them could not be read: {args.output}")
+    print(f"{count:,} {unit}, {errors:,} of them could not be read: {args.output}")
     if errors:
         sys.exit(1)
     return 0

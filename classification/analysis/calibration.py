@@ -12,6 +12,7 @@ Both are fitted on the validation split and act on z = logit(probability) of a l
 import numpy as np
 
 from analysis.statistics import FEW, interval, wilson
+from config import units
 
 BINS = 15  # of equal width, for the ECE
 POINTS = 10  # of equal numbers of images, for the reliability curve
@@ -131,7 +132,7 @@ def _fault_of_slope(probabilities, targets, cluster, platt, counts, unit):
         return "one class only in the validation split"
     if smallest < FEW:
         which = "positive" if counts[0] == smallest else "negative"
-        return f"{smallest} {which} {unit}s in the validation split, at least {FEW} are needed"
+        return f"{smallest} {which} {units(unit)} in the validation split, at least {FEW} are needed"
     if platt is None:
         return "a threshold separates the classes of the validation split"
     known = ~np.isnan(targets)

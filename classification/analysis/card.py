@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from analysis import tables
+from config import units
 
 
 def _lines(pairs):
@@ -16,7 +17,8 @@ def _weak(report):
         if "left_out" in label:
             yield f"{name} has no result: {label['left_out']}."
         elif "warning" in label:
-            yield f"{name} rests on {label['positives']:,} positive images: {label['warning']}."
+            rows = units(report["bootstrap"]["row"])
+            yield f"{name} rests on {label['positives']:,} positive {rows}: {label['warning']}."
         elif low is not None and low <= 0.5:
             yield f"{name} cannot be distinguished from chance: the interval of its AUROC reaches {low:.3f}."
 
@@ -57,8 +59,9 @@ def model_card(report):
         "Labels are those of the label file, not a reading of the images for this purpose.",
         "Research software, not a medical device.",
     ]
-    if b["unit"] == "image":
-        limits.append("Patients are unknown: images were treated as independent, and the intervals may be too narrow.")
+    if b["unit"] != "patient":
+        rows = units(b["row"])
+        limits.append(f"Patients are unknown: {rows} were treated as independent, and the intervals may be too narrow.")
     limits += [f"Not judged by {n}: {s['left_out']}." for n, s in report["groups"].items() if "left_out" in s]
     parts += ["## Limits", "\n".join(f"- {line}" for line in limits)]
     return "\n\n".join(parts) + "\n"

@@ -5,6 +5,7 @@ from math import floor, log10
 
 from analysis import tables
 from analysis.tables import DASH, Cell, count, figure, make, p_value, policy_text, signed, unit_text
+from config import units
 
 APPROXIMATE = "†"
 PRINTED = ("overview", "models", "labels")  # sections that the terminal shows; the page has all
@@ -89,7 +90,8 @@ def _remarks(names, sections, labels):
 
     def without_patients(found):
         drawn = found["bootstrap"]
-        return "no subject_id: images were drawn, too narrow where a patient has several" * (drawn["unit"] == "image")
+        text = f"no subject_id: {units(drawn['row'])} were drawn, too narrow where a patient has several"
+        return text * (drawn["unit"] != "patient")
 
     def policy(found):
         return found["policy"] and policy_text(found).removeprefix("Labels: ").removesuffix(".")
@@ -154,7 +156,8 @@ def _models(name, part, k):
     labels = [n for n, found in sections[0]["labels"].items() if found["auroc"]["value"] is not None]
     values = {
         "images": part["images"], "count": len(labels), "labels": _marked(labels, sections) or "none has both classes",
-        "first": part["first"], "unit": sections[0]["bootstrap"]["unit"],
+        "first": part["first"], "units": units(sections[0]["bootstrap"]["unit"]),
+        "row": sections[0]["bootstrap"]["row"],
         "adjusted": ", then adjusted by Holm over the models" * several,
     }  # fmt: skip
     speeds = [(m, f["cost"]["device"] or "device not recorded") for m, f in part["models"].items()
@@ -306,7 +309,7 @@ def facts(report):
     for s, part in report["sets"].items():
         drawn = next(iter(part["models"].values()))["bootstrap"]
         patients = f" of {drawn['units']:,} patients" if drawn["unit"] == "patient" else ""
-        rows.append((s, f"{part['images']:,} test images{patients}"))
+        rows.append((s, f"{part['images']:,} test {units(drawn['row'])}{patients}"))
     for m, found in report["models"].items():
         rows.append((m, ", ".join([*found["given"], *filter(None, [found["checkpoint"]])])))
     rows.append(("Common labels", _marked(report["common_labels"], [c[2] for c in columns(report)]) or "none"))

@@ -8,7 +8,8 @@ predictions.csv             the test split, one row an image: ids (dicom_id, stu
                             `<label>_probability`, `<label>_logit` (what images are ranked by: probabilities of
                             logits above 18 are all 1; tables of other programs need not have it) and, where the data
                             has it, `<label>_label` (as in the label file: 1, 0, -1 or empty), by which other policies
-                            can be tried
+                            can be tried. With DATA.UNIT study one row a study: study_id, subject_id, `images`, the
+                            dicom_ids that were read, `views`, theirs, and `path`, of the first one
 predictions_validate.csv    the validation split by the same checkpoint
 metrics.jsonl               the training run's epochs
 """
@@ -24,7 +25,7 @@ import pandas as pd
 from analysis.metrics import METRICS, label_metrics
 from common.errors import UserError
 from common.files import write_whole
-from config import KNOBS
+from config import KNOBS, units
 from dataset.tables import need_columns, read_csv
 
 TEST, VALIDATE = "predictions.csv", "predictions_validate.csv"
@@ -118,21 +119,29 @@ class Predictions:
         return {name: None if values is None else change(values) for name, values in arrays.items()}
 
     @property
+    def row(self):
+        """What a row is: an image, or a study with the column `images`."""
+        return "study" if "images" in self.ids else "image"
+
+    @property
     def unit(self):
-        """What the bootstrap draws: patients where they are known, else images."""
-        return "patient" if "subject_id" in self.ids else "image"
+        """What the bootstrap draws: patients where they are known, else rows."""
+        return "patient" if "subject_id" in self.ids else self.row
 
     @property
     def clusters(self):
         """(number of each row's patient [N], number of patients); without patients each row is its own."""
-        if self.unit == "image":
+        if self.unit != "patient":
             return np.arange(len(self)), len(self)
         codes, patients = pd.factorize(self.ids["subject_id"], sort=True)
         return codes, len(patients)
 
     @property
     def image_ids(self):
-        """What names each image: dicom_id, else path; without either its place in the table."""
+        """What names each row: dicom_id, else path; without either its place in the table. Of a study its patient's id
+        and its own."""
+        if self.row == "study":
+            return self.ids[[c for c in ("subject_id", "study_id") if c in self.ids]].agg("/".join, axis=1)
         for column in IMAGE_IDS:
             if column in self.ids:
                 return self.ids[column]
@@ -314,7 +323,7 @@ def read_predictions(path):
     repeated = found.image_ids.duplicated()
     if repeated.any():
         raise UserError(
-            f"{path}: the image {found.image_ids[repeated].iloc[0]} has more than one row "
+            f"{path}: the {found.row} {found.image_ids[repeated].iloc[0]} has more than one row "
             f"({int(repeated.sum()):,} rows too many)"
         )
     return found
@@ -435,25 +444,30 @@ def aligned(first, other):
     """
     if set(first.label_names) != set(other.label_names):
         _check_labels(other.path, other.label_names, first.path, first.label_names)
-    shared = next((c for c in IMAGE_IDS if c in first.ids and c in other.ids), None)
+    of_images = {first.row, other.row} == {"image"}
+    shared = next((c for c in IMAGE_IDS if of_images and c in first.ids and c in other.ids), None)
     ours, theirs = (pd.Index(t.ids[shared] if shared else t.image_ids) for t in (first, other))
-    missing, extra = len(ours.difference(theirs)), len(theirs.difference(ours))
+    missing, extra, rows = len(ours.difference(theirs)), len(theirs.difference(ours)), units(first.row)
+    if first.row != other.row:
+        raise UserError(
+            f"{other.path} has a row per {other.row}, {first.path} per {first.row}; evaluate both by the same DATA.UNIT"
+        )
     if missing or extra:
         raise UserError(
-            f"{other.path} has other images than {first.path}: {missing:,} missing, {extra:,} more; "
-            "only models tested on the same images can be compared"
+            f"{other.path} has other {rows} than {first.path}: {missing:,} missing, {extra:,} more; "
+            f"only models tested on the same {rows} can be compared"
         )
     other = other.select(theirs.get_indexer(ours)).with_labels(first.label_names)
     unlike = ~((first.targets == other.targets) | (np.isnan(first.targets) & np.isnan(other.targets)))
     if unlike.any():
         raise UserError(
             f"{other.path} has {int(unlike.sum()):,} other targets than {first.path}, of {int(unlike.any(1).sum()):,} "
-            "images; evaluate both with the same DATA.UNCERTAIN, DATA.MISSING and DATA.TEST_LABELER"
+            f"{rows}; evaluate both with the same DATA.UNCERTAIN, DATA.MISSING and DATA.TEST_LABELER"
         )
     if "subject_id" in first.ids and "subject_id" in other.ids:
         moved = (first.ids["subject_id"].to_numpy() != other.ids["subject_id"].to_numpy()).sum()
         if moved:
-            raise UserError(f"{other.path} names another patient than {first.path} for {moved:,} images")
+            raise UserError(f"{other.path} names another patient than {first.path} for {moved:,} {rows}")
     return other
 
 

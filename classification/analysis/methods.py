@@ -7,6 +7,8 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
+from config import units
+
 LABELERS = {"chexpert": "the CheXpert labeler", "negbio": "the NegBio labeler"}
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pydicom", "scikit-learn")
 OFF = "recorded only in a checkpoint of this software"
@@ -115,7 +117,7 @@ def _training(config, record):
         ("initial weights", _start(config.get("MODEL", {}))),
         ("optimizer", f"{o.get('NAME')}, {own}; {', '.join(filter(None, regular))}"),
         ("loss", " ".join(str(t[key]) for key in ("LOSS", "LOSS_OPTIONS") if t.get(key))),
-        ("batch", f"{batch} images per update" if batch else None),
+        ("batch", f"{batch} {units(config.get('DATA', {}).get('UNIT', 'image'))} per update" if batch else None),
         ("schedule", "; ".join(rates)),
         ("augmentation in training", _augmentation(config.get("AUG", {}))),
         ("precision", {"O0": "float32", "O1": "mixed"}.get(config.get("AMP_OPT_LEVEL"))),

@@ -13,6 +13,7 @@ from analysis.evaluation import Evaluation
 from analysis.metrics import METRICS
 from analysis.training_log import chosen_by
 from common.errors import UserError
+from config import units
 from dataset.files.images import SUFFIXES, ImageError, decode
 from dataset.mimic_cxr import find_folder, image_stems
 
@@ -246,6 +247,7 @@ def render(report, pictures, no_pictures):
         sections=tables.sections(report), charts=[key for key, found in shown.items() if found], largest=largest or 1,
         pictures=pictures, no_pictures=no_pictures, number=tables.number, primary=tables.METRIC_NAMES[primary],
         least={"auroc": 0.5, "auprc": 0}[primary],
+        rows=units(report["bootstrap"]["row"]),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from analysis.evaluation import aligned, check_apart, check_one_configuration
 from analysis.metrics import METRICS, label_metrics
 from analysis.training_log import read_metrics
 from common.errors import UserError
+from config import units
 from dataset.labels import apply_policy
 
 LEVEL = statistics.LEVEL
@@ -36,8 +37,8 @@ NO_VALIDATION = (
 ONE_CLASS = "one class only"
 MEASURED = ("auc", "average_precision")  # metrics that Measured has, with intervals
 NO_VARIATION = "no test and no interval: the difference is the same in all resamples"
-TOO_FEW_TO_FIT = "chosen on fewer than {few} {unit}s of a class"
-SEPARATED = "the scores separate the classes: a one-sided bound from {pairs} independent pairs of {unit}s"
+TOO_FEW_TO_FIT = "chosen on fewer than {few} {units} of a class"
+SEPARATED = "the scores separate the classes: a one-sided bound from {pairs} independent pairs of {units}"
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,12 @@ class Measured:
         auroc = _figure(float(self.auroc[k]), self.auroc_draws[k], undefined_resamples=undefined)
         found = {"auroc": auroc | {"se": statistics.standard_error(placed)}, "auprc": self._precision([k]), **counts}
         if too_few(counts):
-            found["warning"] = f"fewer than {statistics.FEW} {self.unit}s of a class: do not rely on the interval"
+            found["warning"] = f"fewer than {statistics.FEW} {units(self.unit)} of a class: do not rely on the interval"
             found["auprc"] |= {"low": None, "high": None}  # benchmarks/coverage.py: it held the truth in 81%
         if placed.bound:
             low, high = placed.bound
             found["auroc"] |= {"low": low, "high": high, "se": None, "one_sided": True}
-            found["remark"] = SEPARATED.format(pairs=placed.pairs, unit=self.unit)
+            found["remark"] = SEPARATED.format(pairs=placed.pairs, units=units(self.unit))
         elif auroc["low"] is None and undefined < self.auroc_draws.shape[1]:
             found["remark"] = "no interval: the AUROC is the same in all resamples"
         return found
@@ -262,7 +263,7 @@ def _one_variable(predictions, cluster, weights, of, note):
         patients = len(np.unique(m.cluster)) if unit == "patient" else None
         group = {"images": int((of == g).sum()), "patients": patients, "mean": mean, "labels": labels}
         if poor:
-            group["warning"] = f"too few {unit}s of a class (under {statistics.FEW}) to judge: {', '.join(poor)}"
+            group["warning"] = f"too few {units(unit)} of a class (under {statistics.FEW}) to judge: {', '.join(poor)}"
         section["groups"][g] = group
 
     def gap(judged, k):
@@ -310,7 +311,7 @@ def operating_points(evaluation, cluster, options):
             target, value = found[rule]["target"], point.get(rule, {}).get("value")
             point |= {"fitted_on": fitted_on | reached, "missed": None if None in (target, value) else value < target}
             if too_few(count(y, held_cluster, held_out.unit)):
-                point["warning"] = TOO_FEW_TO_FIT.format(few=statistics.FEW, unit=held_out.unit)
+                point["warning"] = TOO_FEW_TO_FIT.format(few=statistics.FEW, units=units(held_out.unit))
             found[rule]["labels"][name] = point
     return found
 
@@ -544,7 +545,7 @@ def about(evaluation):
 def drawn_from(predictions, patients, options):
     """What the bootstrap draws: units, how many, how often."""
     found = {
-        "unit": predictions.unit, "units": patients, "images": len(predictions),
+        "unit": predictions.unit, "units": patients, "row": predictions.row, "images": len(predictions),
         "resamples": options.resamples, "seed": options.seed, "level": LEVEL,
     }  # fmt: skip
     if patients < 2:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import yaml
 
 from analysis import statistics
+from config import units
 
 # ASKED: what guidelines ask for, and what only the authors can state. TEXTS: title, note and columns of every table.
 ASKED, TEXTS = (
@@ -139,12 +140,13 @@ OTHER_INTERVALS = (
 
 def unit_text(report):
     b = report["bootstrap"]
-    text = f"95% intervals: bootstrap over {b['units']:,} {b['unit']}s, {b['resamples']:,} resamples{OTHER_INTERVALS}"
+    drawn = f"{b['units']:,} {units(b['unit'])}, {b['resamples']:,} resamples"
+    text = f"95% intervals: bootstrap over {drawn}{OTHER_INTERVALS}"
     if b["unit"] == "patient":
         return text + "."
     return (
-        f"{text}; the predictions have no subject_id, and where a patient has several images these intervals are too "
-        "narrow."
+        f"{text}; the predictions have no subject_id, and where a patient has several {units(b['row'])} these "
+        "intervals are too narrow."
     )
 
 
@@ -186,11 +188,11 @@ def _undefined(labels, resamples):
 
 
 # ----------------------------------------------------------------------------------------- tables
-def make(kind, common, rows, remarks=(), /, *, key="", more=(), total=0, folded=False, **values):
-    """The :class:`Table` of a kind of tables.yaml; more: columns for `...`; values: for the {} of title and note."""
+def make(kind, common, rows, remarks=(), /, *, key="", more=(), total=0, folded=False, row="image", **values):
+    """The :class:`Table` of a kind of tables.yaml; more: columns for `...`; row and values: for the {} of its texts."""
     texts = TEXTS[kind]
     columns = [c for column in texts["columns"] for c in (more if column == "..." else [column])]
-    title, said = (texts.get(part, "").format(**values) for part in ("title", "note"))
+    title, said = (texts.get(part, "").format(row=row, rows=units(row), **values) for part in ("title", "note"))
     return Table(key or kind, title, common, said, columns, rows, list(remarks), total, folded)
 
 
@@ -210,7 +212,7 @@ def _by_label(report, kind, section, **values):
         rows.append(row(f"mean of {section['mean']['labels']}", section["mean"], [Cell("")] * (3 + len(of_patients))))
     remarks = label_remarks(section["labels"] | {"mean": section["mean"]})
     remarks += _undefined(section["labels"], report["bootstrap"]["resamples"])
-    return make(kind, note(report), rows, remarks, more=of_patients, total=1, **values)
+    return make(kind, note(report), rows, remarks, more=of_patients, total=1, row=report["bootstrap"]["row"], **values)
 
 
 def _frequency(report):
@@ -262,7 +264,8 @@ def against(report, k, other):
     values = [plain(report["mean"]["auroc"]["value"]), plain(mean.get("other", {}).get("value")), signed(mean)]
     rows.append([Cell("mean AUROC (the primary test)"), *values, p_value(mean["p"]), Cell("")])
     remarks = label_remarks(other["labels"])
-    return make("against", note(report), rows, remarks, key=f"against-{k}", total=1, name=other["name"])
+    return make("against", note(report), rows, remarks, key=f"against-{k}", total=1, name=other["name"],
+                row=report["bootstrap"]["row"])  # fmt: skip
 
 
 def _seeds(report):
@@ -285,11 +288,11 @@ def _on(found):
 
 
 def _group(report, k, name, section):
-    groups, gap = section["groups"], section["gap"]
+    groups, gap, row = section["groups"], section["gap"], report["bootstrap"]["row"]
     more = []
     for g, found in groups.items():
         people = f", {found['patients']:,} patients" if found["patients"] is not None else ""
-        more.append(f"{g} ({found['images']:,} images{people})")
+        more.append(f"{g} ({found['images']:,} {units(row)}{people})")
 
     def gap_cells(found):
         ps = [p_value(found["p"]), p_value(found.get("p_holm"))]
@@ -309,7 +312,7 @@ def _group(report, k, name, section):
     ]
     remarks = [f"{g}: {found['warning']}" for g, found in groups.items() if "warning" in found]
     if section["unknown"]:
-        remarks.append(f"{section['unknown']:,} images of unknown {name} are in no group")
+        remarks.append(f"{section['unknown']:,} {units(row)} of unknown {name} are in no group")
     if section["mean_of"]:
         means = {g: found["mean"]["auroc"] for g, found in groups.items()}
         cells = [Cell(f"{DASH} *") if mean["value"] is None else figure(mean) for mean in means.values()]
@@ -318,9 +321,9 @@ def _group(report, k, name, section):
         remarks += [f"{g} * has no mean: it {m['left_out']}" for g, m in means.items() if m["value"] is None]
     remarks += [section["remark"]] if "remark" in section else []
     unit = report["bootstrap"]["unit"]
-    values = {"unit": unit, "and_patients": " and patients" * (unit == "patient"), "few": statistics.FEW}
+    values = {"units": units(unit), "and_patients": " and patients" * (unit == "patient"), "few": statistics.FEW}
     return make("group", note(report), rows, remarks, key=slug(f"group-{k}-{name}"), more=more,
-                total=int(bool(section["mean_of"])), name=name, **values)  # fmt: skip
+                total=int(bool(section["mean_of"])), name=name, row=row, **values)  # fmt: skip
 
 
 def _rates(report, k, name, labels):
@@ -351,8 +354,8 @@ def _thresholds(report, rule, section):
     remarks = label_remarks(section["labels"])
     remarks += [f"missed in the test split ({section['rule']}): {', '.join(missed)}"] if missed else []
     values = {"rule": section["rule"], "people": people, "and_patients": "/patients" * bool(people)}
-    key = f"threshold-{rule}"
-    return make("threshold", note(report), rows, remarks, key=key, folded=rule == "f1", **values)
+    key, row = f"threshold-{rule}", report["bootstrap"]["row"]
+    return make("threshold", note(report), rows, remarks, key=key, folded=rule == "f1", row=row, **values)
 
 
 def _chosen(report):
@@ -362,7 +365,7 @@ def _chosen(report):
         losses = [plain(found["log_loss"][method], 4) for method in ("none", "temperature", "platt")]
         rows.append([Cell(name, name), Cell(found["method"]), Cell(_on(fitted["labels"][name])), *losses,
                      Cell(found["why"], wide=True)])  # fmt: skip
-    return make("calibration-chosen", note(report), rows, images=fitted["images"])
+    return make("calibration-chosen", note(report), rows, images=fitted["images"], row=report["bootstrap"]["row"])
 
 
 def _calibration(report, stage, section):
@@ -408,7 +411,8 @@ def _flow(report):
             rows.append([Cell(f"{v}: {g or 'unknown'}"), *cells])
     left_out = [f"{n:,} left out: {reason}" for reason, n in cohort["left_out"].items() if n]
     if cohort["skipped"]:
-        left_out.append(f"{cohort['skipped']:,} test images could not be read and do not count")
+        rows_of = units(report["bootstrap"]["row"])
+        left_out.append(f"{cohort['skipped']:,} test {rows_of} could not be read and do not count")
     left_out += [cohort["note"]] if "note" in cohort else []
     more = [SPLIT_NAMES[s] for s in splits]
     return make("flow", policy_text(report), rows, left_out or ["nothing was left out"], more=more)
@@ -576,15 +580,16 @@ def plain_text(table):
 
 def headline(report):
     """The mean of the primary metric in one sentence; of average precision with the mean AUROC and F1 beside it."""
-    primary, unit = report["about"]["primary"], report["bootstrap"]
+    primary, drawn = report["about"]["primary"], report["bootstrap"]
     mean = report["mean"][primary]
+    tested = f"{drawn['images']:,} test {units(drawn['row'])}"
     if mean["value"] is None:
-        return f"No label has both classes among the {unit['images']:,} test images: there is no AUROC."
-    units = "" if unit["unit"] == "image" else f" of {unit['units']:,} patients"
+        return f"No label has both classes among the {tested}: there is no AUROC."
+    patients = f" of {drawn['units']:,} patients" if drawn["unit"] == "patient" else ""
     between = f"95% CI {number(mean['low'])} to {number(mean['high'])}"
     between = mean.get("left_out", between)  # why there is none
     said = f"Mean {METRIC_NAMES[primary]} {number(mean['value'])} ({between}) over {report['mean']['labels']} labels"
-    said += f" on {unit['images']:,} test images{units}"
+    said += f" on {tested}{patients}"
     if primary == "auprc":
         f1 = ((report["frequency"] or {}).get("all") or {"f1": {"half": None}})["f1"]["half"]
         said += f"; mean AUROC {figure(report['mean']['auroc']).text}, mean F1 at 0.5 {number(f1)}"

@@ -1,12 +1,13 @@
-"""Does Grad-CAM point at the sign? On drawn chests, whose signs have known places.
+"""Do Grad-CAM, and a label's attention, point at the sign? On drawn chests, whose signs have known places.
 
     python benchmarks/localisation.py CHECKPOINT [--images 100]
 
 CHECKPOINT: of a model trained on the synthetic tree (`dataset/synthetic.py`). For each label frontal chests are drawn
 with its sign and two others, and once more without its sign: the sign is where the two pictures differ. A map
-(`explain.full_resolution`) hits where its largest value lies on the sign, or no further from it than the pointing game
-allows (15 of 224 pixels; Zhang et al. 2018). Beside the model: the same network untrained, the label's own mean map (of
-all other pictures), the middle of the picture (where a Gaussian is largest), and a point anywhere.
+(`explain.full_resolution`, by each of `explain.METHODS` that the model has) hits where its largest value lies on the
+sign, or no further from it than the pointing game allows (15 of 224 pixels; Zhang et al. 2018). Beside them: the first
+of these maps of the same network untrained, its mean (of all other pictures), the middle of the picture (where a
+Gaussian is largest), and a point anywhere.
 
 Most signs have a usual place in the chest, which a mean map knows as well as any pointer. So a window is cut from each
 picture, as the crops of a training are: wherever the sign lies in it, the map has to follow. The means for whole
@@ -77,16 +78,16 @@ def distances(points, fields):
     return np.array(found)
 
 
-def maps_of(model, batch, label, function=explain.full_resolution, at_once=8):
-    return np.concatenate([function(model, part, [label])[:, 0].numpy() for part in batch.split(at_once)])
+def maps_of(model, batch, label, function=explain.full_resolution, at_once=8, **method):
+    return np.concatenate([function(model, part, [label], **method)[:, 0].numpy() for part in batch.split(at_once)])
 
 
 def randomised(model, config):
     """(what was drawn anew, the model), from the head downwards."""
     fresh = build_model(config)
     state, new = {k: v.clone() for k, v in model.state_dict().items()}, fresh.state_dict()
-    for part in ("head.", "conv_head.", "levels.3.", "levels.2.", "levels.1.", "levels.0."):
-        state |= {k: new[k] for k in new if k.startswith(part)}
+    for part in ("label_attention.", "head.", "conv_head.", "levels.3.", "levels.2.", "levels.1.", "levels.0."):
+        state |= {k: new[k] for k in new if k.removeprefix("backbone.").startswith(part)}
         copy = build_model(config).eval()
         copy.load_state_dict(state)
         yield part.rstrip("."), copy
@@ -107,15 +108,16 @@ def main(argv=None):
     model = trained.load(args.checkpoint)
     read, untrained = model.reader(), build_model(model.config).eval()
     names = [name for name in SIGNS if name in model.label_names]
-    rows, means, kept = [], [], []
+    methods, rows, means, kept = explain.methods(model.model), [], [], []
     for windows, where in ((True, ""), (False, ", whole pictures")):
         away = []  # label, pointer: the distances
         for name in names:
             label = model.label_names.index(name)
             pictures, fields = zip(*drawings(name, args.images, windows))
             batch = model.normalize(torch.stack([read.transform(Image.fromarray(p)) for p in pictures]))
-            ours, before = maps_of(model.model, batch, label), maps_of(untrained, batch, label)
-            pointers = (ours, before, (ours.sum(0) - ours) / max(len(ours) - 1, 1))
+            by_method = [maps_of(model.model, batch, label, method=method) for method in methods]
+            ours, before = by_method[0], maps_of(untrained, batch, label)
+            pointers = (*by_method, before, (ours.sum(0) - ours) / max(len(ours) - 1, 1))
             points = [*([explain.maximum(m) for m in maps] for maps in pointers), [(0.5, 0.5)] * len(ours)]
             away.append([*(distances(p, fields) for p in points), np.concatenate([f.ravel() for f in fields])])
             print(f"{name}{where}: {(away[-1][0] <= 0).mean():.2f}", file=sys.stderr)
@@ -126,7 +128,8 @@ def main(argv=None):
             means.append([f"mean{where}{said}", *np.mean([[(d <= limit).mean() for d in row] for row in away], 0)])
     side = batch.shape[-1]
     print(f"share of {args.images} maps of {side} x {side} pixels whose largest value lies on the sign\n")
-    print("| label | trained | untrained | its mean map | centre | anywhere |\n| --- | --- | --- | --- | --- | --- |")
+    heads = ["label", *methods, "untrained", "its mean map", "centre", "anywhere"]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for name, *values in rows + means:
         print(f"| {name} | " + " | ".join(f"{v:.2f}" for v in values) + " |")
     after_new_weights(model, kept)
@@ -134,7 +137,7 @@ def main(argv=None):
 
 def after_new_weights(model, kept):
     """Prints what is left of the maps: kept holds (batch, label, fields) of each label."""
-    functions = explain.full_resolution, explain.grad_cam
+    functions = explain.full_resolution, explain.position_maps
 
     def maps(network):
         return [[maps_of(network, *case[:2], function) for case in kept] for function in functions]

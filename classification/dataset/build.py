@@ -17,11 +17,13 @@ from torch.utils.data import DataLoader, default_collate
 from common import builders
 from common.errors import UserError
 from common.folders import check_tmpdir
-from config import KNOBS, source_configs
+from common.studies import images_of, join, with_images
+from config import KNOBS, source_configs, units
 from dataset.files.images import ImageError, take_warnings, warning_kind
 from dataset.preparing import normalize
 from dataset.samplers import EvalSampler, TrainSampler, sampling_weights
 from dataset.sources import Sources, check_alike, check_folders, check_patients
+from dataset.studies import StudyDataset, take_unreadable
 from dataset.tables import EmptySplit
 
 
@@ -106,7 +108,8 @@ def own_values(config):
 
 
 def build_datasets(config, *splits):
-    """One :class:`Dataset` for each of `splits`, over the same tables; of several sources (DATA.SOURCES) their union.
+    """One :class:`Dataset` for each of `splits`, over the same tables; of several sources (DATA.SOURCES) their union;
+    with DATA.UNIT study of studies (:class:`dataset.studies.StudyDataset`).
 
     A source without one of the splits is left out of it with a warning, but for the first, which all must have. One
     with DATA.PSEUDO_LABELS has the labels of the first, where DATA.LABELS names none.
@@ -115,8 +118,18 @@ def build_datasets(config, *splits):
         UserError: no such dataset, faulty data, a dataset that is not complete, or another number of labels than the
             model has; of several sources named with the source.
     """
-    if not config.DATA.SOURCES:
-        return _build_one(config, *splits)
+    found = _build_union(config, splits) if config.DATA.SOURCES else _build_one(config, *splits)
+    if config.DATA.UNIT == "image":
+        return found
+    d = config.DATA
+    return [
+        StudyDataset(images, most=d.MAX_VIEWS, train=split == "train", skip=d.ON_BAD_IMAGE == "skip")
+        for split, images in zip(splits, found)
+    ]
+
+
+def _build_union(config, splits):
+    """The datasets of all sources together."""
     configs, built, warnings = source_configs(config), {}, []
     check_folders(configs)
     for name, one in configs.items():
@@ -225,10 +238,13 @@ class SeededDataset(torch.utils.data.Dataset):
 
 
 def _collate(items):
-    """(batch of the good items or None, errors of the others, warnings of this loading process)."""
-    errors = [item for item in items if isinstance(item, ImageError)]
+    """(batch of the good items or None, errors of the other images, warnings of this loading process)."""
+    errors = [item for item in items if isinstance(item, ImageError)] + take_unreadable()
     good = [item for item in items if not isinstance(item, ImageError)]
-    return default_collate(good) if good else None, errors, take_warnings()
+    if not good:
+        return None, errors, take_warnings()
+    images, *others = zip(*good)
+    return (join(images), *map(default_collate, others)), errors, take_warnings()
 
 
 def taken_ahead(items, count):
@@ -269,7 +285,8 @@ def _stops_blocked():
 
 
 class Loader(DataLoader):
-    """Batches on the device: images float32 [B, 3, S, S], normalised; targets; indices into the dataset [B].
+    """Batches on the device: images float32 [B, 3, S, S], normalised, or :class:`common.studies.Studies` of them;
+    targets; indices into the dataset [B].
 
     DATA.PREFETCH batches are on their way to a GPU, on a stream of their own, while it computes with the one before.
 
@@ -324,7 +341,7 @@ class Loader(DataLoader):
                     tensor.record_stream(here)  # or its memory might be given to a later batch while it is read
             checks -= 1
             self.check()
-            yield normalize(images, self.mean, self.std), targets, indices
+            yield with_images(images, normalize(images_of(images), self.mean, self.std)), targets, indices
         for _ in range(checks):  # another rank has one more
             self.check()
 
@@ -414,8 +431,9 @@ def build_loader(config, dataset, *, train, world, log):
         )
         if sampler.updates == 0:
             raise UserError(
-                f"the train split has {len(dataset)} images, fewer than one update takes (batch {batch_size} "
-                f"x {world.size} processes x {accumulation} accumulation steps); use a smaller --batch-size"
+                f"the train split has {len(dataset)} {units(config.DATA.UNIT)}, fewer than one update takes "
+                f"(batch {batch_size} x {world.size} processes x {accumulation} accumulation steps); use a smaller "
+                "--batch-size"
             )
     else:
         sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=world.rank, world_size=world.size)

@@ -2,7 +2,10 @@
 
 import common.torchvision_shim  # noqa: F401  (before torchvision)
 
+import torch
 from torchvision.transforms import v2
+
+from common.studies import Studies
 
 
 def _mixup(config):
@@ -17,8 +20,9 @@ def _cutmix(config):
         return cutmix, config.AUG.MIXUP_SWITCH_PROB
 
 
-# config -> (function (images [B, 3, S, S], targets) -> (images, soft targets), its weight among those that are on), or
-# None where it is off. Targets are [B, L] with NaN = unknown, or class indices [B]. To add one, write its row.
+# config -> (function (images [B, C, S, S], targets) -> (images, soft targets), its weight among those that are on), or
+# None where it is off. C is 3, of studies 3 per image. Targets are [B, L] with NaN = unknown, or class indices [B]. To
+# add one, write its row.
 MIXINGS = [_mixup, _cutmix]
 
 
@@ -34,8 +38,20 @@ class Mixing:
         self.off_epoch, self.epoch = off_epoch, 0
 
     def __call__(self, images, targets):
-        off = self.mix is None or (self.off_epoch and self.epoch >= self.off_epoch)
-        return (images, targets) if off else self.mix(images, targets)
+        if self.mix is None or (self.off_epoch and self.epoch >= self.off_epoch):
+            return images, targets
+        return self._mix_studies(images, targets) if isinstance(images, Studies) else self.mix(images, targets)
+
+    def _mix_studies(self, batch, targets):
+        """One draw for all images of a study, as its channels. A study mixes in the images of another one in their
+        order, from the first again where that has fewer."""
+        there = batch.rows >= 0
+        slots = torch.arange(there.shape[1], device=there.device) % there.sum(1, keepdim=True)
+        images = batch.images[batch.rows.gather(1, slots)]  # [B, V, 3, S, S]
+        mixed, targets = self.mix(images.flatten(1, 2), targets)
+        found = torch.empty_like(batch.images)
+        found[batch.rows[there]] = mixed.view_as(images)[there]
+        return batch._replace(images=found), targets
 
 
 def build_mixing(config):

@@ -117,7 +117,8 @@ class Sources:
 
 
 def parts_of(dataset, config):
-    """{name: (config of that source, its dataset)}; of one data set alone, itself."""
+    """{name: (config of that source, its dataset of images)}; of one data set alone, itself."""
+    dataset = getattr(dataset, "of_images", dataset)  # DATA.UNIT study
     parts = getattr(dataset, "parts", {config.DATA.DATASET: dataset})
     return {name: (one, parts[name]) for name, one in source_configs(config).items() if name in parts}
 

@@ -8,8 +8,8 @@ It returns an nn.Module from images [N, 3, S, S] to logits [N, MODEL.NUM_CLASSES
                   other backbones, such as MODEL.TIMM.NAME
     lr_scales(decay)    if it uses TRAIN.LR_LAYER_DECAY: prefix of parameter names -> factor on their rate
     undecayed     optional: names of parameters without weight decay, beside all norms and biases
-    feature_maps(images), classify(maps)    optional, for predict.py --explain: the last feature maps [N, C, H, W],
-                  and the logits of such maps
+    feature_maps(images), classify(maps)    optional, for predict.py --explain and MODEL.HEAD label_attention: the last
+                  feature maps [N, C, H, W], and the logits of such maps
     fitted(weights)    optional: weights of a file -> the same in the shapes of this image size
 
 The file may have beside `build`:
@@ -23,6 +23,7 @@ from torch import nn
 
 from common import builders
 from common.errors import UserError
+from models.attention import Attended, LabelAttention, Pooled
 from models.classifier import Classifier
 
 
@@ -45,12 +46,13 @@ def pretrained_file(config):
 
 
 def build_model(config, outside=True):
-    """The model of MODEL.TYPE, see above: images [N, 3, S, S] -> float32 logits [N, MODEL.NUM_CLASSES].
+    """The model of MODEL.TYPE, see above: images [N, 3, S, S] -> float32 logits [N, MODEL.NUM_CLASSES]; with MODEL.HEAD
+    label_attention or DATA.UNIT study inside one of `models/attention.py`, as its `backbone`.
 
     outside: whether MODEL.TYPE may name a module outside this folder; not where the config comes from a checkpoint.
 
     Raises:
-        UserError: no such backbone, or one that lacks an attribute above.
+        UserError: no such backbone, one that lacks an attribute above, or MODEL.FUSION without studies.
     """
     model = _module(config, outside).build(config)
     if missing := [name for name in ("classifier", "uses") if not hasattr(model, name)]:
@@ -62,5 +64,46 @@ def build_model(config, outside=True):
             f"with {config.MODEL.NUM_CLASSES} outputs (MODEL.NUM_CLASSES)"
         )
     last.__class__ = Classifier  # the same parameters under the same names
+    m, study = config.MODEL, config.DATA.UNIT == "study"
+    if m.FUSION != "mean" and not study:
+        raise UserError(
+            f"MODEL.FUSION {m.FUSION} is of the images of a study, but DATA.UNIT is image; set DATA.UNIT study"
+        )
+    layers = m.FUSION_LAYERS if m.FUSION == "attention" else 0
+    if layers or m.HEAD == "label_attention":
+        features, used = _last_maps(config, outside)
+        head = LabelAttention(features, m.NUM_CLASSES, width=m.HEAD_WIDTH, layers=layers, drop=m.DROP_RATE)
+        model = Attended(model, used, head)
+    if study and not layers:
+        model = Pooled(model, m.FUSION)
     # Weights of convolutions in the memory format of their inputs: else every step would convert them.
     return model.to(memory_format=torch.channels_last)
+
+
+def _last_maps(config, outside):
+    """(channels of the backbone's last feature maps, names of the parameters that they depend on).
+
+    Raises:
+        UserError: it has no such maps.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes half a second
+
+    with torch.device("meta"):  # a twin that takes neither time nor memory
+        twin = _module(config, outside).build(config).eval()
+    with torch.device("cpu"), torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        twin.to_empty(device="cpu")
+        if not hasattr(twin, "feature_maps"):
+            raise UserError(
+                f"MODEL.TYPE {config.MODEL.TYPE} has no feature_maps (models/build.py): neither MODEL.HEAD "
+                "label_attention nor MODEL.FUSION attention is possible; leave them out, or choose another backbone"
+            )
+        maps = twin.feature_maps(torch.zeros(1, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
+    names, used, seen, nodes = {id(p): name for name, p in twin.named_parameters()}, set(), set(), [maps.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                used.add(names[id(node.variable)])
+    return maps.shape[1], used

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from common import distributed
 from common.errors import UserError
+from common.studies import images_of, with_images
 
 # Parts of the image that --tta averages over: left, top and side as parts of its own. No flip: the heart has a side.
 TTA = ((0, 0, 1), (0.05, 0.05, 0.9), (0, 0, 0.95), (0.05, 0, 0.95), (0, 0.05, 0.95), (0.05, 0.05, 0.95))
@@ -27,16 +28,16 @@ class Augmented(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images, *more):
-        """Images [..., 3, S, S], and what else the model takes -> float64 logits [N, L]."""
-        size, found = images.shape[-1], []
+    def forward(self, batch):
+        """Images [N, 3, S, S], or Studies of such images -> float64 logits [N, L]."""
+        images, found = images_of(batch), []
+        size = images.shape[-1]
         for left, top, side in TTA:
             x, y, pixels = round(left * size), round(top * size), round(side * size)
-            part = images[..., y : y + pixels, x : x + pixels]
+            part = images[:, :, y : y + pixels, x : x + pixels]
             if side < 1:
-                flat = part.reshape(-1, *part.shape[-3:])
-                part = F.interpolate(flat, size=(size, size), mode="bilinear", align_corners=False).view(images.shape)
-            found.append(self.model(part, *more).double())
+                part = F.interpolate(part, size=(size, size), mode="bilinear", align_corners=False)
+            found.append(self.model(with_images(batch, part)).double())
         logits = torch.stack(found)
         # By logarithms, since probabilities of 1 would all be one.
         return F.logsigmoid(logits).logsumexp(0) - F.logsigmoid(-logits).logsumexp(0)

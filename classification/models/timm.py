@@ -73,7 +73,8 @@ class TimmBackbone(nn.Module):
         if not torch.is_tensor(features) or features.ndim != 4:
             raise UserError(
                 f"MODEL.TIMM.NAME {self.backbone.pretrained_cfg['architecture']}: its last features are tokens, not "
-                "feature maps: Grad-CAM is not possible. Leave out --explain"
+                "feature maps, which --explain, MODEL.HEAD label_attention and MODEL.FUSION attention need; leave them "
+                "out, or choose a backbone such as convnext_tiny"
             )
         return features.permute(0, 3, 1, 2) if self._channels_last else features
 

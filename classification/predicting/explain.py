@@ -1,4 +1,4 @@
-"""What a prediction rests on: Grad-CAM, and the positions that DCNv3 samples."""
+"""What a prediction rests on: Grad-CAM or a label's attention, and the positions that DCNv3 samples."""
 
 import functools
 
@@ -20,30 +20,52 @@ def check(model, size, name):
         model.feature_maps(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
 
 
-def _maps(model, features, labels):
-    """Grad-CAM by label, each [N, h, w] and a function of `features`; the weights of the channels are constants."""
-    logits = model.classify(features)
+def _grad_cams(model, features, labels, study=()):
+    """Grad-CAM (Selvaraju et al. 2017, equations 1 and 2) by label; the weights of the channels are constants."""
+    logits = model.classify(features, *study)
     for label in labels:
         (gradient,) = torch.autograd.grad(logits[:, label].sum(), features, retain_graph=True)
         yield (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu()
 
 
-def grad_cam(model, images, labels):
-    """Grad-CAM (Selvaraju et al. 2017, equations 1 and 2) at the model's last features with positions.
+def _attentions(model, features, labels, study=()):
+    """How much each of the labels attends to each position (MODEL.HEAD label_attention)."""
+    maps = model.attention_maps(features, *study)
+    yield from (maps[:, label] for label in labels)
+
+
+# Name -> function (model, features [N, C, h, w], labels, view and rows of `common.studies.Studies`) -> of each label a
+# map [N, h, w], at least 0, and a function of the features.
+METHODS = {"attention": _attentions, "Grad-CAM": _grad_cams}
+
+
+def methods(model):
+    """Names of the METHODS that a model has; the first is what --explain shows."""
+    return [name for name in METHODS if name != "attention" or hasattr(model, "attention_maps")]
+
+
+def position_maps(model, images, labels, study=(), method=None):
+    """Maps at the model's last features with positions, by a row of METHODS, the first that it has if None.
 
     images: [N, 3, S, S], normalised. labels: indices of the K labels asked for.
 
     Returns:
-        [N, K, h, w], at least 0: where linear pooling follows (InternImage T to XL), what each position adds to the
-        logit. Nothing is normalised, so maps of different images compare.
+        [N, K, h, w], at least 0. Grad-CAM, where linear pooling follows (InternImage T to XL): what each position adds
+        to the logit. Nothing is normalised, so maps of different images compare.
     """
     with torch.no_grad():
         features = model.feature_maps(images)
-    return torch.stack(list(_maps(model, features.detach().requires_grad_(), labels)), 1).detach()
+    maps = METHODS[method or methods(model)[0]](model, features.detach().requires_grad_(), labels, study)
+    return torch.stack(list(maps), 1).detach()
 
 
-def full_resolution(model, images, labels):
-    """Grad-CAM over the pixels that it is made of: [N, K, S, S], of the same mean as :func:`grad_cam`, so in its unit.
+def grad_cam(model, images, labels):
+    """:func:`position_maps` by Grad-CAM, whatever head the model has."""
+    return position_maps(model, images, labels, method="Grad-CAM")
+
+
+def full_resolution(model, images, labels, study=(), method=None):
+    """:func:`position_maps` over the pixels that they are made of: [N, K, S, S], of the same mean, so in their unit.
 
     The features of a position are not made of the pixels under it: DCNv3 samples where its offsets say, and a network
     may store at one position what it has seen at another. So a map is not stretched over the image but traced back: a
@@ -53,7 +75,7 @@ def full_resolution(model, images, labels):
     """
     images = images.detach().requires_grad_()
     found = []
-    for cam in _maps(model, model.feature_maps(images), labels):
+    for cam in METHODS[method or methods(model)[0]](model, model.feature_maps(images), labels, study):
         (gradient,) = torch.autograd.grad((cam * cam).sum() / 2, images, retain_graph=True)
         fine = _smooth(gradient.abs().sum(1), images.shape[-1] / cam.shape[-1] / 2)
         least = torch.finfo(fine.dtype).tiny  # a map of zeros stays one

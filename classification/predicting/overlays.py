@@ -1,4 +1,4 @@
-"""Overlays of a run of predict.py: of each image and label, Grad-CAM over the X-ray, all on one scale."""
+"""Overlays of a run of predict.py: of each image and label, a map (`explain.METHODS`) over the X-ray, on one scale."""
 
 import itertools
 import json
@@ -21,15 +21,18 @@ from predicting import explain
 
 FADED = 0.3  # of the strength of a map, for a label that is called negative
 LEVELS = ("finest", "fine", "coarse", "coarsest")
+# Of explain.METHODS: the unit of a map.
+UNITS = {"Grad-CAM": "contribution to the logit", "attention": "the label's attention, 1 in all"}
 COLOURS = ("#4cc9f0", "#80ed99", "#ffd166", "#ef476f")  # of LEVELS
 
 
-def draw_overlays(folder, model, images, rows, labels, *, cuts, calibrated, areas, points, no_ids):
-    """Draw the overlays of `images`; returns the largest value of their maps, which is the end of the scale.
+def draw_overlays(folder, model, items, rows, labels, *, cuts, calibrated, areas, points, no_ids):
+    """Draw the overlays of all images; returns the largest value of their maps, which is the end of the scale.
 
     Args:
         model: a `trained.Trained`.
-        rows: of the table, one an image; None, or one with an error, gets no overlay.
+        items: of each row of the table what it is made of: (its images as `listing.Listed`, Studies of one).
+        rows: of the table; None, or one with an error, gets no overlay.
         labels: indices of the labels.
         cuts: {label: threshold or None} on the scale of the table, {} without any; calibrated: what that scale is.
         areas: {label: AUROC of the test}, {} where it is not known.
@@ -40,32 +43,36 @@ def draw_overlays(folder, model, images, rows, labels, *, cuts, calibrated, area
         UserError: the folder cannot be written.
     """
     names, files, read, highest = model.label_names, file_names(model.label_names), model.reader(), 0.0
-    chosen = [(k, images[k], row) for k, row in enumerate(rows) if row is not None and not row["error"]]
+    chosen = [(k, row) for k, row in enumerate(rows) if row is not None and not row["error"]]
+    method, shown = explain.methods(model.model)[0], []  # (row, image, beginning of its files' names)
     path = Path(folder)
     try:
         # The scale is known when all maps are: meanwhile they are kept here, a byte a pixel.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".maps") as kept:
-            for number, listed, _ in chosen:
-                fine, levels = _explain(model, read(listed.read(), listed.path), labels, points)
-                peaks = np.maximum(fine.max((1, 2), keepdims=True), np.finfo(np.float32).tiny)
-                highest = max(highest, float(fine.max()))
-                arrays = {"fine": np.round(fine / peaks * 255).astype(np.uint8), "peaks": peaks}
-                arrays |= {f"{what}{k}": part for k, level in enumerate(levels) for what, part in zip("pw", level)}
-                np.savez_compressed(Path(kept) / f"{number}.npz", **arrays)
-            for number, listed, row in chosen:
+            for k, row in chosen:
+                images, study = items(k)
+                for j, (listed, (fine, levels)) in enumerate(zip(images, _explain(model, study, labels, points))):
+                    peaks = np.maximum(fine.max((1, 2), keepdims=True), np.finfo(np.float32).tiny)
+                    highest = max(highest, float(fine.max()))
+                    arrays = {"fine": np.round(fine / peaks * 255).astype(np.uint8), "peaks": peaks}
+                    arrays |= {f"{what}{k}": part for k, level in enumerate(levels) for what, part in zip("pw", level)}
+                    np.savez_compressed(Path(kept) / f"{len(shown)}.npz", **arrays)
+                    stem = re.sub(r"[^\w.-]+", "_", Path(listed.path).stem[:100]) + "_"
+                    hidden = f"{j + 1}_" if len(images) > 1 else ""
+                    shown.append((row, listed, f"{k + 1:06d}_{hidden if no_ids else stem}"))
+            for number, (row, listed, stem) in enumerate(shown):
                 with np.load(Path(kept) / f"{number}.npz") as arrays:
                     fine = arrays["fine"] * (arrays["peaks"] / 255)
                     levels = [(arrays[f"p{k}"], arrays[f"w{k}"]) for k in range((len(arrays) - 2) // 2)]
                 gray = decode(listed.read(), listed.path, **{**read.decoding, "shrink_to": 1024})
-                stem = "" if no_ids else re.sub(r"[^\w.-]+", "_", Path(listed.path).stem[:100]) + "_"
                 for k, label in enumerate(labels):
                     name = names[label]
                     value, cut = float(row[name]), cuts.get(name)
                     positive = value >= 0.5 if cut is None else str(row[f"{name}_positive"]) == "1"
-                    path = Path(folder) / f"{number + 1:06d}_{stem}{files[label]}.png"
+                    path = Path(folder) / f"{stem}{files[label]}.png"
                     draw_overlay(
                         path, gray, placement(model.config, *gray.shape), fine[k],
-                        title(name, value, cut, positive, calibrated, areas.get(name)), highest=highest,
+                        title(name, value, cut, positive, calibrated, areas.get(name)), method=method, highest=highest,
                         faded=not positive, levels=[(where[k], weights[k]) for where, weights in levels],
                     )  # fmt: skip
     except OSError as error:
@@ -73,16 +80,16 @@ def draw_overlays(folder, model, images, rows, labels, *, cuts, calibrated, area
     return highest
 
 
-def _explain(model, tensor, labels, points):
-    """Maps [K, S, S] of the labels, and with `points` the levels of `explain.sampling_points`, seen from where each map
-    is largest."""
+def _explain(model, study, labels, points):
+    """Of each image of a study (Studies of one, uint8) the maps [K, S, S] of the labels, and with `points` the levels
+    of `explain.sampling_points`, seen from where each map is largest."""
     network = model.model
-    images = model.normalize(tensor[None].to(next(network.parameters()).device))
-    fine = explain.full_resolution(network, images, labels)[0].cpu().numpy()
-    if not points:
-        return fine, []
-    marks = torch.tensor([explain.maximum(one) for one in fine])
-    return fine, explain.sampling_points(network, images.expand(len(labels), -1, -1, -1), marks)
+    images, *where = study.to(next(network.parameters()).device)
+    images = model.normalize(images)
+    for image, fine in zip(images, explain.full_resolution(network, images, labels, where).cpu().numpy()):
+        marks = torch.tensor([explain.maximum(one) for one in fine])
+        seen = image.expand(len(labels), -1, -1, -1)
+        yield fine, explain.sampling_points(network, seen, marks) if points else []
 
 
 def file_names(label_names):
@@ -118,8 +125,8 @@ def read_areas(evaluation, digest):
     return metrics.get("auc") or {} if metrics.get("checkpoint_sha256") == digest else {}
 
 
-def draw_overlay(path, gray, extent, fine, text, *, highest=None, faded=False, levels=()):
-    """Grad-CAM over the X-ray, with one mark where it is largest; beside it, if there are any, the sampling points.
+def draw_overlay(path, gray, extent, fine, text, *, method="Grad-CAM", highest=None, faded=False, levels=()):
+    """A map over the X-ray, with one mark where it is largest; beside it, if there are any, the sampling points.
 
     Args:
         gray: the X-ray, uint8 [H, W].
@@ -146,12 +153,12 @@ def draw_overlay(path, gray, extent, fine, text, *, highest=None, faded=False, l
     scale = colors.Normalize(0, highest)
     strength = (FADED if faded else 1.0) * 0.6 * np.sqrt((fine / highest).clip(0, 1))
     axes[0].imshow(fine, cmap="inferno", norm=scale, alpha=strength, extent=(left, right, bottom, top))
-    what = "Grad-CAM" if fine.any() else "Grad-CAM: no position adds to the logit"
+    what = method if fine.any() else f"{method}: no position adds to the logit"
     axes[0].set_title(what + (" (negative: faded)" if faded else ""), fontsize=9)
     bar = figure.colorbar(
         matplotlib.cm.ScalarMappable(scale, "inferno"), ax=axes[0], fraction=0.05, pad=0.02, aspect=30
     )
-    bar.set_label("contribution to the logit, per position; one scale for this run", fontsize=8)
+    bar.set_label(f"{UNITS[method]}, per position; one scale for this run", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     if fine.any():
         x, y = explain.maximum(fine)

@@ -230,7 +230,8 @@ def test_a_config_of_another_version_is_read_and_its_keys_are_named():
 # A value of the right type below and above what each number may be; None: there is no such bound.
 BOUNDS = {
     "DATA.SPLIT_SEED": (-1, None), "DATA.DICOM_WINDOW": (-1, None), "DATA.BATCH_SIZE": (0, None),
-    "DATA.LIMIT": (-1, None), "AUG.MIXUP_OFF_EPOCH": (-1, None),
+    "DATA.LIMIT": (-1, None), "AUG.MIXUP_OFF_EPOCH": (-1, None), "DATA.MAX_VIEWS": (0, None),
+    "MODEL.HEAD_WIDTH": (0, 100), "MODEL.FUSION_LAYERS": (0, None), "TRAIN.BACKBONE_LR_SCALE": (0.0, None),
     "DATA.IMG_SIZE": (31, 4097), "DATA.NUM_WORKERS": (-1, None), "DATA.PREFETCH": (-1, 101),
     "MODEL.NUM_CLASSES": (0, None), "MODEL.DROP_RATE": (-0.1, 1.0), "MODEL.DROP_PATH_RATE": (-0.1, 1.0),
     "MODEL.LABEL_SMOOTHING": (-0.1, 1.0), "MODEL.INTERN_IMAGE.CHANNELS": (3, None),

@@ -72,12 +72,14 @@ VARIANTS = {
         "RES_POST_NORM": True, "LEVEL2_POST_NORM": True, "LEVEL2_POST_NORM_BLOCK_IDS": [0],
         **{key.upper(): value for key, value in CLIP.items()},
     },
+    "label attention": {},
 }  # fmt: skip
+HEADS = {"label attention": {"MODEL__HEAD": "label_attention", "MODEL__HEAD_WIDTH": 32}}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_onnx_is_standard_and_gives_the_probabilities(variant, tmp_path, capsys):
-    path, model = write_checkpoint(tmp_path / "a.pth", intern_image=VARIANTS[variant])
+    path, model = write_checkpoint(tmp_path / "a.pth", intern_image=VARIANTS[variant], **HEADS.get(variant, {}))
     output = tmp_path / "out" / "model.onnx"
     assert export.main([str(path), "--output", str(output)]) == 0
     assert [p.name for p in output.parent.iterdir()] == ["model.onnx"]

@@ -313,3 +313,23 @@ def test_draw_refuses_unknown_names():
         draw({"Fractur"}, "PA", np.random.default_rng(0))
     with pytest.raises(ValueError, match="'LL'"):
         draw((), "LL", np.random.default_rng(0))
+
+
+def test_signs_in_one_view_of_a_study(tmp_path):
+    """Of a study with several views each sign is in the images of one; its label is that of the study."""
+    rows = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "_write_images", lambda root, found, *_: rows.append(found))
+        write_tree(tmp_path / "one", patients=30, size=64, one_view=True, progress=False)
+        write_tree(tmp_path / "all", patients=30, size=64, progress=False)
+    one, whole = rows
+    for study, part in one.groupby("study_id"):
+        signs = whole[whole.study_id == study].signs.iloc[0]
+        shown = {view: set.intersection(*map(set, images.signs)) for view, images in part.groupby("view")}
+        assert sum(map(len, shown.values())) == len(signs) and set().union(*shown.values()) == set(signs)
+    views = {
+        view for _, part in one.groupby("study_id") if part.view.nunique() > 1 for view in part.view[part.signs != {}]
+    }
+    assert "LATERAL" in views and views & {"PA", "AP"}
+    tables = [sorted(p.read_bytes() for p in (tmp_path / name).glob("*.csv.gz")) for name in ("one", "all")]
+    assert tables[0] == tables[1]

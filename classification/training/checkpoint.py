@@ -20,6 +20,7 @@ from common import builders
 from common.errors import UserError, reason
 from common.files import rename, sha256
 from dataset.patients import seen_by
+from models.attention import Around
 
 LAST = "last_ckpt.pth"  # after every epoch, or where a signal stopped the run
 PREVIOUS = "last_ckpt.previous.pth"
@@ -257,6 +258,16 @@ def load_strictly(module, weights, path):
     module.load_state_dict(weights)
 
 
+def check_unit(state, path, config):
+    """Raise a UserError unless `state`, one of our checkpoints, is of the same DATA.UNIT."""
+    unit = state["config"].get("DATA", {}).get("UNIT", "image")
+    if unit != config.DATA.UNIT:
+        raise UserError(
+            f"{path} was trained with DATA.UNIT {unit}, here it is {config.DATA.UNIT}; set DATA.UNIT {unit}, or start "
+            "from its weights with --pretrained"
+        )
+
+
 def check_labels(state, path, label_names, others="the data has"):
     """Raise a UserError unless `state` is one of our checkpoints, of these labels, those of `others`."""
     if not isinstance(state, dict) or "model" not in state or "label_names" not in state:
@@ -283,7 +294,7 @@ def load_weights(model, state, path, label_names, ema=False):
 # What the model sees of an image; trained with another value, its scores are lower.
 SEEN = ("DATA.IMG_SIZE", "DATA.RESIZE", "DATA.INTERPOLATION", "AUG.MEAN", "AUG.STD", "TEST.CROP")
 # What it learns; changed within a run, its epochs cannot be compared.
-LEARNT = (*SEEN, "DATA.UNCERTAIN", "DATA.MISSING", "DATA.VIEWS", "DATA.LABELER", "DATA.SAMPLER",
+LEARNT = (*SEEN, "DATA.MAX_VIEWS", "DATA.UNCERTAIN", "DATA.MISSING", "DATA.VIEWS", "DATA.LABELER", "DATA.SAMPLER",
           "DATA.PSEUDO_LABELS", "TRAIN.LOSS")  # fmt: skip
 
 
@@ -319,8 +330,8 @@ def _without_prefix(weights, ours):
     return {k[len(best) :]: v for k, v in weights.items() if k.startswith(best)} if fitting(best) else weights
 
 
-def _state_dict(content, path, ours):
-    """The weights in a file of any of the known shapes, with the published names."""
+def _weights(content, path):
+    """The weights in a file of any of the known shapes."""
     for key in ("model", "module", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -328,7 +339,17 @@ def _state_dict(content, path, ours):
     weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
     if not weights:
         raise UserError(f"{path} holds no weights (looked under model, module, state_dict and at the top)")
-    weights = {re.sub(r"\blayer_scale([12])$", r"gamma\1", k): v for k, v in weights.items()}
+    return weights
+
+
+def _holds(weights, names):
+    """Whether there are names, and all of them in a file, behind whatever prefix."""
+    return bool(names) and all(any(f".{key}".endswith(f".{name}") for key in weights) for name in names)
+
+
+def _state_dict(content, path, ours):
+    """:func:`_weights` with the published names."""
+    weights = {re.sub(r"\blayer_scale([12])$", r"gamma\1", k): v for k, v in _weights(content, path).items()}
     return _without_prefix(weights, ours)
 
 
@@ -342,37 +363,49 @@ def load_pretrained(model, path, log):
     Raises:
         UserError: the file is of another architecture.
     """
-    # What wraps all of our own names is not in the file's either.
-    wrapped = _WRAPPED.match(os.path.commonprefix([*model.state_dict()]))[0]
-    ours = {k.removeprefix(wrapped): v for k, v in model.state_dict().items()}
     content, sha256 = read_with_digest(path)
+    part, beside = model, []
+    while isinstance(part, Around) and not _holds(_weights(content, path), own := part.own_keys()):
+        part, beside = part.backbone, beside + own  # the file is of the backbone alone
+    # What wraps all of our own names is not in the file's either.
+    wrapped = _WRAPPED.match(os.path.commonprefix([*part.state_dict()]))[0]
+    ours = {k.removeprefix(wrapped): v for k, v in part.state_dict().items()}
     theirs = _state_dict(content, path, ours.keys())
-    if hasattr(model, "fitted"):
-        theirs = model.fitted(theirs)
-    found = match_weights(theirs, ours, model.classifier.removeprefix(wrapped), path)
-    model.load_state_dict({wrapped + k: theirs[k] for k in found["loaded"]}, strict=False)
-    log.info(f"pretrained weights from {path}: {len(found['loaded'])} of {len(ours)} keys loaded, all but these")
+    if hasattr(part, "fitted"):
+        theirs = part.fitted(theirs)
+    found = match_weights(theirs, ours, {name.removeprefix(wrapped) for name in _classifiers(part)}, path)
+    part.load_state_dict({wrapped + k: theirs[k] for k in found["loaded"]}, strict=False)
+    found["missing"] += beside
+    count = f"{len(found['loaded'])} of {len(model.state_dict())}"
+    log.info(f"pretrained weights from {path}: {count} keys loaded, all but these")
     for what in ("replaced", "missing", "unexpected"):
         log.info(f"  {what}: {', '.join(found[what]) or 'none'}")
     known, trained = seen_by(content)
     return found | {"patients": known, "trained": trained, "sha256": sha256}
 
 
-def match_weights(theirs, ours, classifier, path):
+def _classifiers(model):
+    """Names of its last layer, and of that of the backbone in it."""
+    inner = [f"backbone.{name}" for name in _classifiers(model.backbone)] if isinstance(model, Around) else []
+    return [model.classifier, *inner]
+
+
+def match_weights(theirs, ours, classifiers, path):
     """Which weights of a file fit a model: {loaded, replaced, missing, unexpected}, lists of keys.
 
-    theirs, ours: {name: tensor}. classifier: name of the last layer; its keys are `replaced`, both or none, where the
+    theirs, ours: {name: tensor}. classifiers: names of last layers; their keys are `replaced`, all or none, where the
     file has one of another shape.
 
     Raises:
         UserError: the file is of another architecture.
     """
-    head, reshaped = {f"{classifier}.weight", f"{classifier}.bias"} & ours.keys(), _other_shapes(theirs, ours)
+    head = {k for k in ours if k.startswith(tuple(f"{name}." for name in classifiers))}
+    reshaped = _other_shapes(theirs, ours)
     loaded = [k for k in theirs if k in ours and k not in reshaped]
     replaced = sorted(head if head & (theirs.keys() - set(loaded)) else ())
     loaded = sorted(set(loaded) - set(replaced))
     missing, unexpected = [k for k in ours if k not in theirs], [k for k in theirs if k not in ours]
-    parts, known = {k.split(".")[0] for k in theirs}, {k.split(".")[0] for k in ours} - {classifier}
+    parts, known = {k.split(".")[0] for k in theirs}, {k.split(".")[0] for k in ours} - classifiers
     wrong = [line for k, line in reshaped.items() if k not in head]
     wrong += [f"{k} is missing in the file" for k in missing if k not in head and k.split(".")[0] in parts]
     wrong += [f"{k} is not in this model" for k in unexpected if k.split(".")[0] in known]

@@ -3,8 +3,10 @@
 import torch
 
 
-def _lr_scale(name, config, layer_scales):
+def _lr_scale(name, config, layer_scales, uses):
     scale = next((factor for prefix, factor in reversed(layer_scales.items()) if name.startswith(prefix)), 1.0)
+    if name.startswith("backbone.") and "TRAIN.BACKBONE_LR_SCALE" in uses:
+        scale *= config.TRAIN.BACKBONE_LR_SCALE
     dcn_mul = config.TRAIN.OPTIMIZER.DCN_LR_MUL
     if dcn_mul is not None and (".dcn.offset." in name or ".dcn.center_feature_scale_proj" in name):
         scale *= dcn_mul
@@ -26,7 +28,7 @@ def parameter_groups(model, config, criterion=None):
             continue
         plain = parameter.ndim <= 1 or name.endswith("bias") or name in undecayed
         decay = 0.0 if plain else config.TRAIN.WEIGHT_DECAY
-        scale = _lr_scale(name, config, layer_scales)
+        scale = _lr_scale(name, config, layer_scales, model.uses)
         group = groups.setdefault((decay, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
         group["names"].append(name)

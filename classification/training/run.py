@@ -12,6 +12,7 @@ import config as config_module
 from analysis.metrics import Metric
 from common import distributed
 from common.distributed import World
+from common.studies import images_of
 from dataset.build import Loader, build_datasets, build_loader, fingerprint, worker_count
 from dataset.mixing import build_mixing
 from dataset.patients import patients_of, together
@@ -65,7 +66,7 @@ class Run:
         return ""
 
     def batches(self):
-        """The batches of the epoch from the next update on. Adds to its sums the seconds waited and images skipped."""
+        """The batches of the epoch from the next update on. Adds to its sums its images and the seconds waited."""
         sampler, sums = self.train_loader.batch_sampler, self.position.sums
         sampler.epoch = self.step.mix.epoch = self.position.epoch
         self.step.criterion.set_epoch(self.position.epoch)
@@ -74,7 +75,8 @@ class Run:
         for images, targets, rows in self.train_loader:
             sums.waited += time.time() - asked
             sums.skipped += self.step.batch_size - int((rows >= 0).sum())
-            self.last_images = images
+            self.last_images = images_of(images)
+            sums.images += len(self.last_images)
             yield images, targets
             asked = time.time()
 
@@ -206,7 +208,7 @@ def _log_start(run):
     log.info(
         f"{config.MODEL.TYPE} with {sum(p.numel() for p in step.model.parameters()):,} parameters on "
         f"{run.world.size} x {run.world.device.type}, {step.dtype}{slow}; {run.position.updates} updates of "
-        f"{images} images per epoch, {worker_count(config)} loading processes"
+        f"{images} {config_module.units(config.DATA.UNIT)} per epoch, {worker_count(config)} loading processes"
     )
     log.info(
         f"peak learning rate {run.schedule.peak:.3e} = TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} x batch "

@@ -25,7 +25,7 @@ from training import checkpoint
 class Sums:
     """What an epoch adds up. loss, norm: float64 scalars on the device, so that adding does not wait for it.
 
-    images: of all updates on all ranks. skipped: those of this rank that could not be read. seconds: of all updates;
+    images: of all updates on this rank. skipped: those of this rank that could not be read. seconds: of all updates;
     waited: the part of them that waited for images.
     """
 
@@ -37,10 +37,9 @@ class Sums:
     seconds: float = 0.0
     waited: float = 0.0
 
-    def add(self, loss, norm, images):
-        """The loss and the gradient's norm of one more update, and its images."""
-        self.loss, self.norm = self.loss + loss, self.norm + norm
-        self.updates, self.images = self.updates + 1, self.images + images
+    def add(self, loss, norm):
+        """The loss and the gradient's norm of one more update."""
+        self.loss, self.norm, self.updates = self.loss + loss, self.norm + norm, self.updates + 1
 
 
 def zero_sums(device):
@@ -106,7 +105,8 @@ class Position:
         own = sums[rank if same else 0]
         if not same:
             loss = sum(each["loss"] for each in sums) / len(sums)
-            own = own | {"loss": loss, "skipped": sum(each["skipped"] for each in sums) * (rank == 0)}
+            counts = {key: sum(each[key] for each in sums) * (rank == 0) for key in ("images", "skipped")}
+            own = own | {"loss": loss} | counts
         own = {k: v for k, v in own.items() if k in vars(self.sums)}
         self.sums = Sums(**{k: v.to(self.world.device) if torch.is_tensor(v) else v for k, v in own.items()})
 
@@ -319,6 +319,7 @@ class Origin:
 
     def restore(self, state, path):
         checkpoint.check_labels(state, path, self.label_names)
+        checkpoint.check_unit(state, path, self.config)
         known, trained = seen_by(state)
         self.patients, self.trained = together(self.patients, known), together(self.trained, trained)
         if warning := domain_warning(state.get("domain"), self.domain):

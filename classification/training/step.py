@@ -10,6 +10,7 @@ from torch import nn
 
 from common import distributed
 from common.errors import UserError, did_you_mean
+from common.studies import size
 from models.inference import autocast
 from training import compiling
 from training.optimizer import build_optimizer, set_lr
@@ -75,7 +76,7 @@ class Step:
         mark()
         for k in range(self.accumulation):
             images, targets = next(batches)[:2]
-            small = len(images) < self.batch_size  # to compile for each such size would take minutes
+            small = size(images) < self.batch_size  # to compile for each such size would take minutes
             if self.mix is not None:
                 images, targets = self.mix(images, targets)
             share = self.known(targets, self.batch_size)
@@ -125,6 +126,11 @@ def freeze(model, names):
 
 def build_step(config, model, criterion, known, world, mix=None):
     """The step of a configuration over `model`, which is on its device."""
+    if config.TRAIN.COMPILE and config.DATA.UNIT == "study":
+        raise UserError(
+            "TRAIN.COMPILE True is for batches of one shape, and studies have different numbers of images (DATA.UNIT "
+            "study); set TRAIN.COMPILE False"
+        )
     frozen = freeze(model, config.TRAIN.FREEZE)
     trained = compiling.compile_model(model) if config.TRAIN.COMPILE else model
     if world.size > 1:

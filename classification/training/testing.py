@@ -41,6 +41,7 @@ def load_tested(config, folder, dataset, log):
     if not config.MODEL.RESUME and config.MODEL.PRETRAINED and not path.exists():
         return _load_foreign(model, config, folder, dataset, log)
     state, sha256 = checkpoint.read_with_digest(path)
+    checkpoint.check_unit(state, path, config)
     checkpoint.load_weights(model, state, path, dataset.label_names, ema=config.TEST.EMA)
     refuse_known(state.get("patients", {}), dataset, config, path)
     checkpoint.log_differences(state, path, config, log, but=OF_EVALUATION)

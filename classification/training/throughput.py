@@ -9,6 +9,7 @@ import time
 import torch
 
 from common.distributed import World
+from common.studies import VIEWS, Studies, images_of, size
 from models import build_model
 from models.cost import count_gmacs
 from training.step import build_step, unmarked
@@ -49,14 +50,20 @@ class RandomStep:
     """
 
     def __init__(self, config, device):
-        size = config.DATA.IMG_SIZE
+        side = config.DATA.IMG_SIZE
         model = build_model(config).to(device).train()
-        self.device, self.gmacs = device, count_gmacs(model, size)
+        self.device, self.gmacs = device, count_gmacs(model, side)
         loss = Criterion("square", lambda logits, _: logits.square().mean(), {}, {})
         world, share = World(0, 1, device), torch.ones((), device=device)
         self.step = build_step(config, model, loss, lambda targets, batch_size: share, world)
         self.step.accumulation = 1
-        self.images = torch.randn(config.DATA.BATCH_SIZE, 3, size, size, device=device)
+        count, most = config.DATA.BATCH_SIZE, config.DATA.MAX_VIEWS if config.DATA.UNIT == "study" else 1
+        images = torch.randn(count * most, 3, side, side, device=device)
+        numbers = torch.arange(len(images), device=device)
+        studies = Studies(
+            images, numbers % len(VIEWS), numbers.view(count, most)
+        )  # each of as many images as it may have
+        self.images = studies if config.DATA.UNIT == "study" else images
 
     def __call__(self, images=None, mark=unmarked):
         """One step; `mark` is called before it and after each of PARTS."""
@@ -101,21 +108,22 @@ def step_seconds(steps, rounds, warm_up=2):
 
 
 def fed_rate(step, loader, batches, warm_up):
-    """(images/s, share of time that waits for data) of the step on so many batches of a loader, after `warm_up`."""
+    """(images/s, items/s, share of time that waits for data) of the step on so many batches of a loader, after
+    `warm_up`."""
     images = iter(loader)
     for _ in range(warm_up):
         step(next(images)[0])
     _finish(step.device)
-    count, waited, started = 0, 0.0, time.perf_counter()
+    count, items, waited, started = 0, 0, 0.0, time.perf_counter()
     for _ in range(batches):
         asked = time.perf_counter()
         batch, _, _ = next(images)
         waited += time.perf_counter() - asked
         step(batch)
-        count += len(batch)
+        count, items = count + len(images_of(batch)), items + size(batch)
     _finish(step.device)
     seconds = time.perf_counter() - started
-    return count / seconds, waited / seconds
+    return count / seconds, items / seconds, waited / seconds
 
 
 def _finish(device):

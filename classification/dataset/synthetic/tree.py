@@ -6,6 +6,7 @@ model has something to learn. Nothing learnt here applies to patients.
     python -m dataset.synthetic --out FOLDER                  # JPG tree with the official CSVs
     python -m dataset.synthetic --out FOLDER --format dicom   # the same images as DICOM
     python -m dataset.synthetic --out FOLDER --layout nih     # the same images in the layout of another release
+    python -m dataset.synthetic --out FOLDER --one-view       # each sign of a study in one of its views alone
     python -m dataset.synthetic --sheet signs.png             # one example of every sign
 
 `plan` samples the tables (patients, studies, labels, views), `write_tree` writes images and files. `drawing.py` draws
@@ -137,16 +138,31 @@ def image_rows(images, studies, *, seed, size):
     return rows
 
 
+def _signs_of_one_view(rows):
+    """The signs of each image: of those of its study the ones whose view it is."""
+    views = rows.groupby("study_id")["view"].agg(lambda found: sorted(set(found)))
+    return [
+        {
+            label: strength
+            for label, strength in row.signs.items()
+            if np.random.default_rng([row.study_seed, 100 + LABELS.index(label)]).choice(views[row.study_id])
+            == row.view
+        }
+        for row in rows.itertuples()
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------- files
 def write_tree(
     root, *, patients=320, size=320, layout=FIRST, image_format="", seed=42, progress=True,
-    studies=(1, 4), images=(1, 3),
+    studies=(1, 4), images=(1, 3), one_view=False,
 ):  # fmt: skip
     """Writes images, the tables of a layout and the marker, and returns the summary:
     {"images", "studies", "patients": counts by split, "positives": {label: studies by split}, "reused": bool}.
 
     layout: a key of `dataset.synthetic.layouts.LAYOUTS`; in all but MIMIC-CXR's own, `as_mimic.csv` has the dicom_id
-    of each image. image_format: of the layout's; empty: its first.
+    of each image. image_format: of the layout's; empty: its first. one_view: each sign of a study is in one of its
+    views alone, a random one; its label is that of the study all the same.
 
     The same parameters give the same bytes. A complete tree of the same parameters is reused, another synthetic tree is
     replaced, and a folder with other data is refused (ValueError).
@@ -157,9 +173,11 @@ def write_tree(
         "kind": KIND, "version": VERSION, "patients": patients, "size": size,
         "format": image_format or chosen.formats[0], "seed": seed, "studies": list(studies), "images": list(images),
         **({} if layout == FIRST else {"layout": layout}),  # the trees of the first are older than layouts are
+        **({"one_view": True} if one_view else {}),
     }  # fmt: skip
     image_table, study_table = plan(patients=patients, studies=studies, images=images, seed=seed)
     rows = image_rows(image_table, study_table, seed=seed, size=size)
+    rows["signs"] = _signs_of_one_view(rows) if one_view else rows["signs"]
     rows, tables = chosen.write(rows, parameters["format"])
     found = _read_marker(root)
     if found and found["parameters"] == parameters and found.get("summary"):
@@ -285,6 +303,7 @@ def main(argv=None):
     parser.add_argument("--layout", default=FIRST, help=f"whose files: {', '.join(LAYOUTS)} (default {FIRST})")
     formats = " or ".join(LAYOUTS[FIRST].formats)
     parser.add_argument("--format", dest="image_format", default="", help=f"of layout {FIRST}: {formats}")
+    parser.add_argument("--one-view", action="store_true", help="each sign of a study in one of its views alone")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--sheet", metavar="FILE.png", help="contact sheet with one example of every sign")
     args = parser.parse_args(argv)
