@@ -123,7 +123,9 @@ find_nvcc() { nvcc=''; for nvcc in "${CUDA_HOME:-}/bin/nvcc" "$(command -v nvcc 
 cuda=none
 if [ -n "$gpus" ] && { find_nvcc || load_for find_nvcc "${cuda_modules[@]}"; }; then
   cuda=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
-  CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
+  # A wrapper (in /usr/local/bin, say) is asked for its toolkit.
+  top=$({ "$nvcc" --dryrun -x cu /dev/null 2>&1 || true; } | sed -n 's/^#\$ TOP=//p')
+  CUDA_HOME=$(cd "${top:-$(dirname "$(readlink -f "$nvcc")")/..}" && pwd)
   export CUDA_HOME
 fi
 # Toolkit -> PyTorch's build (only the major number has to agree) and the newest gcc that nvcc takes.
@@ -183,6 +185,9 @@ report() {
 }
 report
 [ "$check" = 0 ] || exit 0
+# Kernels for the CPU alone would be noticed by the first slow job: with a CUDA build of PyTorch, those for GPUs or an error.
+kernels=${DCNV3_BUILD:-$([ "$build" = cpu ] || echo cuda)}
+[ "$kernels" != cuda ] || [ "$cuda" != none ] || fail "no CUDA toolkit for the GPUs ($gpus): load or install one and set CUDA_HOME to it, or set DCNV3_BUILD=cpu to do without kernels for them"
 
 if [ -z "$env_dir" ] && [ -n "$conda" ]; then
   if ! "$conda" env list | awk '{print $1}' | grep -qx "$env_name"; then
@@ -243,14 +248,15 @@ operator=$here/ops_dcnv3
 step=$({
   cd "$operator" && find csrc dcnv3 setup.py pyproject.toml -type f -not -name '*.pyc' -not -name '*.so' -not -name '_build.json' |
     LC_ALL=C sort | tr '\n' '\0' | xargs -0 sha256sum
-  echo "$torch $build ${CXX:-} $cuda"
+  echo "$torch $build ${CXX:-} $cuda $kernels"
 } | sha256sum | cut -c1-16)
 if is_done operator "$step" && "$py" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("dcnv3") is None)'; then
   say "the DCNv3 operator is up to date"
 else
   say "installing the DCNv3 operator"
   rm -rf "$operator/build"  # a build folder of another torch or compiler would be reused
-  "$py" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --force-reinstall "$operator"
+  DCNV3_BUILD=$kernels "$py" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+    --force-reinstall "$operator" || fail "the operator's kernels could not be built (the reason is above); mend it and run again, or set DCNV3_BUILD=cpu to do without those for GPUs"
   mark_done operator "$step"
 fi
 "$py" -m dcnv3 | sed "s/^/setup: DCNv3 on /"

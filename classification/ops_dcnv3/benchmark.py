@@ -4,10 +4,12 @@ On a CPU: the levels of InternImage-T and B at 224 pixels, batch 2, float32. On 
 summed over all 33 blocks of InternImage-B, every backward kernel that fits, beside the bytes that must move. Medians of
 one run, as Markdown. Columns whose package does not load are left out, and it says why.
 
---check   all that the first hour on a GPU is for, in six parts, most important first: correctness; capture, streams,
-          determinism; atomic adds; times; sanitizers; what to do next. A part that fails stops no other, and after each
-          all that there is so far is in dcnv3_check.md and dcnv3_check.json. Figures of an operator that failed part 1
-          are figures of a wrong operator: the last part says so.
+--check   all that the first hour on a GPU is for, in five parts, most important first: correctness; capture, streams,
+          determinism; atomic adds; times; what to do next. A part that fails stops no other, and after each all that
+          there is so far is in dcnv3_check.md and dcnv3_check.json. Figures of an operator that failed part 1 are
+          figures of a wrong operator: the last part says so. Without kernels it stops at once.
+--only    one of the parts, in dcnv3_<part>.md and .json; or the last one, which --check leaves out: memory and races of
+          each kernel by compute-sanitizer, 12 to 36 minutes
 --dry     with --check: tiny shapes on a CPU, to try the command itself where no GPU is
 """
 
@@ -33,6 +35,8 @@ import torch
 import torch.nn.functional as F
 
 # The installed package, not the sources beside this file: those hold no compiled kernels.
+from nvcc import find_nvcc
+
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 import dcnv3  # noqa: E402
 
@@ -271,10 +275,8 @@ def bytes_table(rate, dtype, batch, totals):
 
 def atomics_table(batch):
     """What the float32 adds of a backward pass cost by themselves: a program of its own, atomics.cu."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    nvcc = CUDA_HOME and Path(CUDA_HOME) / "bin" / "nvcc"
-    if not nvcc or not nvcc.exists():
+    nvcc = find_nvcc()
+    if nvcc is None:
         print("Atomic adds are not timed: no nvcc, set CUDA_HOME\n")
         return
     major, minor = torch.cuda.get_device_capability()
@@ -300,17 +302,22 @@ def atomics_table(batch):
     )
 
 
-def memory_line():
-    """Peak of forward plus backward at the first level of B against what it must hold."""
-    tensors = level_tensors(32, 56, 56, 7, 16, torch.bfloat16, "cuda")
-    grad = torch.randn_like(tensors[0])
-    torch.cuda.reset_peak_memory_stats()
-    torch.autograd.grad(dcnv3.dcnv3(*tensors, group=7), tensors, grad)
-    held = sum(t.numel() for t in tensors) * 2 * 2 + grad.numel() * 2 * 2 + tensors[0].numel() * 4
-    peak = torch.cuda.max_memory_allocated()
-    print(
-        f"Peak memory {peak / 2**20:.0f} MiB; inputs, outputs, gradients and one accumulator {held / 2**20:.0f} MiB.\n"
-    )
+def memory_table(dtype, batch):
+    """Peaks of forward plus backward at InternImage-B's levels, beside what must be held."""
+    columns, rows = contestants("cuda", dtype)[0], []
+    for level, size in enumerate(SIZES):
+        row, group = [], 7 << level
+        for prepare, run in columns.values():
+            tensors = prepare(*level_tensors(batch, size, size, group, 16, dtype, "cuda"))
+            grad = torch.randn_like(tensors[0])
+            held = 2 * (sum(t.nbytes for t in tensors) + grad.nbytes) + tensors[0].numel() * 4
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() - grad.nbytes - sum(t.nbytes for t in tensors)
+            torch.autograd.grad(run(*tensors, group), tensors, grad)
+            row.append(f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}")
+        rows.append([f"{size}x{size} G {group}", *row, f"{held / 2**20:.0f}"])
+    print(f"Peak memory of forward and backward, MiB, {str(dtype).removeprefix('torch.')}, batch {batch}\n")
+    table(["level", *columns, "inputs, outputs, gradients, one float32 sum"], rows)
 
 
 def describe(device):
@@ -337,6 +344,24 @@ def backward_kernel(name):
         os.environ["DCNV3_BACKWARD"] = before
 
 
+def with_gradients(function, inputs, grad_output, **settings):
+    """[output, and the gradients of input, offset and mask]."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    output = function(*leaves, **settings)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+
+
+# The parts of --check, most important first; the last by itself only: 12 to 36 minutes.
+PARTS = {
+    "correctness": "Correctness",
+    "behaviour": "Capture, streams, determinism, a second device, 64-bit indices",
+    "atomics": "Atomic adds",
+    "levels": "Forward and backward by level",
+    "advice": "What to do next",
+    "sanitizers": "Sanitizers",
+}
+
+
 class Check:
     """The parts of --check. `figures` is what dcnv3_check.json holds; `dry`: tiny, on a CPU."""
 
@@ -345,31 +370,24 @@ class Check:
         self.repeats = 1 if dry else 5 if quick else 50
         self.figures = {"failures": [], "levels": [], "seconds": {}}
 
-    def run(self):
-        """Every part, whatever becomes of the others. Returns how many reported a failure."""
-        written = io.StringIO()
-        parts = (
-            ("1. Correctness", self.correctness),
-            ("2. Capture, streams, determinism, a second device, 64-bit indices", self.behaviour),
-            ("3. Atomic adds", self.atomics),
-            ("4. Forward and backward by level", self.levels),
-            ("5. Sanitizers", self.sanitizers),
-            ("6. What to do next", self.advice),
-        )
+    def run(self, only=None):
+        """Every part, whatever becomes of the others, or only one and advice. Returns how many reported a failure."""
+        written, name = io.StringIO(), f"dcnv3_{only or 'check'}"
+        parts = [only, "advice"] if only else [part for part in PARTS if part != "sanitizers"]
         with contextlib.redirect_stdout(Tee(sys.stdout, written)):
             describe(self.device)
-            for title, part in parts:
-                print(f"## {title}\n", flush=True)
+            for part in parts:
+                print(f"## {PARTS[part]}\n", flush=True)
                 start = time.perf_counter()
                 try:
-                    part()
+                    getattr(self, part)()
                 except Exception as error:  # the other parts do not depend on this one
-                    self.fail(f"part {title[0]} stopped: {last_line(error)}")
+                    self.fail(f"{part} stopped: {last_line(error)}")
                     traceback.print_exc()
-                self.figures["seconds"][title] = round(time.perf_counter() - start, 1)
+                self.figures["seconds"][part] = round(time.perf_counter() - start, 1)
                 print(flush=True)
-                (self.folder / "dcnv3_check.md").write_text(written.getvalue())
-                (self.folder / "dcnv3_check.json").write_text(json.dumps(self.figures, indent=1) + "\n")
+                (self.folder / f"{name}.md").write_text(written.getvalue())
+                (self.folder / f"{name}.json").write_text(json.dumps(self.figures, indent=1) + "\n")
         return len(self.figures["failures"])
 
     def fail(self, what):
@@ -377,54 +395,67 @@ class Check:
         print(f"FAILED: {what}\n", flush=True)
 
     def correctness(self):
-        """Golden values, then random ones by backward kernel, dtype and layout, against the definition in float64."""
-        if self.device not in dcnv3.kernels():
-            self.fail(f"no kernels for {self.device} are loaded, see `python -m dcnv3`")
-            return
+        """Golden values; then InternImage-B's shapes and odd ones by backward kernel, precision and layout, against the
+        definition in float64."""
         golden, worst = np.load(HERE / "tests" / "dcnv3_op.npz"), 0.0
         for case in json.loads(str(golden["cases"])):
             names = ("input", "offset", "mask", "grad_output", "output", "grad_input", "grad_offset", "grad_mask")
             t = [torch.from_numpy(golden[f"{case['name']}.{name}"]).to(self.device) for name in names]
             shape = {key: tuple(case[key]) for key in ("kernel", "stride", "dilation")}
             rest = {key: case[key] for key in ("group", "offset_scale", "remove_center")}
-            leaves = [x.requires_grad_() for x in t[:3]]
-            output = dcnv3.dcnv3(*leaves, **shape, padding=tuple(case["pad"]), **rest)
-            got = [output, *torch.autograd.grad(output, leaves, t[3])]
+            got = with_gradients(dcnv3.dcnv3, t[:3], t[3], **shape, padding=tuple(case["pad"]), **rest)
             worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(got, t[4:])))
         print(f"Golden cases: largest difference {worst:.1e}\n")
         if not worst <= 1e-10:  # NaN too
             self.fail(f"golden cases differ by {worst:.1e}")
+        levels = (
+            [] if self.dry else [(2, size, 7 << i, "dense") for i, size in enumerate(SIZES)] + [(32, 14, 28, "dense")]
+        )
         rows = []
-        for kernel in ("", *BACKWARD_KERNELS):
-            for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.03)):
-                for layout in ("dense", "slices", "off any border"):
-                    what = f"{kernel or 'by shape'}, {str(dtype).removeprefix('torch.')}, {layout}"
-                    try:
-                        error = self.largest_error(kernel, dtype, layout)
-                        rows.append([what, f"{error:.1e}"])
-                        if not error <= allowed:
-                            self.fail(f"{what}: relative error {error:.1e}, allowed are {allowed:.0e}")
-                    except (ValueError, RuntimeError) as error:
-                        rows.append([what, last_line(error)])
-                        self.fail(f"{what}: {last_line(error)}")
-        table(["backward kernel, dtype, layout", "largest error, of the largest value"], rows)
+        for batch, size, group, layout in [
+            *levels,
+            (3, 13, 4, "dense"),
+            (2, 5, 7, "slices"),
+            (2, 6, 7, "off any border"),
+        ]:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                what = f"{batch}x{size}x{size} G {group}, {str(dtype).removeprefix('torch.')}, {layout}"
+                rows.append([what, *self.errors(what, batch, size, group, layout, dtype)])
+        table(["shape, dtype, layout", "definition", "by shape", *BACKWARD_KERNELS], rows)
+        print("Largest error of output and gradients, of the largest value of each\n")
 
-    def largest_error(self, kernel, dtype, layout):
-        """Of output and gradients, as a fraction of the largest number of each."""
-        sample = [t.detach() for t in level_tensors(2, 5, 6, 7, 16, dtype, self.device)]
+    def errors(self, what, batch, size, group, layout, dtype):
+        """A row: the error of the definition in this precision, then of every backward kernel: allowed are twice it and
+        one rounding. Output gradients are random, and memory is NaN before a kernel writes to it."""
+        sample = [t.detach() for t in level_tensors(batch, size, size, group, 16, dtype, self.device, seed=size)]
+        grad = level_tensors(batch, size, size, group, 16, dtype, self.device, seed=size + 1)[0].detach()
         if layout == "slices":
             wide = torch.cat([*sample[1:], sample[2]], -1)
             sample[1:] = wide.split([t.shape[-1] for t in (*sample[1:], sample[2])], -1)[:2]
         elif layout == "off any border":
-            sample = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in sample]
-        leaves, exact = [t.requires_grad_() for t in sample], [t.detach().double().requires_grad_() for t in sample]
-        with backward_kernel(kernel):
-            output = dcnv3.dcnv3(*leaves, group=7, mask_is_logits=True)
-            got = [output, *torch.autograd.grad(output.sum(), leaves)]
-        expected = dcnv3.reference(*exact, group=7, mask_is_logits=True)
-        expected = [expected, *torch.autograd.grad(expected.sum(), exact)]
-        errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(got, expected)]
-        return max(errors, key=lambda e: float("inf") if e != e else e)
+            *sample, grad = (torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in (*sample, grad))
+        settings = {"group": group, "mask_is_logits": True}
+        exact = with_gradients(dcnv3.reference, [t.double() for t in sample], grad.double(), **settings)
+
+        def error_of(got):
+            found = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(got, exact)]
+            return max(found, key=lambda error: float("inf") if error != error else error)
+
+        allowed = error_of(with_gradients(dcnv3.reference, sample, grad, **settings))
+        yield f"{allowed:.1e}"
+        allowed = 2 * allowed + torch.finfo(dtype).eps
+        for kernel in ("", *BACKWARD_KERNELS):
+            poison = [torch.full_like(t, float("nan"), dtype=kind) for t in exact for kind in (dtype, torch.float32)]
+            del poison  # the allocator hands this memory out again
+            try:
+                with backward_kernel(kernel):
+                    error = error_of(with_gradients(dcnv3.dcnv3, sample, grad, **settings))
+            except ValueError as unfit:  # this kernel does not fit this shape
+                yield last_line(unfit).partition("a group: ")[2].partition(";")[0] or last_line(unfit)
+                continue
+            yield f"{error:.1e}"
+            if not error <= allowed:  # NaN too
+                self.fail(f"{what}, backward {kernel or 'by shape'}: error {error:.1e}, allowed are {allowed:.1e}")
 
     def command(self, what, command, seconds, **variables):
         """Runs a program of tests and prints its last lines."""
@@ -482,7 +513,7 @@ class Check:
             with self.stream():
                 totals = levels_table("cuda", dtype, 32, ("B",), self.repeats)
             bytes_table(rate, dtype, 32, totals)
-        memory_line()
+            memory_table(dtype, 32)
 
     def stream(self):
         """Graphs are recorded on a stream of their own, and gradients run on the stream of their forward pass."""
@@ -543,7 +574,8 @@ def last_line(error):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="all that the first hour on a GPU is for, in six parts")
+    parser.add_argument("--check", action="store_true", help="all that the first hour on a GPU is for, in five parts")
+    parser.add_argument("--only", choices=PARTS, help="this part of --check; sanitizers takes 12 to 36 minutes")
     parser.add_argument("--dry", action="store_true", help="with --check: tiny shapes on a CPU")
     parser.add_argument("--output", default=".", help="folder for dcnv3_check.md and .json (default: here)")
     parser.add_argument("--quick", action="store_true", help="few repeats: whether it runs, not how fast")
@@ -553,7 +585,10 @@ def main(argv=None):
     if arguments.check:
         if not arguments.dry and not torch.cuda.is_available():
             sys.exit("benchmark: --check is for a GPU, and torch finds none; --check --dry tries the command on a CPU")
-        sys.exit(1 if Check(arguments.dry, arguments.quick, arguments.output).run() else 0)
+        check = Check(arguments.dry, arguments.quick, arguments.output)
+        if check.device not in dcnv3.kernels():
+            sys.exit(f"benchmark: there are no kernels for {check.device} to check: `python -m dcnv3` says why")
+        sys.exit(1 if check.run(arguments.only) else 0)
     if torch.cuda.is_available():
         repeats = 5 if arguments.quick else 50
         describe("cuda")

@@ -15,6 +15,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from nvcc import find_nvcc
+
 HERE = Path(__file__).parent
 SOURCES = HERE / "csrc"
 IMITATION = HERE / "tests" / "imitation"
@@ -23,15 +25,10 @@ DTYPES = {"d": "float64", "f": "float32", "Float16": "float16", "BFloat16": "bfl
 SHARED = {"sm_80": 164, "sm_90": 228}
 
 
-def find_nvcc():
-    places = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    return next((str(place) for place in places if place.exists()), None) or shutil.which("nvcc")
-
-
 def find_cuobjdump():
     """The disassembler: of the CUDA toolkit, or of the Triton that PyTorch's CUDA wheels bring."""
     nvcc, triton = find_nvcc(), importlib.util.find_spec("triton")
-    places = [Path(nvcc).resolve().parent] if nvcc else []
+    places = [nvcc.parent] if nvcc else []
     places += [Path(triton.origin).parent / "backends" / "nvidia" / "bin"] if triton else []
     return shutil.which("cuobjdump") or next((p for p in (place / "cuobjdump" for place in places) if p.exists()), None)
 

@@ -24,8 +24,11 @@ from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 os.chdir(Path(__file__).parent)
+sys.path.insert(0, os.getcwd())
+from nvcc import find_nvcc  # noqa: E402
+
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-CPU_SOURCES = ["csrc/binding.cpp", "csrc/cpu_baseline.cpp", "csrc/cpu_avx2.cpp"]
+CPU_SOURCES = ["csrc/binding.cpp", "csrc/cpu.cpp", *sorted(map(str, Path("csrc").glob("cpu_*.cpp")))]
 CUDA_SOURCES = ["csrc/cuda_forward.cu", "csrc/cuda_backward.cu", "csrc/cuda_owning.cu", "csrc/cuda_tiled.cu"]
 # No fast mathematics: NaN and infinity keep their meaning. But no code reads errno or floating-point
 # exceptions, and loops vectorise only without them.
@@ -63,10 +66,8 @@ def cuda_obstacle(torch):
     """What keeps the CUDA kernels from being built, or None."""
     if torch is None or torch.version.cuda is None:
         return "this torch is built without CUDA: install a CUDA build of torch for kernels on a GPU"
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    nvcc = CUDA_HOME and Path(CUDA_HOME) / "bin" / "nvcc"
-    if not nvcc or not nvcc.exists():
+    nvcc = find_nvcc()
+    if nvcc is None:
         return f"no nvcc: load or install the CUDA toolkit {torch.version.cuda} and set CUDA_HOME to it"
     found = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     version = found.split("release ")[1].split(",")[0]
@@ -75,6 +76,9 @@ def cuda_obstacle(torch):
             f"{nvcc} is of CUDA {version}, torch of CUDA {torch.version.cuda}: load the toolkit of the same major "
             "version and set CUDA_HOME to it"
         )
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = str(nvcc.parents[1])  # torch takes the folder above the nvcc on PATH
     return None
 
 
@@ -98,6 +102,8 @@ class BuildKernels(build_ext):
             missing["cpu"] = cpu_obstacle(torch)
             missing["cuda"] = "DCNV3_BUILD=cpu asked for none" if wanted == "cpu" else cuda_obstacle(torch)
             missing["cuda"] = missing["cpu"] or missing["cuda"]
+            if missing.get(wanted):
+                raise SystemExit(f"DCNV3_BUILD={wanted}: no {wanted} kernels: {missing[wanted]}")
             while not kernels and not missing["cpu"]:
                 attempt = [device for device in ("cpu", "cuda") if not missing[device]]
                 try:
@@ -107,8 +113,6 @@ class BuildKernels(build_ext):
                     if wanted:
                         raise
                     missing[attempt[-1]] = f"the compiler failed on them ({_last_words(error)}; pip -v shows more)"
-            if wanted and wanted not in kernels:
-                raise SystemExit(f"DCNV3_BUILD={wanted}: no {wanted} kernels: {missing[wanted]}")
 
         record = {
             "torch": torch and torch.__version__,

@@ -194,7 +194,8 @@ def set_up(tmp_path):
         (home / "ops_dcnv3" / name).touch()
     python = tmp_path / "python"
     make = f'mkdir -p "$3/bin" && cp "{python}" "$3/bin/python"'
-    python.write_text(f'#!/bin/sh\n[ "$1" != -c ] || echo True\n[ "$2" != venv ] || {{ {make}; }}\n')
+    log = f'echo "DCNV3_BUILD=$DCNV3_BUILD $*" >>"{tmp_path}/called"'
+    python.write_text(f'#!/bin/sh\n{log}\n[ "$1" != -c ] || echo True\n[ "$2" != venv ] || {{ {make}; }}\n')
     python.chmod(0o755)
 
     def run(*options):
@@ -229,6 +230,26 @@ def test_what_follows_the_set_up_names_the_weights(set_up, tmp_path):
     said, settings = set_up("--weights", tmp_path / "b.pth")
     assert f"MIMIC_PRETRAINED={tmp_path}/b.pth\n" in settings and "no weights" not in said
     assert re.search(rf"main.py --cfg \S+ --data-path FOLDER --pretrained {tmp_path}/b.pth", said)
+
+
+def test_a_cuda_build_of_pytorch_asks_for_kernels_for_gpus(set_up, machine, tmp_path, monkeypatch):
+    """Of the toolkit that nvcc names: it may be a wrapper elsewhere. Without a toolkit nothing is installed."""
+    set_up("--env-dir", tmp_path / "e")
+    assert re.search(r"^DCNV3_BUILD= .*ops_dcnv3$", (tmp_path / "called").read_text(), re.MULTILINE)
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    for name, text in {"nvidia-smi": "NVIDIA A100", "nvcc": f"{nvcc('12.6')}\n#$ TOP={tmp_path}/cuda/bin/.."}.items():
+        path = tmp_path / "wrappers" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/wrappers:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    said, _ = set_up()
+    assert re.search(rf"CUDA toolkit: +12.6 in {tmp_path}/cuda\n", said)
+    assert re.search(r"^DCNV3_BUILD=cuda .*ops_dcnv3$", (tmp_path / "called").read_text(), re.MULTILINE)
+    done = setup("--yes", "--no-weights", **machine(**{"nvidia-smi": "NVIDIA A100", "g++": "12"}))
+    assert done.returncode == 2 and "no CUDA toolkit for the GPUs (here: NVIDIA A100): load or install" in done.stderr
+    assert "set DCNV3_BUILD=cpu to do without" in done.stderr and "installing" not in done.stdout
 
 
 def test_downloading_without_a_folder_is_one_line(tmp_path):

@@ -130,7 +130,7 @@ Tensor forward_cpu(const Tensor& input, const Tensor& offset, const Tensor& mask
                    bool remove_center, bool softmax) {
   Call call(input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, softmax);
   Tensor output = call.new_output();
-  if (output.numel() > 0) run_in_parallel(call.problem, dcnv3::cpu_forward_tasks(call.problem), dcnv3::cpu_forward);
+  if (output.numel() > 0) run_in_parallel(call.problem, dcnv3::cpu_forward_tasks(call.problem), dcnv3::cpu_kernels()->forward);
   return output;
 }
 
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const
   auto [grad_offset, grad_mask] = call.new_small_gradients();
   Tensor grad_input = at::empty(input.sizes(), input.options(), at::MemoryFormat::Contiguous);
   call.problem.grad_input = grad_input.mutable_data_ptr();
-  if (input.numel() > 0) run_in_parallel(call.problem, dcnv3::cpu_backward_tasks(call.problem), dcnv3::cpu_backward);
+  if (input.numel() > 0) run_in_parallel(call.problem, dcnv3::cpu_backward_tasks(call.problem), dcnv3::cpu_kernels()->backward);
   return {grad_input, grad_offset, grad_mask};
 }
 
@@ -232,6 +232,10 @@ TORCH_LIBRARY_IMPL(dcnv3, CUDA, library) {
   library.impl("backward", backward_cuda);
 }
 #endif
+// What `python -m dcnv3` prints.
+TORCH_LIBRARY_FRAGMENT(dcnv3, library) {
+  library.def("_cpu_instruction_set() -> str", [] { return std::string(dcnv3::cpu_kernels()->name); });
+}
 TORCH_LIBRARY_IMPL(dcnv3, CPU, library) {
   library.impl("forward", forward_cpu);
   library.impl("backward", backward_cpu);

@@ -34,8 +34,14 @@ struct Problem {
 // sums in a fixed order, so results do not depend on the number of threads.
 int64_t cpu_forward_tasks(const Problem& problem);   // output rows of the batch
 int64_t cpu_backward_tasks(const Problem& problem);  // groups of the batch
-void cpu_forward(const Problem& problem, int64_t begin, int64_t end);
-void cpu_backward(const Problem& problem, int64_t begin, int64_t end);
+// One source compiled for several instruction sets. The set that suits this processor, or the one of that name: null
+// where it does not run here.
+struct CpuKernels {
+  const char* name;  // AVX-512, AVX2 or baseline
+  void (*forward)(const Problem& problem, int64_t begin, int64_t end);
+  void (*backward)(const Problem& problem, int64_t begin, int64_t end);
+};
+const CpuKernels* cpu_kernels(const char* name = nullptr);
 
 // Null where the current GPU can run the CUDA kernels, otherwise why it cannot: it may be older than the
 // architectures they were built for, or its driver older than the toolkit.

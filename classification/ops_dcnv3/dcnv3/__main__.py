@@ -1,6 +1,7 @@
-"""`python -m dcnv3`: which kernels are loaded here, and what the missing ones need."""
+"""`python -m dcnv3`: which kernels are loaded here, for which machines, and what the missing ones need."""
 
 from . import _extension
 
 for device in ("cpu", "cuda"):
-    print(f"{device}: {'kernels loaded' if device in _extension.kernels() else _extension.why_not(device)}")
+    loaded = device in _extension.kernels()
+    print(f"{device}: {f'kernels loaded ({_extension.built_for(device)})' if loaded else _extension.why_not(device)}")

@@ -60,6 +60,11 @@ def kernels():
     return _kernels
 
 
+def built_for(device_type):
+    """What the loaded kernels of a device are compiled for: the instructions chosen for this processor, or GPUs."""
+    return _architectures if device_type == "cuda" else torch.ops.dcnv3._cpu_instruction_set()
+
+
 def why_not(device_type):
     """Why there is no kernel for a device, and what to do about it."""
     if device_type not in _DEVICES:

@@ -2,7 +2,7 @@
 
 Where compiled kernels are loaded (see `_extension.py`) the dispatcher takes them for their device.
 For every other device there is the definition in PyTorch. Both have the same fake kernels and the
-same autograd formula. Arguments are checked by :func:`dcnv3.dcnv3`, not here.
+same gradient. Arguments are checked by :func:`dcnv3.dcnv3`, not here.
 """
 
 import warnings
@@ -10,6 +10,7 @@ import warnings
 import torch
 
 from . import _extension, definition
+from ._autograd import differentiable, not_differentiable
 
 _PARAMETERS = (
     "int group, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
@@ -69,21 +70,16 @@ def _backward_fake(grad_output, input, offset, mask, *parameters):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (input, offset, mask))
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-    ctx.parameters = inputs[3:]
+def _below_autograd(operator):
+    def call(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return call
 
 
-def _backward(ctx, grad_output):
-    gradients = torch.ops.dcnv3.backward(grad_output, *ctx.saved_tensors, *ctx.parameters)
-    return *gradients, *(None for _ in ctx.parameters)
-
-
-def _double_backward(ctx, *gradients):
-    raise NotImplementedError("dcnv3: the gradient of the gradient is not implemented (create_graph=True needs it)")
-
-
-torch.library.register_autograd("dcnv3::forward", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("dcnv3::backward", _double_backward, lib=_library)
+_forward, _backward = torch.ops.dcnv3.forward.default, torch.ops.dcnv3.backward.default
+_library.impl("forward", differentiable(_below_autograd(_forward), _backward), "Autograd")
+_library.impl("backward", not_differentiable(_below_autograd(_backward)), "Autograd")
 
 _extension.load()

@@ -18,7 +18,8 @@ nothing of size `P` times the output is ever kept.
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+
+from ._autograd import differentiable, not_differentiable
 
 
 def kernel_points(kernel, remove_center):
@@ -152,16 +153,5 @@ def backward(grad_output, input, offset, mask, *parameters):
     )
 
 
-class Reference(torch.autograd.Function):
-    """The same with a gradient, for :func:`dcnv3.reference`."""
-
-    @staticmethod
-    def forward(ctx, input, offset, mask, *parameters):
-        ctx.save_for_backward(input, offset, mask)
-        ctx.parameters = parameters
-        return forward(input, offset, mask, *parameters)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        return *backward(grad_output, *ctx.saved_tensors, *ctx.parameters), *(None for _ in ctx.parameters)
+# The same with a gradient, for :func:`dcnv3.reference`.
+differentiable_forward = differentiable(forward, not_differentiable(backward))

@@ -3,7 +3,7 @@
 import torch
 
 from . import _ops  # noqa: F401  declares torch.ops.dcnv3
-from .definition import Reference, kernel_points
+from .definition import differentiable_forward, kernel_points
 
 
 def _pair(name, value, minimum):
@@ -52,9 +52,9 @@ def _checked(
             raise ValueError(f"dcnv3: {name} must be floating point, got {tensor.dtype}")
 
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        input, offset, mask = input.to(dtype), offset.to(dtype), mask.to(dtype)
+        input, offset, mask = (t if t.dtype == torch.float64 else t.to(dtype) for t in (input, offset, mask))
     for name, tensor in (("offset", offset), ("mask", mask)):
         if tensor.dtype != input.dtype:
             raise ValueError(f"dcnv3: {name} is {tensor.dtype}, the input {input.dtype}: cast one of them")
@@ -96,8 +96,8 @@ def dcnv3(
     Returns:
         [N, Ho, Wo, G*D] in the input's dtype; sums and positions are float32 or better.
         Samples outside the input count as zero, as do those at a NaN or infinite offset.
-        Under autocast all three tensors are cast to the autocast dtype.
-        A second derivative is a NotImplementedError.
+        Under autocast all three tensors are cast to the autocast dtype, but for those of float64.
+        A second derivative, and one in forward mode, is a NotImplementedError.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the tensor.
@@ -124,7 +124,7 @@ def reference(
     mask_is_logits=False,
 ):
     """:func:`dcnv3.dcnv3` in plain PyTorch on any device, whatever kernels are there: the oracle of the tests."""
-    return Reference.apply(
+    return differentiable_forward(
         *_checked(
             input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, mask_is_logits
         )

@@ -1,5 +1,12 @@
 """What the operator tests share."""
 
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
 import torch
 
 import dcnv3
@@ -8,6 +15,32 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # The operator is the compiled kernel where there is one, and else once more the reference.
 IMPLEMENTATIONS = {"reference": dcnv3.reference, "operator": dcnv3.dcnv3}
+
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "internimage-mimic", "compiled")
+KEPT = 24  # folders in it, of some MB each
+
+
+def compile_once(make, compiler, files, *flags):
+    """The folder that `make(folder)` has filled, in this run or, from the same files by the same compiler with the same
+    flags, in an earlier one: nearly all the time of these tests would go to compilers."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(repr((str(compiler), version, flags)).encode())
+    for file in sorted(files):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    folder = CACHE / digest.hexdigest()[:16]
+    if not folder.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=CACHE))
+        make(part)
+        if folder.exists():  # another run was faster
+            shutil.rmtree(part)
+        else:
+            part.rename(folder)
+        for old in sorted(CACHE.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+    os.utime(folder)
+    return folder
 
 
 def random_inputs(

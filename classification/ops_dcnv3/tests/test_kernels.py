@@ -4,8 +4,10 @@ Skipped where the compiler they need is not found. That no GPU is needed is the 
 show of the CUDA kernels is that indices, guards and sums are right, not that they run on a GPU.
 """
 
+import ast
 import json
 import os
+import platform
 import shutil
 import struct
 import subprocess
@@ -16,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import assert_same, random_inputs
-from dcnv3 import definition, kernels
+from common import assert_same, compile_once, random_inputs
+from dcnv3 import _extension, definition, kernels
 from dcnv3.functional import output_size
 
 HERE = Path(__file__).parent
@@ -28,6 +30,10 @@ IMITATION = HERE / "imitation"
 SOURCES = HERE.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SOURCES_OF = {
+    "cpu": [*SOURCES.glob("cpu*"), *SOURCES.glob("dcnv3*")],
+    "cuda": [*SOURCES.glob("cuda*"), *SOURCES.glob("dcnv3*"), *IMITATION.rglob("*.h"), *IMITATION.glob("*.cpp")],
+}
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
@@ -37,21 +43,23 @@ CUDA_FLAGS = {"cuda": [], "cuda sm_90, parts": ["-DDCNV3_TEST_REACH=2000", "-DDC
 
 
 @pytest.fixture(scope="session", params=["cpu", *CUDA_FLAGS])
-def program(request, tmp_path_factory):
+def program(request):
     """(device, path) of the kernels of a device as a program."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     device = request.param.split()[0]
-    path = tmp_path_factory.mktemp("kernels") / device
     if device == "cpu":
-        sources, flags = [SOURCES / "cpu_baseline.cpp", SOURCES / "cpu_avx2.cpp"], ["-O0"]
+        sources, flags = sorted(SOURCES.glob("cpu*.cpp")), ["-O0"]
     else:  # the imitation runs longer than it takes to compile
         sources, flags = [IMITATION / "cuda_kernels.cpp"], ["-O1", "-DDCNV3_TEST_CUDA", *CUDA_FLAGS[request.param]]
     sources.append(HERE / "kernels_alone.cpp")
-    command = [COMPILER, "-std=c++17", "-I", SOURCES, "-I", IMITATION, *flags, *sources, "-o", path]
-    if subprocess.run([*command, *SANITIZERS], capture_output=True).returncode:
-        subprocess.run(command, check=True)  # a compiler without the sanitizers
-    return device, path
+
+    def make(folder):
+        command = [COMPILER, "-std=c++17", "-I", SOURCES, "-I", IMITATION, *flags, *sources, "-o", folder / device]
+        if subprocess.run([*command, *SANITIZERS], capture_output=True).returncode:
+            subprocess.run(command, check=True)  # a compiler without the sanitizers
+
+    return device, compile_once(make, COMPILER, [*sources, *SOURCES_OF[device]], *flags, *SANITIZERS) / device
 
 
 BACKWARD_KERNELS = ["atomic", "tiled", "owning", "ordered"]
@@ -124,7 +132,8 @@ def run_alone(program, parameters, shape, inputs, grad, file, shift=0, extra=0):
             memory = memory[size:]
         sets.append((kernel, missing, got))
     assert not memory
-    assert [kernel for kernel, *_ in sets] == (["cpu"] if device == "cpu" else BACKWARD_KERNELS * 2)
+    names = [kernel for kernel, *_ in sets]
+    assert names[-1] == "baseline" if device == "cpu" else names == BACKWARD_KERNELS * 2
     return sets
 
 
@@ -213,8 +222,23 @@ def test_corners_that_do_not_exist_are_never_touched(program, name, value, tmp_p
         assert_same(got, expected, rtol=8 * eps, atol=8 * eps * max(t.abs().max().item() for t in expected))
 
 
-BUILD = """
-import json, shutil, sys, torch
+@pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="no C++ compiler, or another processor")
+def test_each_processor_gets_the_widest_vectors_it_has(tmp_path):
+    command = [COMPILER, "-std=c++17", "-I", SOURCES, HERE / "processors.cpp", "-o", tmp_path / "processors"]
+    subprocess.run(command, check=True)
+    avx512 = ["avx512f", "avx512bw", "avx512dq", "avx512vl"]
+    for features, kernels_, isa in (
+        (["avx2", "fma", *avx512], "AVX-512", "avx512"),
+        (["avx2", "fma", *avx512[:2]], "AVX2", "avx2"),  # Knights Landing and the like
+        (["avx2"], "baseline", "baseline"),
+        ([], "baseline", "baseline"),
+    ):
+        run = subprocess.run([tmp_path / "processors", *features], capture_output=True, text=True, check=True)
+        assert run.stdout.split("\n") == [kernels_, f"{isa} forward", f"{isa} backward", ""]
+
+
+BUILD = '''
+import shutil, sys
 from pathlib import Path
 from setuptools import Distribution
 from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -227,7 +251,14 @@ for old, new in (
     assert old in text
     text = text.replace(old, new)
 (folder / "binding.cpp").write_text(text)
-files = [folder / "binding.cpp", imitation / "cuda_kernels.cpp", sources / "cpu_baseline.cpp", sources / "cpu_avx2.cpp"]
+(folder / "no_cpu.cpp").write_text("""#include "dcnv3.h"
+namespace dcnv3 {
+const CpuKernels* cpu_kernels(const char*) { static const CpuKernels none{"none", 0, 0}; return &none; }
+int64_t cpu_forward_tasks(const Problem&) { return 0; }
+int64_t cpu_backward_tasks(const Problem&) { return 0; }
+}
+""")
+files = [folder / "binding.cpp", folder / "no_cpu.cpp", imitation / "cuda_kernels.cpp"]
 extension = CppExtension(
     "_C", [str(file) for file in files], include_dirs=[str(imitation), str(sources)],
     # The owning kernel wherever it fits: tests are small.
@@ -239,11 +270,8 @@ builder = BuildExtension(Distribution({"ext_modules": [extension]}), no_python_a
 builder.build_lib, builder.build_temp = str(folder), str(folder / "temp")
 builder.ensure_finalized()
 builder.run()
-shutil.copytree(sources.parent / "dcnv3", folder / "dcnv3", ignore=shutil.ignore_patterns("_C.so", "_build.json"))
-shutil.move(folder / "_C.so", folder / "dcnv3" / "_C.so")
-record = {"torch": torch.__version__, "cuda": torch.version.cuda, "kernels": ["cpu"], "architectures": "8.0;9.0+PTX"}
-(folder / "dcnv3" / "_build.json").write_text(json.dumps({**record, "missing": {"cuda": "an imitation"}}))
-"""
+shutil.rmtree(folder / "temp")
+'''
 
 OLD_GPU = """
 import warnings, torch, dcnv3
@@ -269,7 +297,7 @@ def over_the_binding(tmp_path_factory):
     AddressSanitizer where the compiler has it: run(*arguments, **variables of the environment) -> what it printed."""
     if "cpu" not in kernels():
         pytest.skip("no compiler: no kernels were built")
-    folder = tmp_path_factory.mktemp("binding")
+    package = tmp_path_factory.mktemp("binding") / "dcnv3"
     # Into a process that began without it, the sanitizer has to be loaded first, and the library it looks into.
     found = [subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
              for name in ("libasan.so", "libstdc++.so")]  # fmt: skip
@@ -277,12 +305,20 @@ def over_the_binding(tmp_path_factory):
     preload = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"} if sanitized else {}
 
     def run(*arguments, **variables):
-        environment = {**os.environ, "PYTHONPATH": str(folder), **variables}
+        environment = {**os.environ, "PYTHONPATH": str(package.parent), **variables}
         run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
         assert run.returncode == 0, run.stdout + run.stderr
         return run.stdout
 
-    run("-c", BUILD, SOURCES, IMITATION, folder, *["-fsanitize=address"] * sanitized)
+    flags = ["-fsanitize=address"] * sanitized
+    built = compile_once(
+        lambda folder: run("-c", BUILD, SOURCES, IMITATION, folder, *flags),
+        COMPILER, [*SOURCES.iterdir(), *SOURCES_OF["cuda"]], *flags, BUILD, torch.__version__,
+    )  # fmt: skip
+    shutil.copytree(HERE.parent / "dcnv3", package, ignore=shutil.ignore_patterns("_C.so", "_build.json"))
+    shutil.copy(built / "_C.so", package)
+    record = {**_extension.describe_torch(), "kernels": ["cpu"], "architectures": "8.0;9.0+PTX"}
+    (package / "_build.json").write_text(json.dumps({**record, "missing": {"cuda": "an imitation"}}))
     return lambda *arguments, **variables: run(*arguments, **{**preload, **variables})
 
 
@@ -305,10 +341,10 @@ def test_a_gpu_that_the_kernels_have_no_image_for(over_the_binding):
 
 
 def test_the_check_of_the_first_hour_runs_dry(over_the_binding, tmp_path):
-    """All six parts, over the imitation; a part after a failing one still runs, and what there is is on disk."""
+    """All five parts, over the imitation; a part after a failing one still runs, and what there is is on disk."""
     said = over_the_binding(HERE.parent / "benchmark.py", "--check", "--dry", "--output", tmp_path)
     written = json.loads((tmp_path / "dcnv3_check.json").read_text())
-    assert written["failures"] == [] and len(written["seconds"]) == 6
+    assert written["failures"] == [] and len(written["seconds"]) == 5
     assert said.strip() == (tmp_path / "dcnv3_check.md").read_text().strip()
     # Every backward kernel fits these shapes, and has its time; the advice names one for each.
     kernels = {"forward", "by shape", *BACKWARD_KERNELS}
@@ -326,7 +362,7 @@ benchmark.Check.correctness = lambda self: self.fail("a wrong number")
 check = benchmark.Check(True, True, sys.argv[2])
 assert check.run() == 2
 written = json.load(open(os.path.join(sys.argv[2], "dcnv3_check.json")))
-assert written["failures"][0] == "a wrong number" and "part 2 stopped" in written["failures"][1], written
+assert written["failures"][0] == "a wrong number" and "behaviour stopped" in written["failures"][1], written
 assert len(written["levels"]) == 4 and "Mend first: a wrong number" in open(sys.argv[2] + "/dcnv3_check.md").read()
 """
 
@@ -365,13 +401,18 @@ TARGETS = ("sm_75", "sm_80", "sm_90")  # 75: an older card, which users may name
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
+def compiled():
     """(registers and spilled bytes of every kernel, folder of object files). That the sources compile without a warning
     for every target, and in PTX for later GPUs, takes no GPU and no CUDA build of torch."""
     if count.find_nvcc() is None:
         pytest.skip("no nvcc")
-    folder = tmp_path_factory.mktemp("compiled")
-    return count.compile_kernels(TARGETS, folder, ptx=("90",)), folder
+
+    def make(folder):
+        (folder / "usage").write_text(repr(count.compile_kernels(TARGETS, folder, ptx=("90",))))
+
+    files = [*SOURCES.glob("cuda*"), *SOURCES.glob("dcnv3*"), HERE.parent / "count.py"]
+    folder = compile_once(make, count.find_nvcc(), files, TARGETS)
+    return ast.literal_eval((folder / "usage").read_text()), folder
 
 
 def test_no_kernel_spills_registers(compiled):

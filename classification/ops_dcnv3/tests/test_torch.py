@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from common import DEVICES, IMPLEMENTATIONS, assert_same, random_inputs, results
 from dcnv3 import DCNv3, _extension, _ops, dcnv3, kernels
@@ -54,6 +55,26 @@ def test_exports(device):
 
 
 @both
+def test_meta_tensors_have_shapes_and_gradients(implementation):
+    inputs = [t.detach().to("meta").requires_grad_() for t in random_inputs(dtype=torch.bfloat16)]
+    output = IMPLEMENTATIONS[implementation](*inputs, group=3)
+    assert output.is_meta and output.dtype == torch.bfloat16 and output.shape == inputs[0].shape
+    gradients = torch.autograd.grad(output.sum(), inputs)
+    assert [(g.shape, g.dtype, g.is_meta) for g in gradients] == [(t.shape, t.dtype, True) for t in inputs]
+
+
+@both
+@every_device
+def test_autocast_leaves_float64_alone(implementation, device):
+    inputs = random_inputs(device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output = IMPLEMENTATIONS[implementation](*inputs, group=3)
+        with pytest.raises(ValueError, match="offset is torch.bfloat16, the input torch.float64"):
+            IMPLEMENTATIONS[implementation](inputs[0], inputs[1].float(), inputs[2], group=3)
+    torch.testing.assert_close(output, IMPLEMENTATIONS[implementation](*inputs, group=3), rtol=0, atol=0)
+
+
+@both
 @every_device
 def test_autocast_casts_all_three(implementation, device):
     inputs = random_inputs(dtype=torch.float32, device=device)
@@ -72,6 +93,62 @@ def test_second_derivative_is_a_clear_error(implementation):
     )
     with pytest.raises((NotImplementedError, RuntimeError), match="gradient of the gradient|once_differentiable"):
         grad.sum().backward()
+
+
+def dual(function, inputs, number=0):
+    """The tangent of the output where one input has one."""
+    with forward_ad.dual_level():
+        inputs = [forward_ad.make_dual(t, torch.ones_like(t)) if i == number else t for i, t in enumerate(inputs)]
+        return forward_ad.unpack_dual(function(*inputs)).tangent
+
+
+def dual_output_gradient(function, inputs):
+    leaf = inputs[0].clone().requires_grad_()
+    output = function(leaf, *inputs[1:])
+    return dual(lambda grad: torch.autograd.grad(output, leaf, grad)[0], [torch.ones_like(output)])
+
+
+# What has a derivative in forward mode in it, or a second one: function, inputs -> a tensor.
+FORWARD_MODE = {
+    "jvp": lambda f, t: torch.func.jvp(f, (*t,), (*map(torch.ones_like, t),))[1],
+    "jacfwd": lambda f, t: torch.func.jacfwd(f, argnums=1)(*t),
+    "linearize": lambda f, t: torch.func.linearize(f, *t)[1](*map(torch.ones_like, t)),
+    "hessian": lambda f, t: torch.func.hessian(lambda *t: f(*t).square().sum(), argnums=2)(*t),
+    "jacobian, forward": lambda f, t: torch.autograd.functional.jacobian(
+        f, (*t,), strategy="forward-mode", vectorize=True
+    ),
+    "jvp by two vjps": lambda f, t: torch.autograd.functional.jvp(f, (*t,), (*map(torch.ones_like, t),))[1],
+    "hessian backwards": lambda f, t: torch.autograd.functional.hessian(lambda *t: f(*t).square().sum(), (*t,)),
+    **{f"dual {i}": lambda f, t, i=i: dual(f, t, i) for i in range(3)},
+    "dual, a gradient wanted": lambda f, t: dual(f, [x.requires_grad_() for x in t]),
+    "dual, no gradients": lambda f, t: torch.no_grad()(dual)(f, t),
+    "dual output gradient": dual_output_gradient,
+}
+
+
+@both
+@pytest.mark.parametrize("way", FORWARD_MODE)
+def test_forward_mode_is_an_error_and_never_zeros(implementation, way):
+    inputs = [t.detach() for t in random_inputs(n=1, h=2, w=3, group=2, width=2)]
+    with pytest.raises((NotImplementedError, RuntimeError), match="not implemented|setup_context"):
+        FORWARD_MODE[way](lambda *t: IMPLEMENTATIONS[implementation](*t, group=2), inputs)
+
+
+def test_vmap_is_a_loop_over_the_examples():
+    inputs = [t.detach() for t in random_inputs(n=3, h=2, w=3, group=2, width=2)]
+    many = [torch.stack([t, t.flip(0)]) for t in inputs]
+
+    def run(*t):
+        return dcnv3(*t, group=2, mask_is_logits=True)
+
+    together = torch.func.vmap(run)(*many)
+    torch.testing.assert_close(together, torch.stack([run(*(t[i] for t in many)) for i in range(2)]), rtol=0, atol=0)
+    one = torch.func.vmap(lambda offset: run(inputs[0], offset, inputs[2]), in_dims=3, out_dims=1)(
+        torch.stack([inputs[1], -inputs[1]], 3)
+    )
+    torch.testing.assert_close(one[:, 1], run(inputs[0], -inputs[1], inputs[2]), rtol=0, atol=0)
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(run, (*inputs,), vectorize=True), jacobian(run, (*inputs,)), rtol=0, atol=0)
 
 
 @every_device
