@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, without a network: `run.sh 1` within 9 minutes, `run.sh 2` within 5. Every step has a limit of
 # its own and writes NAME.md into $OUT, by default classification/benchmarks/gpu, the most important first.
-# python3 needs torch, numpy, timm, pandas, scikit-learn and pillow; yacs and the kernels are in site/ (prepare.sh).
+# python3 needs torch, numpy, timm, pandas, scikit-learn and pillow; kernels, yacs and pytest are in site/ (prepare.sh).
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/../.."
@@ -43,7 +43,7 @@ if [ "$1" = 1 ]; then
   check atomics 30
 else
   look=(python3 ops_dcnv3/first_hour/kernels.py)
-  counters=(ncu --clock-control none --set full --kernel-name regex:'(forward|atomic|tiled|owning|ordered)_kernel' --force-overwrite)
+  counters=(ncu --target-processes all --clock-control none --set full --kernel-name regex:'(forward|atomic|tiled|owning|ordered)_kernel' --force-overwrite)
   metrics=gpu__time_duration.sum,sm__inst_executed.avg.per_cycle_active,smsp__inst_executed.max,smsp__inst_executed.min
   metrics+=,l1tex__data_bank_conflicts_pipe_lsu.sum,sm__warps_active.avg.pct_of_peak_sustained_active
   step ncu 70 "${counters[@]}" -o "$OUT/by_shape" "${look[@]}"
