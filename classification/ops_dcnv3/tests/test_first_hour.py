@@ -87,6 +87,16 @@ def test_the_check_sees_a_gradient_that_is_a_pixel_off(tmp_path, monkeypatch):
     assert "golden cases differ" in failures[0] and "backward owning: error" in " ".join(failures)
 
 
+def test_the_check_names_tests_of_behaviour_that_exist(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(benchmark.Check, "command", lambda self, what, command, *_: called.append(command))
+    assert benchmark.Check(True, True, tmp_path).run("behaviour") == 0
+    (command,) = called
+    tests = "".join(path.read_text() for path in command if isinstance(path, Path))
+    for word in command[-1].split(" or "):
+        assert re.search(rf"def test_\w*{word}", tests), word
+
+
 def test_the_check_stops_without_kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark.dcnv3, "kernels", lambda: ())
     with pytest.raises(SystemExit, match="there are no kernels for cpu to check: `python -m dcnv3` says why"):
