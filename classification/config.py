@@ -18,6 +18,7 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from common.errors import UserError, did_you_mean
+from common.files import read_yaml
 
 
 # --------------------------------------------------------------------------------- allowed values
@@ -546,14 +547,7 @@ def _merge_file(config, path, above=()):
     path = Path(path)
     if path.resolve() in above:
         raise UserError(f"config file {path}: BASE leads back to the file itself")
-    try:
-        content = yaml.load(path.read_text(), _Loader)
-    except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"config file {path} has no keys")
+    content = read_yaml(path, f"config file {path}", _Loader)
     bases = content.pop("BASE", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -807,17 +801,6 @@ def doubtful(config, updates, workers):
 
 
 # ----------------------------------------------------------------------------------------- the page
-PAGE = """# What does an option do?
-
-```
-$PY main.py --cfg FILE --opts KEY VALUE KEY VALUE
-```
-
-An option is set by `--opts`, by its flag if the table shows one, or in a YAML file. A later source wins: the defaults
-below (for X-rays those in brackets), the backbone's defaults, the files of `BASE`, the file of `--cfg`, `--opts`,
-flags. An option that is set and has no effect gives a warning. `$PY` is the Python of the set-up.
-`$PY config.py > ../docs/options.md` writes this page.
-"""
 TYPES = {str: "text", int: "whole number", float: "number", bool: "True, False", list: "list", dict: "mapping"}
 CONDITIONS = {"model": "the backbone uses it", "data": "the dataset uses it", "device": "the device is a GPU"}
 
@@ -843,19 +826,17 @@ def _condition(keys, wanted):
 
 
 def options_page():
-    """The text of docs/options.md: a row for each of KNOBS."""
+    """The text of docs/options.md, by docs/options.md.j2: a row for each of KNOBS."""
+    import jinja2
+
     sections = {}
     for key, knob in KNOBS.items():
-        default = "null" if knob.default is None else str(knob.default) or '""'
-        default += f"` (X-rays: `{knob.xrays}`)" if knob.xrays is not None else "`"
         allowed = knob.allowed and _wanted(knob.allowed, knob.default) or TYPES[knob.kind or type(knob.default)]
         conditions = [_condition(keys, wanted) for keys, wanted in knob.takes_effect.items()]
-        flag = f" `{knob.flag}`" if knob.flag else ""
-        meaning = knob.meaning.removeprefix("(new) ").replace("<", "&lt;")
-        row = f"| `{key}`{flag} | `{default} | {allowed} | {meaning} | {', '.join(conditions)} |"
-        sections.setdefault(key.partition(".")[0] if "." in key else "Others", []).append(row)
-    head = "| key and flag | default | allowed | meaning | takes effect if |\n|---|---|---|---|---|"
-    return PAGE + "".join("\n".join((f"\n## {name}\n", head, *rows, "")) for name, rows in sections.items())
+        section = key.partition(".")[0] if "." in key else "Others"
+        sections.setdefault(section, []).append((key, knob, allowed, conditions))
+    template = (Path(__file__).parents[1] / "docs" / "options.md.j2").read_text()
+    return jinja2.Template(template, trim_blocks=True, lstrip_blocks=True).render(sections=sections)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ def _checksum(path):
 def download(folder, name="internimage_b_1k_224.pth"):
     """The path of the file in `folder`, fetched if it is missing and compared with the publisher's SHA-256.
 
-    Raises:
-        UserError: a folder that cannot be written, no connection, or another checksum.
+    UserError: a folder that cannot be written, no connection, or another checksum.
     """
     url = hf_hub_url(REPOSITORY, name)
     path = Path(folder) / name

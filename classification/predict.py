@@ -225,28 +225,17 @@ class _Images(torch.utils.data.Dataset):
         return item
 
 
-def _loader(items, batches, workers):
-    return DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list)
-
-
-class _Notes:
-    """What is printed of the images of this run together: each thing once, with its count."""
-
-    def __init__(self, model):
-        self.model, self.counts = model, Counter()
-
-    def look(self, item):
-        data = self.model.config.DATA
-        for error in item["left_out"]:
-            self.counts[f"left out of its study, whose other images answer: {error}"] += 1
-        for image in item["facts"]:
-            domain = f"dicom {data.DICOM_RECIPE}" if image["dicom"] else "pictures"
-            if text := domain_warning(self.model.domain, domain):
-                self.counts[text.replace("DATA.DICOM_RECIPE", "--dicom-recipe")] += 1
-            view, views = image["view"], VIEWS.get(data.VIEWS)
-            if views and view and view not in views:
-                text = f"the model was trained on DATA.VIEWS {data.VIEWS}, these images are of the view {view}"
-                self.counts[text] += 1
+def _notes(item, model):
+    """What is to be said of the images of a row for this model; printed of all rows together."""
+    data = model.config.DATA
+    for error in item["left_out"]:
+        yield f"left out of its study, whose other images answer: {error}"
+    for image in item["facts"]:
+        if text := domain_warning(model.domain, f"dicom {data.DICOM_RECIPE}" if image["dicom"] else "pictures"):
+            yield text.replace("DATA.DICOM_RECIPE", "--dicom-recipe")
+        view = image["view"]
+        if view and view not in VIEWS.get(data.VIEWS, [view]):
+            yield f"the model was trained on DATA.VIEWS {data.VIEWS}, these images are of the view {view}"
 
 
 # ------------------------------------------------------------------------------------ probability
@@ -338,17 +327,18 @@ def predict(args):
     if waiting < count:
         print(f"{count - waiting:,} of {count:,} {unit} are done already, {table.changed:,} have changed since")
 
-    notes, most = _Notes(first), first.config.DATA.MAX_VIEWS if first.config.DATA.UNIT == "study" else None
+    notes, most = Counter(), first.config.DATA.MAX_VIEWS if first.config.DATA.UNIT == "study" else None
     content = _Images(groups, [model.reader() for model in models], args.only_chest, most)
+    loader = DataLoader(content, batch_sampler=table.todo, num_workers=workers, collate_fn=list)
     with tqdm(total=count, initial=count - waiting, unit=by, disable=not sys.stderr.isatty()) as bar:
-        for numbers, items in zip(table.todo, _loader(content, table.todo, workers)):
+        for numbers, items in zip(table.todo, loader):
             good = [k for k, item in enumerate(items) if "batches" in item]
             found = np.full((len(items), len(names)), np.nan)
             if good:
                 batches = [join([items[k]["batches"][m] for k in good]) for m in range(len(models))]
                 found[good] = np.mean([probabilities(m, b, args.tta) for m, b in zip(models, batches)], 0)
             for k in good:
-                notes.look(items[k])
+                notes.update(_notes(items[k], first))
             for item in items:
                 if args.format == "cxr-lt":
                     item["dicom_id"] = item["dicom_id"] or item["images"][0].file.stem
@@ -369,7 +359,7 @@ def predict(args):
     elif labels:
         finished["overlay_scale"] = table.before["overlay_scale"]
     table.finish(**finished, finished=datetime.now().isoformat(timespec="seconds"))
-    for text, count in notes.counts.items():
+    for text, count in notes.items():
         print(f"note, {count} image(s): {text}")
     for count, kinds in ((table.contents(True), NOT_CHEST), (table.contents(False), "no image: not in the table")):
         if count:

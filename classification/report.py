@@ -14,7 +14,7 @@ Writes report.html, report.json, per_label.csv, tables.tex, summary.md, model_ca
 from pathlib import Path
 
 from analysis import comparison, comparison_tables, tables
-from analysis.checklist import read_about
+from analysis.card import read_about
 from analysis.evaluation import check_apart, ensemble, new_evaluation, read_evaluation
 from analysis.results import Options
 from analysis.runs import write_runs

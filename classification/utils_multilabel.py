@@ -123,8 +123,7 @@ class Criterion(nn.Module):
 def build_loss(name, options, **given):
     """The :class:`Criterion` of row `name` of LOSSES; given: values of GIVEN.
 
-    Raises:
-        UserError: no such loss, a parameter that it does not have, lacks, or whose value is no number or out of bounds.
+    UserError: no such loss, a parameter that it does not have, lacks, or whose value is no number or out of bounds.
     """
     if name not in LOSSES:
         raise UserError(f"TRAIN.LOSS is {name!r}; choose one of {', '.join(LOSSES)}{did_you_mean(name, LOSSES)}")

@@ -17,6 +17,7 @@ from config import units
 BINS = 15  # of equal width, for the ECE
 POINTS = 10  # of equal numbers of images, for the reliability curve
 FOLDS = 5  # of patients, for the cross-validation that chooses between the methods
+ACTED_AT = np.arange(1, 100) / 100  # probabilities at which somebody may act, of the decision curves
 SMALLEST = 1e-8  # logits of probabilities that were rounded to 0 or 1
 
 
@@ -99,14 +100,6 @@ def scale(scaling, method, name, probabilities):
     return sigmoid(logit(probabilities) / (scaling["temperature"] or np.nan))
 
 
-def _log_losses(probabilities, targets):
-    """Sums over the images with a target of each label's log loss [L]; NaN where a probability is NaN."""
-    z = logit(probabilities)
-    z = np.where(targets == 1, -z, z)
-    losses = np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
-    return np.where(np.isnan(targets), 0, losses).sum(0)
-
-
 def _cross_validated(probabilities, targets, cluster):
     """Log loss of each method on patients that it was not fitted on: method -> [L], NaN where a fold cannot fit it."""
     patients = int(cluster.max()) + 1
@@ -117,8 +110,10 @@ def _cross_validated(probabilities, targets, cluster):
         platt = [fit_platt(p, y) for p, y in zip(probabilities[fitted].T, targets[fitted].T)]
         scaling = {"temperature": fit_temperature(probabilities[fitted], targets[fitted]), "platt": platt}
         for method in total:
-            scaled = np.stack([scale(scaling, method, k, p) for k, p in enumerate(probabilities[out].T)], 1)
-            total[method] = total[method] + _log_losses(scaled, targets[out])
+            z = logit(np.stack([scale(scaling, method, k, p) for k, p in enumerate(probabilities[out].T)], 1))
+            z = np.where(targets[out] == 1, -z, z)
+            losses = np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
+            total[method] = total[method] + np.where(np.isnan(targets[out]), 0, losses).sum(0)
     return total
 
 
@@ -158,10 +153,7 @@ def fit(probabilities, targets, cluster, label_names, unit="patient"):
     whole = {method: losses[method].sum() for method in ("none", "temperature")}
     # A NaN compares as False: what a fold cannot fit is not used.
     fallback = "temperature" if temperature is not None and whole["temperature"] < whole["none"] else "none"
-    why_fallback = {
-        "temperature": "the temperature is better than none in cross-validation",
-        "none": "no temperature is better than none in cross-validation",
-    }[fallback]
+    why_fallback = f"{'no' if fallback == 'none' else 'the'} temperature is better than none in cross-validation"
     platt, chosen = {}, {}
     for k, name in enumerate(label_names):
         p, y = probabilities[:, k], targets[:, k]
@@ -232,3 +224,33 @@ def _reliability(p, y, cluster, patients):
         for key, value in zip(curve, (p[rows].mean(), y[rows].mean(), low, high)):
             curve[key].append(float(value))
     return curve
+
+
+# ------------------------------------------------ decision curves (Vickers and Elkin 2006)
+def net_benefit(probabilities, targets, thresholds=ACTED_AT):
+    """True positives minus false positives at the odds of the threshold, per image; [T] of one label [N].
+
+    An image is called positive where its probability is at or above the threshold; targets are 1, 0, NaN (unknown).
+    """
+    known = ~np.isnan(targets)
+    called = probabilities[known][:, None] >= thresholds
+    positive = (targets[known] == 1)[:, None]
+    return (called & positive).mean(0) - (called & ~positive).mean(0) * thresholds / (1 - thresholds)
+
+
+def decision_curves(predictions, scaling):
+    """{"thresholds", "labels": {label: {"before", "calibrated", "all"}}} of the labels that have both classes.
+
+    before: of the probabilities as predicted; calibrated: as --calibrated applies it, by `scaling` of calibration.fit
+    (or None); all: of calling every image positive. Calling none is 0.
+    """
+    found = {}
+    for k, name in enumerate(predictions.label_names):
+        p, y = predictions.probabilities[:, k], predictions.targets[:, k]
+        if len(set(y[~np.isnan(y)])) < 2:
+            continue
+        kinds = {"before": p, "all": np.ones_like(p)}
+        if scaling:
+            kinds["calibrated"] = scale(scaling, scaling["chosen"][name]["method"], name, p)
+        found[name] = {kind: [round(float(v), 6) for v in net_benefit(q, y)] for kind, q in kinds.items()}
+    return {"thresholds": ACTED_AT.tolist(), "labels": found}

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import statistics
-from analysis.evaluation import IMAGE_IDS, aligned, learned_by, same_scores
-from analysis.results import LEVEL, Measured, about, difference, drawn_from
+from analysis.evaluation import IMAGE_IDS, aligned, check_apart, learned_by
+from analysis.results import LEVEL, Measured, about, adjust, difference, drawn_from
 from analysis.text import short_names
 from common.errors import UserError
 
@@ -37,8 +37,7 @@ def _same_images(a, b):
     Images are identified by dicom_id or path; tables without either are of the same images if row for row they have
     the same targets.
 
-    Raises:
-        UserError: they share some of their images only.
+    UserError: they share some of their images only.
     """
     column = next((c for c in IMAGE_IDS if c in a.test.ids and c in b.test.ids), None)
     if column is None:
@@ -122,29 +121,14 @@ def _name_sets(firsts, given):
 
 
 # --------------------------------------------------------------------------------------- checks
-def _check_once(evaluations):
-    seen = {}
-    for e in evaluations:
-        path = e.test.path.resolve()
-        if path in seen:
-            raise UserError(f"{e.given} and {seen[path]} are the same evaluation; name each once")
-        seen[path] = e.given
-
-
-def _check_apart(members, tables, models):
-    """No two of the evaluations [M] of one test set are the same, or bear one name."""
-    for k, (e, table) in enumerate(zip(members, tables)):
-        for j in range(k):
-            if same_scores(table, tables[j]):
-                raise UserError(
-                    f"{e.given} is the same evaluation as {members[j].given}: every probability is equal; "
-                    "leave one of them out"
-                )
-            if models[k] == models[j]:
-                raise UserError(
-                    f"{e.given} and {members[j].given} are both {models[k]} on the same images; "
-                    "give each a name of its own with --names, one for every evaluation"
-                )
+def _check_names(members, models):
+    """No two of the evaluations [M] of one test set bear one name."""
+    for k, e in enumerate(members):
+        if models[k] in models[:k]:
+            raise UserError(
+                f"{e.given} and {members[models.index(models[k])].given} are both {models[k]} on the same images; "
+                "give each a name of its own with --names, one for every evaluation"
+            )
 
 
 def _check_labels(tables, givens):
@@ -166,11 +150,6 @@ def _tables(members):
     return [replace(aligned(base, e.test.with_labels(shared)), ids=base.ids) for e in members]
 
 
-def _costs(evaluation):
-    backbone = evaluation.metrics.get("backbone") or evaluation.config.get("MODEL", {}).get("TYPE")
-    return {"backbone": backbone, **{key: evaluation.metrics.get(key) for key in COST}}
-
-
 def _one_set(members, models, tables, options):
     """(section of a test set, {model: :class:`Measured`})."""
     cluster, patients = tables[0].clusters
@@ -190,7 +169,10 @@ def _one_set(members, models, tables, options):
                 "about": about(e),
                 "policy": e.policy,
                 "bootstrap": drawn_from(t, patients, options),
-                "cost": _costs(e),
+                "cost": {
+                    "backbone": e.metrics.get("backbone") or e.config.get("MODEL", {}).get("TYPE"),
+                    **{key: e.metrics.get(key) for key in COST},
+                },
                 "label_mapping": {n: found for n, found in e.metrics.get("label_mapping", {}).items() if n in names},
                 "mean": measured[m].mean(),
                 "labels": measured[m].labels(),
@@ -199,9 +181,7 @@ def _one_set(members, models, tables, options):
         },
         "differences": {m: difference(measured[m], measured[first], first) for m in models[1:]},
     }
-    primary = [found["mean"] for found in section["differences"].values()]
-    for mean, p in zip(primary, statistics.holm([mean["p"] for mean in primary])):
-        mean["p_holm"] = p  # over the models compared with the first
+    adjust([found["mean"] for found in section["differences"].values()])  # over the models compared with the first
     return section, measured
 
 
@@ -211,16 +191,15 @@ def collect(evaluations, options, names=None, set_names=None):
     names: the model of each; evaluations that share one are of one model. Without it what differs of the runs' names.
     set_names: the test set of each; without it the names of the data sets.
 
-    Raises:
-        UserError: an evaluation twice; test sets that overlap; the same images with other targets; no common label.
+    UserError: an evaluation twice; test sets that overlap; the same images with other targets; no common label.
     """
-    _check_once(evaluations)
     of_model, sets = _name_models(evaluations, names), _test_sets(evaluations)
     titles = _name_sets([evaluations[s[0]] for s in sets], set_names and [[set_names[k] for k in s] for s in sets])
     parts = [([evaluations[k] for k in s], [of_model[k] for k in s]) for s in sets]
     tables = [_tables(members) for members, _ in parts]
-    for (members, models), found in zip(parts, tables):
-        _check_apart(members, found, models)
+    for members, models in parts:
+        check_apart("EVALUATION", members)
+        _check_names(members, models)
     _check_labels([found[0] for found in tables], [members[0].given for members, _ in parts])
     done = [_one_set(members, models, found, options) for (members, models), found in zip(parts, tables)]
     defined = [[n for n, value in zip(m.names, m.auroc) if not np.isnan(value)] for _, ms in done for m in ms.values()]

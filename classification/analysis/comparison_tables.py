@@ -5,6 +5,7 @@ from math import floor, log10
 
 from analysis import tables
 from analysis.tables import DASH, Cell, count, figure, make, p_value, policy_text, signed, unit_text
+from analysis.templates import fill, md
 from config import units
 
 APPROXIMATE = "†"
@@ -76,7 +77,7 @@ def _note(sections):
 
 
 def _remarks(names, sections, labels):
-    """What has to be said of single columns or rows; labels: those that the table shows."""
+    """What has to be said of single columns or rows, some of it empty; labels: those that the table shows."""
 
     def each(text):
         return _listed((name, text(found)) for name, found in zip(names, sections))
@@ -107,7 +108,7 @@ def _remarks(names, sections, labels):
     def label_remarks(found):
         return "; ".join(tables.label_remarks({n: f for n, f in found["labels"].items() if f["images"]}))
 
-    said = [
+    return [
         unlike("label policy", policy),
         unlike("image domain", lambda found: found["about"]["domain"]),
         unlike("image size", lambda found: found["about"]["image_size"] and f"{found['about']['image_size']} px"),
@@ -119,7 +120,6 @@ def _remarks(names, sections, labels):
         each(lambda found: found["bootstrap"].get("warning", "")),
         (warned := each(lambda found: ", ".join(found["about"]["warnings"]))) and f"Warning: {warned}",
     ]
-    return [text for text in said if text]
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -162,13 +162,12 @@ def _models(name, part, k):
     }  # fmt: skip
     speeds = [(m, f["cost"]["device"] or "device not recorded") for m, f in part["models"].items()
               if f["cost"]["images_per_s"] is not None]  # fmt: skip
-    devices = {device for _, device in speeds}
-    remarks = [f"images/s: {devices.pop()}"] if len(devices) == 1 else []
-    if devices:
-        remarks = [f"Warning: images/s do not compare, they were not measured alike: {_listed(speeds)}"]
-    remarks += _remarks(names, sections, labels)
+    rates = f"images/s: {speeds[0][1]}" if speeds else ""
+    if len({device for _, device in speeds}) > 1:
+        rates = f"Warning: images/s do not compare, they were not measured alike: {_listed(speeds)}"
     lacking = _listed((m, ", ".join(found)) for m, found in part["left_out_labels"].items())
-    remarks += [f"left out, since not every model has them: {lacking}"] if lacking else []
+    lacking = lacking and f"left out, since not every model has them: {lacking}"
+    remarks = [rates, *_remarks(names, sections, labels), lacking]
     more = ["p (Holm)"] * several + ["mean AUPRC (95% CI)"] * precise
     return make("models", _note(sections), rows, remarks, key=f"models-{k}", more=more, name=name, **values)
 
@@ -198,13 +197,13 @@ def _by_label(report, model, chosen, k):
         "title": f"AUROC of {model} by label" if model else "AUROC by label",
         "of_all": " of this report" * (len(chosen) < len(everything)), "common": _marked(common, everything) or "none",
     }  # fmt: skip
-    remarks = _remarks(names, sections, labels)
+    remarks, sets, models = _remarks(names, sections, labels), *([c[k] for c in chosen] for k in (0, 1))
     absent = _listed((name, ", ".join(n for n in labels if n not in f["labels"])) for name, f in zip(names, sections))
-    remarks += [f"not among its labels: {absent}"] if absent else []
-    if len({c[1] for c in chosen}) > 1 and names != [c[1] for c in chosen]:
-        remarks.append(f"the models differ: {_listed(zip(names, (c[1] for c in chosen)))}")
-    if len({c[0] for c in chosen}) > 1 and names == [c[1] for c in chosen]:
-        remarks.append(f"test sets: {_listed(zip(names, (c[0] for c in chosen)))}")
+    remarks.append(absent and f"not among its labels: {absent}")
+    if len(set(models)) > 1 and names != models:
+        remarks.append(f"the models differ: {_listed(zip(names, models))}")
+    if len(set(sets)) > 1 and names == models:
+        remarks.append(f"test sets: {_listed(zip(names, sets))}")
     key = f"labels-{k}"
     return make("of-models", _note(sections), rows + total, remarks, key=key, more=names, total=len(total), **values)
 
@@ -220,7 +219,7 @@ def _overview(report):
     sections, common = [c[2] for c in everything], report["common_labels"]
     remark = _approximate_remark([c[0] for c in everything], sections, common)
     values = {"count": len(common), "common": _marked(common, sections) or "none"}
-    return make("overview", _note(sections), rows, [remark] if remark else [], more=sets, **values)
+    return make("overview", _note(sections), rows, [remark], more=sets, **values)
 
 
 def _differences(part, k):
@@ -251,10 +250,6 @@ def sections(report):
     return [(*section, None) for section in found if section[2]]
 
 
-def _equals(p):
-    return p if p[0] == "<" else f"= {p}"
-
-
 def headline(report):
     """Sentences: each model's means over the common labels, and the differences on each test set."""
     common = len(report["common_labels"])
@@ -266,7 +261,7 @@ def headline(report):
             said.append(f"{model}: mean {tables.METRIC_NAMES[key]} over {common} common labels {means}.")
     for s, part in report["sets"].items():
         for model, d in part["differences"].items():
-            p, holm = (_equals(p_value(d["mean"].get(key)).text) for key in ("p", "p_holm"))
+            p, holm = (f"= {p_value(d['mean'].get(key)).text}".replace("= <", "<") for key in ("p", "p_holm"))
             holm = f", by Holm {holm}" * (len(part["differences"]) > 1)
             said.append(f"On {s}, {model} minus {part['first']}: {signed(d['mean']).text}, p {p}{holm}.")
     return said
@@ -280,13 +275,9 @@ def printed(report):
 
 def summary(report):
     """summary.md."""
-    found, said = sections(report), headline(report)
-    shared = tables.shared_note(found)
-    parts = [f"# {tables.plain_markdown(title(report))}"]
-    parts += ["\n".join(f"- {tables.plain_markdown(line)}" for line in said), tables.plain_markdown(shared)]
-    for _, name, shown, _ in found:
-        parts += [f"## {name}", *(tables.markdown(t, shared) for t in shown)]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    found, lead = sections(report), "\n".join(f"- {md(line)}" for line in headline(report))
+    values = {"title": title(report), "lead": lead, "shared": tables.shared_note(found), "sections": found}
+    return fill("summary.md.j2", **values)
 
 
 def title(report):

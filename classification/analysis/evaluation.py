@@ -14,6 +14,8 @@ predictions_validate.csv    the validation split by the same checkpoint
 metrics.jsonl               the training run's epochs
 """
 
+import contextlib
+import itertools
 import json
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -24,9 +26,10 @@ import pandas as pd
 
 from analysis.metrics import METRICS, label_metrics
 from common.errors import UserError
-from common.files import write_whole
+from common.files import read_json, write_whole
+from common.folders import output_folder
 from config import KNOBS, units
-from dataset.tables import need_columns, read_csv
+from dataset.tables import first_row, need_columns, no_duplicates, read_csv
 
 TEST, VALIDATE = "predictions.csv", "predictions_validate.csv"
 SUFFIXES = ("_target", "_probability", "_logit", "_label")
@@ -39,16 +42,11 @@ def new_evaluation(parent, what="evaluation"):
     """A new folder `evaluation_<timestamp>` in `parent`, made before the work whose results it takes; two evaluations
     within one second get two."""
     name = datetime.now().strftime(f"{what}_%Y%m%d_%H%M%S")
-    for suffix in ["", *(f"_{k}" for k in range(2, 100))]:
-        folder = Path(parent) / (name + suffix)
-        try:
-            folder.mkdir(parents=True)
+    for k in itertools.count(1):
+        folder = output_folder(parent, "RESULTS") / (name + f"_{k}" * (k > 1))
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
             return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"RESULTS {parent} cannot be written ({error.strerror}); choose another folder") from error
-    raise UserError(f"{parent}: too many evaluations named {name}")
 
 
 def write_evaluation(folder, metrics, predicted, epochs=None):
@@ -142,10 +140,8 @@ class Predictions:
         and its own."""
         if self.row == "study":
             return self.ids[[c for c in ("subject_id", "study_id") if c in self.ids]].agg("/".join, axis=1)
-        for column in IMAGE_IDS:
-            if column in self.ids:
-                return self.ids[column]
-        return pd.Series([f"row {k + 1}" for k in range(len(self))])
+        column = next((c for c in IMAGE_IDS if c in self.ids), None)
+        return self.ids[column] if column else pd.Series([f"row {k + 1}" for k in range(len(self))])
 
     def select(self, rows):
         ids = self.ids.iloc[rows].reset_index(drop=True)
@@ -161,8 +157,7 @@ class Predictions:
 
         frontal: of its AP and PA images only; a study without any is left out.
 
-        Raises:
-            UserError: no study_id, or no view where frontal is asked for.
+        UserError: no study_id, or no view where frontal is asked for.
         """
         for column, wanted in (("study_id", True), ("view", frontal)):
             if wanted and column not in self.ids:
@@ -223,10 +218,9 @@ class Evaluation:
     @property
     def epochs_file(self):
         """The training run's metrics.jsonl, kept in the folder or beside the checkpoint; None where neither is."""
-        beside = [self.path / "metrics.jsonl"] if self.metrics else []
-        if "checkpoint" in self.metrics:
-            beside.append(Path(self.metrics["checkpoint"]).parent / "metrics.jsonl")
-        return next((path for path in beside if path.is_file()), None)
+        folders = [self.path] if self.metrics else []
+        folders += [Path(self.metrics["checkpoint"]).parent] if "checkpoint" in self.metrics else []
+        return next((path for f in folders if (path := f / "metrics.jsonl").is_file()), None)
 
     @property
     def fitted_for(self):
@@ -250,18 +244,13 @@ class Evaluation:
         return self.metrics.get("label_policy", recorded if recorded["uncertain"] else None)
 
 
-def _row(bad):
-    return int(np.flatnonzero(bad)[0]) + 1
-
-
 def _numbers(frame, column, path):
     texts = frame[column].str.strip()
     values = pd.to_numeric(texts.str.replace(",", "."), errors="coerce")  # 0,5 beside semicolons
     bad = (values.isna() & (texts != "")).to_numpy()
     if bad.any():
-        raise UserError(
-            f"{path}: {column} is {frame[column].iloc[_row(bad) - 1]!r} in data row {_row(bad)}; not a number"
-        )
+        row = first_row(bad)
+        raise UserError(f"{path}: {column} is {frame[column].iloc[row]!r} in data row {row + 1}; not a number")
     return values.to_numpy(float)
 
 
@@ -271,11 +260,7 @@ def clean_id(column):
 
 
 def read_predictions(path):
-    """The :class:`Predictions` in a CSV.
-
-    Raises:
-        UserError: names the file, the column and the row.
-    """
+    """The :class:`Predictions` in a CSV. UserError: names the file, the column and the row."""
     path = Path(path)
     frame = read_csv(path, ())
     need_columns(frame, frame.columns, path)
@@ -314,18 +299,14 @@ def read_predictions(path):
             ids = ids.drop(columns="subject_id")
         elif blank.any():
             raise UserError(
-                f"{path}: subject_id is empty in {int(blank.sum()):,} of {len(ids):,} rows, data row {_row(blank)} the "
-                "first; give every image its patient, or leave the column out (the bootstrap then draws images)"
+                f"{path}: subject_id is empty in {int(blank.sum()):,} of {len(ids):,} rows, first in data row "
+                f"{first_row(blank) + 1}; give every image its patient, or leave the column out (the bootstrap then "
+                "draws images)"
             )
     if "study_id" in ids and ids["study_id"].isin(["", "-1"]).any():
         ids = ids.drop(columns="study_id")
     found = Predictions(path, names, ids.astype(object), y, p, labels, logits)
-    repeated = found.image_ids.duplicated()
-    if repeated.any():
-        raise UserError(
-            f"{path}: the {found.row} {found.image_ids[repeated].iloc[0]} has more than one row "
-            f"({int(repeated.sum()):,} rows too many)"
-        )
+    no_duplicates(found.image_ids, f"the {found.row}", path)
     return found
 
 
@@ -341,22 +322,13 @@ KINDS = {
         ("checkpoint", "checkpoint_sha256", "root", "dataset", "primary_metric", "backbone", "device"), str
     ),
 }
+METRICS_FILE = "the metrics.json of an evaluation"
 KINDS_OF_SETTINGS = {"DATA": dict, "MODEL": dict, "TEST": dict, "TRAIN": dict, "SEED": int}
-
-
-def _read_json(path):
-    try:
-        metrics = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(metrics, dict):
-        raise UserError(f"{path} is not the metrics.json of an evaluation")
-    return metrics
 
 
 def _read_metrics(folder, test):
     path = folder / "metrics.json"
-    metrics = _read_json(path)
+    metrics = read_json(path, METRICS_FILE)
     settings = metrics.get("config")
     for where, keys in ((metrics, KINDS), (settings if isinstance(settings, dict) else {}, KINDS_OF_SETTINGS)):
         for key, kind in keys.items():
@@ -383,13 +355,11 @@ def _check_labels(path, ours, others, theirs):
 def _check_validate(test, validate):
     _check_labels(validate.path, validate.label_names, test.path, test.label_names)
     for what, column in (("patients", "subject_id"), ("images", "dicom_id"), ("images", "path")):
-        if column in test.ids and column in validate.ids:
-            shared = set(test.ids[column]) & set(validate.ids[column])
-            if shared:
-                raise UserError(
-                    f"{validate.path} and {test.path} share {what} ({len(shared):,}), such as {min(shared)}: "
-                    "thresholds and calibration are never fitted on the test split"
-                )
+        if shared := set(test.ids.get(column, ())) & set(validate.ids.get(column, ())):
+            raise UserError(
+                f"{validate.path} and {test.path} share {what} ({len(shared):,}), such as {min(shared)}: thresholds "
+                "and calibration are never fitted on the test split"
+            )
 
 
 def read_evaluation(given, validate=None):
@@ -397,8 +367,7 @@ def read_evaluation(given, validate=None):
 
     validate: a table of the validation split instead of the folder's own.
 
-    Raises:
-        UserError: names the file and what is wrong with it.
+    UserError: names the file and what is wrong with it.
     """
     path, remedy = Path(given).expanduser(), "give a folder that main.py --eval wrote, or a CSV of predictions"
     if path.is_dir():
@@ -423,11 +392,10 @@ def read_evaluation(given, validate=None):
 def _check_checkpoint(validate, digest_of, path):
     """The digest of the checkpoint that made the predictions `validate`, None where no metrics.json beside has it.
 
-    Raises:
-        UserError: another checkpoint's than `digest_of`, that of the evaluation `path`.
+    UserError: another checkpoint's than `digest_of`, that of the evaluation `path`.
     """
     beside = validate.parent / "metrics.json"
-    found = _read_json(beside).get("checkpoint_sha256") if beside.is_file() else None
+    found = read_json(beside, METRICS_FILE).get("checkpoint_sha256") if beside.is_file() else None
     if found and digest_of and found != digest_of:
         raise UserError(
             f"--validate {validate} is of another checkpoint (sha256 {found[:12]}...) than {path} "
@@ -439,8 +407,7 @@ def _check_checkpoint(validate, digest_of, path):
 def aligned(first, other):
     """`other` with its rows in the order of `first`.
 
-    Raises:
-        UserError: other images, labels or targets than the first, counted.
+    UserError: other images, labels or targets than the first, counted.
     """
     if set(first.label_names) != set(other.label_names):
         _check_labels(other.path, other.label_names, first.path, first.label_names)
@@ -489,21 +456,15 @@ def learned_by(config, prefix=""):
                 yield prefix + key, value
 
 
-def same_scores(one, other):
-    """Whether two tables, image by image, have the same probabilities, and the same logits if both have some."""
-    both = one.logits is not None and other.logits is not None
-    return np.array_equal(one.probabilities, other.probabilities) and (
-        not both or np.array_equal(one.logits, other.logits)
-    )
-
-
 def check_apart(option, evaluations):
     """UserError where two of the evaluations are one: the same file, or every probability is equal."""
     for k, other in enumerate(evaluations):
         for one in evaluations[:k]:
             same = one.test.path.resolve() == other.test.path.resolve()
             if not same and set(one.test.label_names) == set(other.test.label_names):
-                same = same_scores(one.test, aligned(one.test, other.test))
+                table = aligned(one.test, other.test)
+                pairs = [(one.test.probabilities, table.probabilities), (one.test.logits, table.logits)]
+                same = all(np.array_equal(a, b) for a, b in pairs if a is not None and b is not None)
             if same:
                 raise UserError(
                     f"{option}: {other.given} is the same evaluation as {one.given} (every probability is equal); "
@@ -580,12 +541,8 @@ def ensemble(evaluations, folder):
         **{key: first.metrics[key] for key in keys if key in first.metrics},
         **({"config": {"DATA": data}} if data else {}),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, t in tables.items():
-            ids = {c: t.ids[c] for c in t.ids}
-            write_predictions(folder / name, ids, t.label_names, t.targets, t.probabilities, t.labels, t.logits)
-        write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")  # last, as above
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
+    output_folder(folder, "--output")
+    for name, t in tables.items():
+        write_predictions(folder / name, t.ids, t.label_names, t.targets, t.probabilities, t.labels, t.logits)
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")  # last, as above
     return read_evaluation(folder)

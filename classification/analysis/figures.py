@@ -1,5 +1,6 @@
 """Pictures for papers, as PNG and SVG, and the picture of a training run."""
 
+import functools
 from pathlib import Path
 
 import matplotlib
@@ -34,9 +35,9 @@ def _training(epochs, rows):
     axes[0].plot(x, [e["val_loss"] for e in epochs], color=ORANGE, ls="--", label="validation")
     axes[0].set_title("loss")
     for axis, metric in zip(axes[1:], rows):
-        axis.plot(x, _column(epochs, metric.key), color=BLUE, label="weights")
+        axis.plot(x, [e.get(metric.key) for e in epochs], color=BLUE, label="weights")
         if any("ema" in e for e in epochs):
-            axis.plot(x, _column([e.get("ema", {}) for e in epochs], metric.key), color=ORANGE, ls="--", label="EMA")
+            axis.plot(x, [e.get("ema", {}).get(metric.key) for e in epochs], color=ORANGE, ls="--", label="EMA")
         best = ", chooses the best" if metric.key == best_by else ""
         axis.set_title(f"validation {metric.key}\n{metric.direction}{best}")
     axes[-1].plot(x, [e["lr"] for e in epochs], color=BLUE)
@@ -48,11 +49,6 @@ def _training(epochs, rows):
     for axis in axes[:-1]:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # beside the data, not upon them
     return figure
-
-
-def _column(epochs, key):
-    """Values of a key, NaN (a gap in the line) where an epoch has none."""
-    return [np.nan if e.get(key) is None else e[key] for e in epochs]
 
 
 def plot_training(folder, rows):
@@ -153,33 +149,41 @@ def _cooccurrence(report):
     return figure
 
 
-def write_figures(report, folder):
-    """Every figure of the report as <name>.png and <name>.svg in `folder`; those without data are not drawn."""
+def _written(draw):
+    """Makes of `draw(data) -> {name: figure, None without data}` a function (data, folder) that writes <name>.png and
+    <name>.svg."""
+
+    @functools.wraps(draw)
+    def write(data, folder):
+        with plt.rc_context(STYLE):
+            for name, figure in draw(data).items():
+                for suffix in ("png", "svg"):
+                    (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+                    if figure is not None:
+                        metadata = {"Date": None} if suffix == "svg" else None  # the same numbers, the same file
+                        figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=metadata)
+                if figure is not None:
+                    plt.close(figure)
+
+    return write
+
+
+@_written
+def write_figures(report):
+    """Every figure of the report of one evaluation."""
     epochs = report["training"].get("epochs", [])
-    with plt.rc_context(STYLE):
-        drawn = {
-            "auroc": _auroc(report),
-            "roc": _curves(report, "roc", "1 - specificity", "sensitivity"),
-            "precision_recall": _curves(report, "precision_recall", "sensitivity", "precision"),
-            "calibration": _calibration(report),
-            "cooccurrence": _cooccurrence(report),
-            "training": _training(epochs, METRICS) if epochs else None,
-        }
-        _save(drawn, folder)
+    return {
+        "auroc": _auroc(report),
+        "roc": _curves(report, "roc", "1 - specificity", "sensitivity"),
+        "precision_recall": _curves(report, "precision_recall", "sensitivity", "precision"),
+        "calibration": _calibration(report),
+        "cooccurrence": _cooccurrence(report),
+        "training": _training(epochs, METRICS) if epochs else None,
+    }
 
 
-def _save(drawn, folder):
-    for name, figure in drawn.items():
-        for suffix in ("png", "svg"):
-            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-            if figure is not None:
-                metadata = {"Date": None} if suffix == "svg" else None  # the same numbers, the same file
-                figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=metadata)
-        if figure is not None:
-            plt.close(figure)
-
-
-def _forest(panels):
+@_written
+def write_forest(panels):
     """AUROC with its interval by label, and the mean over the common labels; hollow where a label is approximate.
 
     panels: [(title, [(name, section of analysis.comparison)])]; in a panel every name has a colour and a marker.
@@ -215,19 +219,18 @@ def _forest(panels):
         axis.set(xlabel=text, xlim=(max(0, lowest - 0.02), 1))
     axes[0, 0].set_yticks(range(len(labels) + 1), [*labels, "mean of the common"])
     axes[0, 0].set_ylim(len(labels) + 0.5, -0.5)
-    return figure
-
-
-def write_forest(panels, folder):
-    """auroc.png and auroc.svg of several evaluations in `folder`, see :func:`_forest`."""
-    with plt.rc_context(STYLE):
-        _save({"auroc": _forest(panels)}, folder)
+    return {"auroc": figure}
 
 
 NAMED = 24  # runs in the legend
 
 
-def _runs(curves):
+@_written
+def write_runs(curves):
+    """The score of every run over its epochs.
+
+    curves: [(name, group, epochs of metrics.jsonl, score)]; runs of one group have one colour.
+    """
     figure, axis = plt.subplots(figsize=(9.6, 4.2), layout="constrained")
     groups = list(dict.fromkeys(group for _, group, *_ in curves))
     for k, (name, group, epochs, score) in enumerate(curves):
@@ -240,13 +243,4 @@ def _runs(curves):
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     rest = f"and {len(curves) - NAMED} more" if len(curves) > NAMED else None
     figure.legend(loc="outside right upper", fontsize=7, title=rest, title_fontsize=7)
-    return figure
-
-
-def write_runs(curves, folder):
-    """runs.png and runs.svg in `folder`: the score of every run over its epochs.
-
-    curves: [(name, group, epochs of metrics.jsonl, score)]; runs of one group have one colour.
-    """
-    with plt.rc_context(STYLE):
-        _save({"runs": _runs(curves)}, folder)
+    return {"runs": figure}

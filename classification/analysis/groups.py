@@ -37,13 +37,6 @@ def _group_name(column):
     return NAMES.get(re.sub("[^a-z]", "", column.lower()).removeprefix("patient"), column)
 
 
-def _bands(values, edges, last):
-    """Each number's band as text: '18-39', ..., '80 and over'."""
-    names = [f"{low:g}-{high - 1:g}" for low, high in zip(edges[:-2], edges[1:-1])] + [last.format(edges[-2])]
-    index = np.digitize(values, edges[1:-1])
-    return np.where(np.isnan(values), "", np.array(names, dtype=object)[index])
-
-
 def read_age(text):
     """Years as a number: '45', '045Y', '018M', '52W', '72 months', '85 or more' (85); NaN where it is no age."""
     found = AGE.fullmatch(text)
@@ -57,7 +50,9 @@ def age_bands(column, added=0.0):
     years = text.map({value: read_age(value) for value in text.unique()}).to_numpy(float)
     wrong = text[np.isnan(years) & (text != "")]
     remark = f"{len(wrong):,} images have no age that can be read, such as {wrong.iloc[0]!r}" if len(wrong) else None
-    return _bands(years + added, AGES, "{:g} and over"), remark
+    names = [f"{low:g}-{high - 1:g}" for low, high in zip(AGES[:-2], AGES[1:-1])] + [f"{AGES[-2]:g} and over"]
+    bands = np.array(names, dtype=object)[np.digitize(years + added, AGES[1:-1])]
+    return np.where(np.isnan(years + added), "", bands), remark
 
 
 def _grouped(name, column):
@@ -75,12 +70,6 @@ def _grouped(name, column):
     return quarters.astype("string").fillna("").to_numpy(object), None
 
 
-def _version(path):
-    """What changes when a file is written anew."""
-    stat = Path(path).stat() if Path(path).is_file() else None
-    return stat and (stat.st_mtime_ns, stat.st_size)
-
-
 # The report asks for the groups of several tables of predictions; a metadata.csv.gz has 377,110 rows.
 @functools.lru_cache(maxsize=8)
 def _read(path, _version):
@@ -95,10 +84,8 @@ def _read(path, _version):
     return frame
 
 
-@functools.lru_cache(maxsize=8)
-def _read_by(key, path, version):
-    """The same with one row a key, and no other keys."""
-    frame = _read(path, version)
+def _one_row_each(frame, key, path):
+    """The table with one row a key, and no other keys."""
     wanted = [c for c in frame if c not in KEYS]
     if not wanted:
         raise UserError(f"{path}: no column besides {key}; nothing to group by")
@@ -112,11 +99,10 @@ def _read_by(key, path, version):
 def _joined(path, predictions, required):
     """The rows of a CSV for each image, [N]: a table of its columns but the keys, blank where it has no such row.
 
-    Raises:
-        UserError: no key, several rows a key, or none of the images' patients where `required`.
+    UserError: no key, several rows a key, or none of the images' patients where `required`.
     """
-    version = _version(path)
-    frame = _read(path, version)
+    stat = Path(path).stat() if Path(path).is_file() else None
+    frame = _read(path, stat and (stat.st_mtime_ns, stat.st_size))
     key = next((k for k in KEYS if k in frame and k in predictions.ids), None)
     if key is None:
         raise UserError(
@@ -124,7 +110,7 @@ def _joined(path, predictions, required):
             f"{', '.join(k for k in KEYS if k in predictions.ids) or ', '.join(KEYS)} "
             f"(the file has: {', '.join(frame.columns)})"
         )
-    frame = _read_by(key, path, version)
+    frame = _one_row_each(frame, key, path)
     rows = frame.index.get_indexer(predictions.ids[key])
     if (rows < 0).all() and required:
         raise UserError(
@@ -155,8 +141,7 @@ def read_table(path, predictions, required=True, years=None):
     `metadata.csv.gz` of MIMIC-CXR the studies' dates.
     required: that it knows any of the images. years: of the studies [N], NaN where unknown.
 
-    Raises:
-        UserError: see :func:`_joined`.
+    UserError: see :func:`_joined`.
     """
     joined = _joined(path, predictions, required)
     years = np.full(len(joined), np.nan) if years is None else years
@@ -171,13 +156,12 @@ def read_table(path, predictions, required=True, years=None):
 
 def _add(found, column, value, path):
     """Put the groups of a column under its name, or under another one where that is taken."""
-    name = _group_name(column)
+    name, (groups, remark) = _group_name(column), value
     if found.get(name, (None,))[0] is not None:
         taken, name = name, f"{name} ({Path(path).name})"
-        groups, remark = value
         text = f"there is a {taken} already, so the column {column} of {path} is named {name}"
         value = groups, "; ".join(filter(None, [remark, text]))
-    if name in found and found[name][0] is not None:
+    if found.get(name, (None,))[0] is not None:
         raise UserError(f"--groups: {path} has a column {column}, and there is a {name} already; rename the column")
     found[name] = value
 

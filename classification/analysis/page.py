@@ -4,16 +4,15 @@ import base64
 import io
 from pathlib import Path
 
-import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from PIL import Image
 
 from analysis import comparison_tables, tables
 from analysis.evaluation import Evaluation
 from analysis.metrics import METRICS
+from analysis.templates import fill
 from analysis.training_log import chosen_by
 from common.errors import UserError
-from config import units
 from dataset.files.images import SUFFIXES, ImageError, decode
 from dataset.mimic_cxr import find_folder, image_stems
 
@@ -33,70 +32,18 @@ def chart(lines, *, size=(150, 150), x=(0, 1), y=(0, 1), band=None, chance=None,
     right, top, bottom = width - 8, 8, height - 26
 
     def px(v):
-        return left + (right - left) * (v - x[0]) / ((x[1] - x[0]) or 1)
+        return f"{left + (right - left) * (v - x[0]) / ((x[1] - x[0]) or 1):.1f}"
 
-    def py(v):
-        return bottom - (bottom - top) * (min(max(v, y[0]), y[1]) - y[0]) / ((y[1] - y[0]) or 1)
+    def py(v, below=0):
+        return f"{bottom - (bottom - top) * (min(max(v, y[0]), y[1]) - y[0]) / ((y[1] - y[0]) or 1) + below:.1f}"
 
     def points(xs, ys):
-        return " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in zip(xs, ys) if b is not None)
+        return " ".join(f"{px(a)},{py(b)}" for a, b in zip(xs, ys) if b is not None)
 
-    title, labels = escape(title), [escape(text) for text in labels]
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">']
-    for k in range(3):
-        at = [v[0] + (v[1] - v[0]) * k / 2 for v in (x, y)]
-        parts.append(f'<path class="grid" d="M{left} {py(at[1]):.1f}H{right}M{px(at[0]):.1f} {top}V{bottom}"/>')
-        anchor = ("start", "middle", "end")[k]
-        parts.append(f'<text x="{px(at[0]):.1f}" y="{bottom + 11}" text-anchor="{anchor}">{at[0]:.2g}</text>')
-        text = f"{at[1]:.2g}".replace("e-0", "e-")
-        parts.append(f'<text x="{left - 4}" y="{py(at[1]) + 3:.1f}" text-anchor="end">{text}</text>')
-    parts.append(f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">{labels[0]}</text>')
-    parts.append(
-        f'<text transform="translate(8 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle">{labels[1]}</text>'
-    )
-    if chance:
-        parts.append(f'<path class="chance" d="M{left} {py(chance[0]):.1f}L{right} {py(chance[1]):.1f}"/>')
-    if band:
-        xs, low, high = band
-        parts.append(f'<polygon class="band" points="{points(xs, high)} {points(xs[::-1], low[::-1])}"/>')
-    for k, (xs, ys, *ends) in enumerate(lines):
-        parts.append(f'<polyline class="line c{k}" points="{points(xs, ys)}"/>')
-        for a, low, high in zip(xs, *ends) if ends else ():
-            parts.append(f'<path class="error c{k}" d="M{px(a):.1f} {py(low):.1f}V{py(high):.1f}"/>')
-        if marks and len(xs) <= 12:
-            dots = ((a, b) for a, b in zip(xs, ys) if b is not None)
-            parts += [f'<circle class="dot c{k}" cx="{px(a):.1f}" cy="{py(b):.1f}" r="1.8"/>' for a, b in dots]
-    return Markup("".join(parts) + "</svg>")
-
-
-def interval_bar(line, low=0.5, high=1.0):
-    """An interval and its middle on a scale from `low` to `high`; an arrow at an end beyond which it continues."""
-
-    def at(v):
-        return 8 + 84 * (min(max(v, low), high) - low) / (high - low)
-
-    value, a, b = line
-    cut = '<path class="cut" d="M0 6L8 1V11Z"/>' * (a < low) + '<path class="cut" d="M100 6L92 1V11Z"/>' * (b > high)
-    middle = f'<path class="value" d="M{at(value):.1f} 1V11"/>' * (low <= value <= high)
-    return Markup(
-        '<svg class="bar" viewBox="0 0 100 12" aria-hidden="true"><path class="axis" d="M8 6H92M8 3V9M92 3V9"/>'
-        f'<path class="range" d="M{at(a):.1f} 6H{at(b):.1f}"/>{cut}{middle}</svg>'
-    )
-
-
-def _curve_charts(report):
-    """[(label, AUROC text, AUPRC text, ROC chart, precision-recall chart)] of the labels that have curves."""
-    grid, found = report["curves"]["grid"], []
-    for name, c in report["curves"]["labels"].items():
-        label, drawn = report["labels"][name], []
-        for line, axes, chance, kind in (
-            (c["roc"], ("1 - specificity", "sensitivity"), (0, 1), "ROC"),
-            (c["precision_recall"], ("sensitivity", "precision"), (label["prevalence"],) * 2, "PR"),
-        ):
-            more = {"band": (grid, line["low"], line["high"]), "chance": chance, "labels": axes}
-            drawn.append(chart([(grid, line["value"])], **more, title=f"{kind} curve of {name}"))
-        found.append((name, tables.figure(label["auroc"]).text, tables.figure(label["auprc"]).text, *drawn))
-    return found
+    ticks = [[end + (other - end) * k / 2 for end, other in (x, y)] for k in range(3)]
+    ends = {"width": width, "height": height, "left": left, "right": right, "top": top, "bottom": bottom}
+    shown = {"lines": lines, "band": band, "chance": chance, "labels": labels, "title": title, "marks": marks}
+    return Markup(fill("chart.svg.j2", px=px, py=py, points=points, ticks=ticks, **ends, **shown))
 
 
 def _reliability_charts(report):
@@ -191,63 +138,24 @@ def thumbnails(evaluation: Evaluation, errors):
 
 
 # ------------------------------------------------------------------------------------------- page
-def _facts(report):
-    """What was evaluated, as [(name, text)]."""
-    about, b = report["about"], report["bootstrap"]
-    rows = [
-        ("Evaluation", about["name"]),
-        ("Architecture", about["architecture"]),
-        ("Ensemble of", ", ".join(about["ensemble"] or [])),
-        ("Image source", about["domain"]),
-        ("Image size", about["image_size"] and f"{about['image_size']} px"),
-        ("Checkpoint", about["checkpoint"]),
-        ("SHA-256", about["checkpoint_sha256"]),
-        ("Training seed", about["seed"]),
-        ("Bootstrap", f"{b['resamples']:,} resamples of {b['units']:,} {b['unit']}s, seed {b['seed']}"),
-    ]
-    return [(name, str(value)) for name, value in rows if value not in (None, "")]
-
-
-def holds(report, pictures):
-    """What a page holds that a data use agreement may keep from being passed on; an empty text where nothing."""
-    listed = {e["row"] for label in report["errors"].values() for kind in label.values() for e in kind}
-    if not listed:
-        return ""
-    images = f"{len(pictures):,} images of the data set and " * bool(pictures)
-    return (
-        f"This page holds {images}the ids of {len(listed):,} images with their probabilities; report.json has their "
-        "study and patient ids too. Pass them on only where the data use agreement allows that. "
-        "report.py EVALUATION --share writes a report without images, ids and paths."
-    )
-
-
-def _fill(template, **values):
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    shown = {"interval_bar": interval_bar, "first_sorted": tables.first_sorted}
-    return environment.get_template(template).render(**shown, **values)
-
-
 def render(report, pictures, no_pictures):
     """The page as text.
 
     pictures: row -> data URI, see :func:`thumbnails`; no_pictures: the reason where there are none.
     """
     largest = max((n for row in report["cooccurrence"]["counts"] for n in row), default=0)
-    charts = {"curves": _curve_charts, "reliability": _reliability_charts, "decision": _decision_charts,
-              "training": _training_charts}  # fmt: skip
+    charts = {"reliability": _reliability_charts, "decision": _decision_charts, "training": _training_charts}
     primary = report["about"]["primary"]
     charts = {key: drawn_from(report) for key, drawn_from in charts.items()}
-    shown = {"calibration": charts["reliability"], "together": True, "errors": report["errors"]} | charts
-    return _fill(
+    shown = {"curves": report["curves"]["labels"], "calibration": charts["reliability"], "together": True, **charts}
+    shown["errors"] = report["errors"]
+    return fill(
         "page.html.j2", **charts, report=report, title=tables.title(report), headline=tables.headline(report),
-        holds=holds(report, pictures), mean=report["mean"][primary], facts=_facts(report), note=tables.note(report),
+        listed={e["row"] for label in report["errors"].values() for kind in label.values() for e in kind},
+        mean=report["mean"][primary], note=tables.note(report),
         sections=tables.sections(report), charts=[key for key, found in shown.items() if found], largest=largest or 1,
-        pictures=pictures, no_pictures=no_pictures, number=tables.number, primary=tables.METRIC_NAMES[primary],
-        least={"auroc": 0.5, "auprc": 0}[primary],
-        rows=units(report["bootstrap"]["row"]),
+        pictures=pictures, no_pictures=no_pictures, number=tables.number, figure=tables.figure, chart=chart,
+        primary=tables.METRIC_NAMES[primary], least={"auroc": 0.5, "auprc": 0}[primary],
     )  # fmt: skip
 
 
@@ -259,7 +167,7 @@ def embedded(path):
 def render_comparison(report, forest):
     """The page of several evaluations as text; forest: the SVG file of the figure."""
     sections, of = comparison_tables.sections(report), comparison_tables
-    return _fill(
+    return fill(
         "comparison.html.j2", title=of.title(report), headlines=of.headline(report), facts=of.facts(report),
         sections=sections, shared=tables.shared_note(sections), drawn=embedded(forest),
         drawn_alt="AUROC with its 95% interval per label and evaluation, the numbers of the tables",
@@ -269,7 +177,7 @@ def render_comparison(report, forest):
 
 def render_runs(title, headline, shown, curves):
     """The page of several training runs as text; shown: [Table]; curves: the SVG file of the figure."""
-    return _fill(
+    return fill(
         "comparison.html.j2", title=title, headlines=[headline], facts=[], shared="", drawn=embedded(curves),
         sections=[(t.key, t.title, [t], None) for t in shown],
         drawn_alt="the validation score of every run over the epochs", numbers="runs.csv",

@@ -18,17 +18,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis import calibration, groups, statistics, thresholds
+from analysis import calibration, groups, methods, statistics, thresholds
 from analysis.evaluation import aligned, check_apart, check_one_configuration
 from analysis.metrics import METRICS, label_metrics
 from analysis.training_log import read_metrics
 from common.errors import UserError
 from config import units
 from dataset.labels import apply_policy
+from dataset.tables import count_groups, count_values
 
 LEVEL = statistics.LEVEL
 BANDS = 500  # resamples that draw a curve's band
 GRID = np.linspace(0, 1, 101)
+RATES_AT = "youden"  # the rule whose thresholds the rates of subgroups are of
 WORST = 3  # errors of each kind shown by label
 NO_VALIDATION = (
     "no predictions of the validation split (predictions_validate.csv beside predictions.csv, or --validate FILE): "
@@ -127,10 +129,8 @@ class Measured:
             found["auprc"]["left_out"] = "no interval: " + (
                 f"one {self.unit} alone is positive for {', '.join(alone)}" if alone else "it is the same in all parts"
             )
-        if separated := [self.names[i] for i in k if self.placements[i].bound]:
-            found["remark"] = (
-                f"{', '.join(separated)} add no uncertainty to the mean's interval: the scores separate the classes"
-            )
+        if separated := ", ".join(self.names[i] for i in k if self.placements[i].bound):
+            found["remark"] = f"{separated} add no uncertainty to the mean's interval: the scores separate the classes"
         return found
 
 
@@ -155,13 +155,16 @@ def too_few(counts):
 # --------------------------------------------------------------------------------------- sections
 def further_metrics(predictions):
     """The rows of METRICS beside those of :class:`Measured`, without intervals."""
-    rows = [metric for metric in METRICS if metric.name not in MEASURED]
-    p = predictions
+    rows, p = [metric for metric in METRICS if metric.name not in MEASURED], predictions
     found = label_metrics(p.probabilities, p.targets, p.label_names, p.logits, rows)
-    return {
-        m.name: {"column": m.column, "direction": m.direction, "mean": found[m.key], "labels": found[m.name]}
-        for m in rows
-    }
+    figures = ({"mean": found[m.key], "labels": found[m.name]} for m in rows)
+    return {m.name: {"column": m.column, "direction": m.direction, **own} for m, own in zip(rows, figures)}
+
+
+def adjust(figures):
+    """Puts Holm's adjusted p of each of the figures beside its p."""
+    for found, p in zip(figures, statistics.holm([found["p"] for found in figures])):
+        found["p_holm"] = p
 
 
 def difference(measured, theirs, name):
@@ -183,13 +186,11 @@ def difference(measured, theirs, name):
         }  # fmt: skip
         if not error:
             labels[label] |= {"se": None, "p": None, "remark": NO_VARIATION}
-    for found, p in zip(labels.values(), statistics.holm([found["p"] for found in labels.values()])):
-        found["p_holm"] = p
+    adjust(labels.values())
     mean = {"difference": None, "low": None, "high": None, "p": None, "left_out": "no label has both classes"}
     defined = ~np.isnan(measured.auroc)
     if defined.any():
-        ours, other = (statistics.mean_defined(m.auroc_draws[defined]) for m in (measured, theirs))
-        draws = ours - other
+        draws = np.subtract(*(statistics.mean_defined(m.auroc_draws[defined]) for m in (measured, theirs)))
         low, high = statistics.interval(draws)
         mean = {
             "difference": float(measured.auroc[defined].mean() - theirs.auroc[defined].mean()),
@@ -235,13 +236,12 @@ def studies(predictions, options):
 
 def by_group(predictions, cluster, weights, options):
     """Subgroups of every variable: each group's figures, and the largest gap between two."""
-    found = {}
-    for name, (of, reason) in groups.find_groups(predictions, options.tables).items():
-        if groups.listed(of):
-            found[name] = _one_variable(predictions, cluster, weights, of, reason)
-        else:
-            found[name] = {"left_out": reason if of is None else "not known of any image"}
-    return found
+    return {
+        name: _one_variable(predictions, cluster, weights, of, reason)
+        if groups.listed(of)
+        else {"left_out": reason if of is None else "not known of any image"}
+        for name, (of, reason) in groups.find_groups(predictions, options.tables).items()
+    }
 
 
 def _one_variable(predictions, cluster, weights, of, note):
@@ -282,9 +282,7 @@ def _one_variable(predictions, cluster, weights, of, note):
         "mean": gap(most & common.any(), common),
         "labels": {n: gap(enough[:, k], [k]) for k, n in enumerate(names)},
     }
-    gaps = section["gap"]["labels"].values()
-    for found, p in zip(gaps, statistics.holm([found["p"] for found in gaps])):
-        found["p_holm"] = p
+    adjust(section["gap"]["labels"].values())
     return section
 
 
@@ -350,6 +348,40 @@ def by_frequency(evaluation, measured, points):
     in_group = {g: [n for n, found in labels.items() if found["group"] == g] for g in least}
     groups = {g: {"least": least[g], "labels": names, **means(names)} for g, names in in_group.items()}
     return {"groups": groups, "labels": labels, "all": means(list(labels))}
+
+
+def rates_by_group(points, predictions, tables, weights):
+    """{variable: {label: {group: {"images", "positives", "sensitivity", "specificity", "slope", "intercept", "ece"}}}}.
+
+    points: the section of operating points (of the validation split); tables: CSV files of groups; weights:
+    of statistics.draw. A group with too few patients of a class has only its counts, and "left_out".
+    """
+    chosen, found = points.get(RATES_AT, {"labels": {}})["labels"], {}
+    cluster, _ = predictions.clusters
+    for variable, (of, _) in groups.find_groups(predictions, tables).items():
+        kept = groups.listed(of)
+        if len(kept) < 2:
+            continue
+        found[variable] = {name: {} for name in predictions.label_names}
+        for k, name in enumerate(predictions.label_names):
+            cut = chosen.get(name, {}).get("threshold")
+            for g in kept:
+                p, y = predictions.probabilities[of == g, k], predictions.targets[of == g, k]
+                found[variable][name][g] = _rates(p, y, cluster[of == g], cut, weights, predictions.unit)
+    return found
+
+
+def _rates(p, y, cluster, cut, weights, unit):
+    """Of one label in one group, [N] each; cut: the threshold, or None."""
+    found = count(y, cluster, unit)
+    if too_few(found):
+        return found | {"left_out": "too few of a class"}
+    measured = calibration.measure(p, y, cluster, weights)
+    found |= {key: measured.get(key) for key in ("slope", "intercept", "ece")}
+    if cut is not None:
+        at = thresholds.apply(cut, p, y, cluster)
+        found |= {rate: at[rate] for rate in ("sensitivity", "specificity")}
+    return found
 
 
 def _fitted_on(targets, cluster, unit):
@@ -456,16 +488,6 @@ def worst_errors(predictions):
     return found
 
 
-def _count_values(predictions, k):
-    """Known and positive images of a label, and, where the table keeps the label file's values, -1 and blank ones."""
-    targets, labels = predictions.targets[:, k], predictions.labels
-    known, positives = int((~np.isnan(targets)).sum()), int((targets == 1).sum())
-    found = {"known": known, "positives": positives, "prevalence": positives / known if known else None}
-    if labels is not None:
-        found |= {"uncertain": int((labels[:, k] == -1).sum()), "blank": int(np.isnan(labels[:, k]).sum())}
-    return found
-
-
 def cohort(evaluation, options):
     """Flow and cohort: counts, views, sex, age bands and prevalence by split, and what was left out."""
     recorded = evaluation.metrics.get("cohort", {})
@@ -476,12 +498,11 @@ def cohort(evaluation, options):
         found = {"images": len(predictions)}
         for name, column in (("studies", "study_id"), ("patients", "subject_id")):
             found[name] = int(predictions.ids[column].nunique()) if column in predictions.ids else None
-        found["labels"] = {n: _count_values(predictions, k) for k, n in enumerate(predictions.label_names)}
-        found["groups"] = {
-            name: {g: {"images": int((of == g).sum()), "share": float((of == g).mean())} for g in sorted(set(of))}
-            for name, (of, _) in groups.find_groups(predictions, options.tables, required=False).items()
-            if of is not None
-        }
+        raw = [None] * len(predictions.label_names) if predictions.labels is None else predictions.labels.T
+        of_label = zip(predictions.label_names, predictions.targets.T, raw)
+        found["labels"] = {name: count_values(targets, values) for name, targets, values in of_label}
+        variables = groups.find_groups(predictions, options.tables, required=False)
+        found["groups"] = {name: count_groups(of) for name, (of, _) in variables.items() if of is not None}
         splits[split] = splits.get(split, {}) | found
     found = {"splits": {s: splits[s] for s in ("train", "validate", "test") if s in splits}}
     found["left_out"] = recorded.get("left_out", {})
@@ -508,17 +529,12 @@ def cooccurrence(predictions):
     return {"labels": list(predictions.label_names), "counts": (positive.T @ positive).tolist()}
 
 
-def _domain(recorded):
-    """'pictures', or 'dicom window, trained on pictures'."""
-    trained, tested = recorded.get("trained"), recorded.get("tested")
-    return tested if not trained or trained == tested else f"{tested or 'not known'}, trained on {trained}"
-
-
 def about(evaluation):
     """What was evaluated."""
     m, config = evaluation.metrics, evaluation.config
     dataset = m.get("dataset") or config.get("DATA", {}).get("DATASET")
     labelers = config.get("DATA", {}) if dataset == "mimic_cxr" else {}  # the others have one label file each
+    trained, tested = ((m.get("domain") or {}).get(key) for key in ("trained", "tested"))
     return {
         "name": evaluation.name,
         "given": evaluation.given,
@@ -534,7 +550,7 @@ def about(evaluation):
         "seed": config.get("SEED"),
         "checkpoint": m.get("checkpoint"),
         "checkpoint_sha256": m.get("checkpoint_sha256"),
-        "domain": _domain(m.get("domain") or {}),
+        "domain": f"{tested or 'not known'}, trained on {trained}" if trained and trained != tested else tested,
         "warnings": m.get("warnings", []),
         "ensemble": m.get("ensemble"),
         "loss": m.get("loss"),
@@ -553,13 +569,13 @@ def drawn_from(predictions, patients, options):
     return found
 
 
-def collect(evaluation, options, against=(), seeds=()):
+def collect(evaluation, options, against=(), seeds=(), stated=None):
     """The report of an :class:`Evaluation` as one dictionary, and what calibration.json holds (or None).
 
-    against, seeds: further :class:`Evaluation`, see :func:`difference` and :func:`between_seeds`.
+    against, seeds: further :class:`Evaluation`, see :func:`difference` and :func:`between_seeds`. stated: see
+    analysis.card.read_about.
 
-    Raises:
-        UserError: a comparison with other images, labels or targets; a table of groups that does not fit.
+    UserError: a comparison with other images, labels or targets; a table of groups that does not fit.
     """
     test = evaluation.test
     cluster, patients = test.clusters
@@ -593,4 +609,8 @@ def collect(evaluation, options, against=(), seeds=()):
     report["cooccurrence"] = cooccurrence(test)
     report["errors"] = worst_errors(test)
     report["curves"] = curves(test, cluster, weights)
+    report["methods"] = methods.collect(evaluation, report["about"], report["training"].get("epochs", []))
+    report["stated"] = stated or {}
+    report["decisions"] = calibration.decision_curves(test, fitted)
+    report["rates"] = rates_by_group(report["thresholds"], test, options.tables, weights)
     return report, fitted

@@ -6,7 +6,6 @@ runs.html, runs.csv, runs.png and runs.svg.
 """
 
 import contextlib
-import csv
 import fcntl
 import json
 import os
@@ -21,8 +20,8 @@ from analysis.metrics import METRICS
 from analysis.tables import DASH, Cell, count, figure, make, number, plain
 from analysis.text import short_names
 from analysis.training_log import chosen_by, read_metrics
+from analysis.writing import write_files
 from common.errors import UserError
-from common.files import write_whole
 
 FILES = {"config.json", "metrics.jsonl", "log_rank0.txt"}
 RECORD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ([A-Z]+) ", re.M)
@@ -145,8 +144,7 @@ def _add_evaluations(runs, folders):
 def read_runs(root):
     """Every run below `root`; those of one configuration together, the best configuration first.
 
-    Raises:
-        UserError: no run there.
+    UserError: no run there.
     """
     root = Path(root).expanduser()
     found = []
@@ -261,14 +259,12 @@ def write_runs(root, folder=None):
     runs = read_runs(root)
     unlike, folder = differing(runs), Path(folder or root).expanduser()
     shown = [t for t in (_all_runs(runs, unlike), _configurations(runs, unlike)) if t]
-    names = short_names([r["name"] for r in runs])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "runs.csv", "w", newline="") as file:
-            csv.writer(file).writerows(_csv_rows(runs, unlike))
+    names, texts = short_names([r["name"] for r in runs]), {}
+
+    def draw(folder):
         figures.write_runs([(name, r["group"], r["epochs"], r["score"]) for name, r in zip(names, runs)], folder)
-        text = page.render_runs(f"{len(runs):,} runs below {root}", _states(runs), shown, folder / "runs.svg")
-        write_whole(folder / "runs.html", text)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
+        title = f"{len(runs):,} runs below {root}"
+        texts["runs.html"] = page.render_runs(title, _states(runs), shown, folder / "runs.svg")
+
+    write_files(folder, texts, "runs.csv", _csv_rows(runs, unlike), draw, drawn="")
     return folder, "\n\n".join(tables.plain_text(t) for t in shown)

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import yaml
 
 from analysis import statistics
+from analysis.templates import fill, md
 from config import units
+from dataset.tables import aligned
 
 # ASKED: what guidelines ask for, and what only the authors can state. TEXTS: title, note and columns of every table.
 ASKED, TEXTS = (
@@ -57,11 +59,6 @@ class Table:
 def slug(text):
     """An anchor of the page and a label of LaTeX."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def first_sorted(column):
-    """How the first click sorts a column, the best first: "up" where small is good and for names, else "down"."""
-    return "up" if re.match(r"(label|model|run|p|SE|SD|slope|intercept|Brier|ECE|FP|FN)\b", column) else "down"
 
 
 def shared_note(sections):
@@ -180,20 +177,18 @@ def label_remarks(labels):
     return [f"{', '.join(names)}: {reason}" for reason, names in said.items()]
 
 
-def _undefined(labels, resamples):
-    """A remark of the labels for which some resamples had one class only."""
-    few = {n: f["auroc"].get("undefined_resamples") for n, f in labels.items() if f["auroc"]["value"] is not None}
-    said = [f"{n} in {k:,}" for n, k in few.items() if k]
-    return [f"resamples (of {resamples:,}) with one class only, which do not count: {', '.join(said)}"] if said else []
-
-
 # ----------------------------------------------------------------------------------------- tables
 def make(kind, common, rows, remarks=(), /, *, key="", more=(), total=0, folded=False, row="image", **values):
-    """The :class:`Table` of a kind of tables.yaml; more: columns for `...`; row and values: for the {} of its texts."""
+    """The :class:`Table` of a kind of tables.yaml, None without rows, without its empty remarks.
+
+    more: columns for `...`; row and values: for the {} of its texts.
+    """
+    if not rows:
+        return None
     texts = TEXTS[kind]
     columns = [c for column in texts["columns"] for c in (more if column == "..." else [column])]
     title, said = (texts.get(part, "").format(row=row, rows=units(row), **values) for part in ("title", "note"))
-    return Table(key or kind, title, common, said, columns, rows, list(remarks), total, folded)
+    return Table(key or kind, title, common, said, columns, rows, list(filter(None, remarks)), total, folded)
 
 
 def _by_label(report, kind, section, **values):
@@ -210,8 +205,10 @@ def _by_label(report, kind, section, **values):
         rows.append(row(name, found, [*counts, *(count(found["positive_patients"]) for _ in of_patients)]))
     if section["mean"]["auroc"]["value"] is not None:
         rows.append(row(f"mean of {section['mean']['labels']}", section["mean"], [Cell("")] * (3 + len(of_patients))))
-    remarks = label_remarks(section["labels"] | {"mean": section["mean"]})
-    remarks += _undefined(section["labels"], report["bootstrap"]["resamples"])
+    remarks, resamples = label_remarks(section["labels"] | {"mean": section["mean"]}), report["bootstrap"]["resamples"]
+    defined = {n: f["auroc"] for n, f in section["labels"].items() if f["auroc"]["value"] is not None}
+    few = ", ".join(f"{n} in {k:,}" for n, auroc in defined.items() if (k := auroc.get("undefined_resamples")))
+    remarks.append(few and f"resamples (of {resamples:,}) with one class only, which do not count: {few}")
     return make(kind, note(report), rows, remarks, more=of_patients, total=1, row=report["bootstrap"]["row"], **values)
 
 
@@ -247,12 +244,10 @@ def _frequency(report):
 
 def _further_metrics(report):
     found = report["metrics"].values()
-    if not found:
-        return None
     rows = [[Cell(n, n), *(plain(metric["labels"][n]) for metric in found)] for n in report["label_names"]]
     rows.append([Cell("mean"), *(plain(metric["mean"]) for metric in found)])
     more = [f"{metric['column']} ({metric['direction']})" for metric in found]
-    return make("metrics", f"{policy_text(report)} No intervals.", rows, more=more, total=1)
+    return make("metrics", f"{policy_text(report)} No intervals.", rows if found else [], more=more, total=1)
 
 
 def against(report, k, other):
@@ -311,15 +306,14 @@ def _group(report, k, name, section):
         for n in report["label_names"]
     ]
     remarks = [f"{g}: {found['warning']}" for g, found in groups.items() if "warning" in found]
-    if section["unknown"]:
-        remarks.append(f"{section['unknown']:,} {units(row)} of unknown {name} are in no group")
+    remarks.append(section["unknown"] and f"{section['unknown']:,} {units(row)} of unknown {name} are in no group")
     if section["mean_of"]:
         means = {g: found["mean"]["auroc"] for g, found in groups.items()}
         cells = [Cell(f"{DASH} *") if mean["value"] is None else figure(mean) for mean in means.values()]
         rows.append([Cell(f"mean of {len(section['mean_of'])}"), *cells, *gap_cells(gap["mean"])])
         remarks.append(f"the mean is over the labels that every group can judge: {', '.join(section['mean_of'])}")
         remarks += [f"{g} * has no mean: it {m['left_out']}" for g, m in means.items() if m["value"] is None]
-    remarks += [section["remark"]] if "remark" in section else []
+    remarks.append(section.get("remark"))
     unit = report["bootstrap"]["unit"]
     values = {"units": units(unit), "and_patients": " and patients" * (unit == "patient"), "few": statistics.FEW}
     return make("group", note(report), rows, remarks, key=slug(f"group-{k}-{name}"), more=more,
@@ -327,14 +321,14 @@ def _group(report, k, name, section):
 
 
 def _rates(report, k, name, labels):
-    """Sensitivity, specificity and calibration of each group; None where no label can be judged in any."""
+    """Sensitivity, specificity and calibration of each group."""
     keys = ("sensitivity", "specificity", "slope", "intercept")
     rows = [
         [Cell(n, n), Cell(g, g), count(f["images"]), count(f["positives"]),
          *(figure(f[key]) if f.get(key) else Cell(DASH) for key in keys), plain(f["ece"])]
         for n, found in labels.items() for g, f in found.items() if "left_out" not in f
     ]  # fmt: skip
-    return make("rates", note(report), rows, key=slug(f"rates-{k}-{name}"), folded=True, name=name) if rows else None
+    return make("rates", note(report), rows, key=slug(f"rates-{k}-{name}"), folded=True, name=name)
 
 
 def _thresholds(report, rule, section):
@@ -352,7 +346,7 @@ def _thresholds(report, rule, section):
     patients = next((t["fitted_on"]["patients"] for t in section["labels"].values()), None)
     people = "" if patients is None else f" of {patients:,} patients"
     remarks = label_remarks(section["labels"])
-    remarks += [f"missed in the test split ({section['rule']}): {', '.join(missed)}"] if missed else []
+    remarks.append(missed and f"missed in the test split ({section['rule']}): {', '.join(missed)}")
     values = {"rule": section["rule"], "people": people, "and_patients": "/patients" * bool(people)}
     key, row = f"threshold-{rule}", report["bootstrap"]["row"]
     return make("threshold", note(report), rows, remarks, key=key, folded=rule == "f1", row=row, **values)
@@ -410,12 +404,10 @@ def _flow(report):
             cells = [Cell(f"{n['images']:,} ({n['share']:.1%})", n["images"]) if n else Cell(DASH) for n in found]
             rows.append([Cell(f"{v}: {g or 'unknown'}"), *cells])
     left_out = [f"{n:,} left out: {reason}" for reason, n in cohort["left_out"].items() if n]
-    if cohort["skipped"]:
-        rows_of = units(report["bootstrap"]["row"])
-        left_out.append(f"{cohort['skipped']:,} test {rows_of} could not be read and do not count")
-    left_out += [cohort["note"]] if "note" in cohort else []
-    more = [SPLIT_NAMES[s] for s in splits]
-    return make("flow", policy_text(report), rows, left_out or ["nothing was left out"], more=more)
+    rows_of = units(report["bootstrap"]["row"])
+    left_out.append(cohort["skipped"] and f"{cohort['skipped']:,} test {rows_of} could not be read and do not count")
+    left_out.append(cohort.get("note") or (not any(left_out) and "nothing was left out"))
+    return make("flow", policy_text(report), rows, left_out, more=[SPLIT_NAMES[s] for s in splits])
 
 
 def _prevalence(report):
@@ -430,21 +422,16 @@ def _prevalence(report):
 
 
 def _label_values(report):
-    """Uncertain and blank labels of each split, as in the label file; nothing where they are not recorded."""
-    splits = {s: f["labels"] for s, f in report["cohort"]["splits"].items() if "labels" in f}
+    """Uncertain and blank labels of each split, as in the label file; None where they are not recorded."""
+    splits = {s: f.get("labels", {}) for s, f in report["cohort"]["splits"].items()}
     splits = {s: f for s, f in splits.items() if any("uncertain" in c for c in f.values())}
-    if not splits:
-        return []
     rows = [
         [Cell(n, n), *(count(f.get(n, {}).get(kind)) for f in splits.values() for kind in ("uncertain", "blank"))]
         for n in report["label_names"]
+        if splits
     ]
     more = [f"{SPLIT_NAMES[s]}: {kind}" for s in splits for kind in ("-1", "blank")]
-    return [make("label-values", policy_text(report), rows, more=more)]
-
-
-def _methods(report):
-    return make("methods", "", [[Cell(r["what"], r["what"]), Cell(r["text"], wide=True)] for r in report["methods"]])
+    return make("label-values", policy_text(report), rows, more=more)
 
 
 def _stated(report):
@@ -478,9 +465,9 @@ def sections(report):
         reason = by_frequency.get("left_out")
         frequency = [("frequency", "Labels by frequency", [] if reason else [_frequency(report)], reason)]
     found = [
-        ("cohort", "Patients and images", [_flow(report), _prevalence(report), *_label_values(report)], None),
+        ("cohort", "Patients and images", [_flow(report), _prevalence(report), _label_values(report)], None),
         *frequency,
-        ("labels", "Results per label", [t for t in labels if t], None),
+        ("labels", "Results per label", labels, None),
         ("curves", "Curves", [], None if report["curves"]["labels"] else NO_CLASSES),
     ]
     if "against" in report:
@@ -500,8 +487,7 @@ def sections(report):
     found.append(("calibration", "Calibration", tables, reason))
     found.append(("decision", "Decision curves", [], None if report["decisions"]["labels"] else NO_CLASSES))
     tables = [_group(report, k + 1, n, s) for k, (n, s) in enumerate(report["groups"].items()) if "left_out" not in s]
-    rates = [_rates(report, k + 1, n, labels) for k, (n, labels) in enumerate(report["rates"].items())]
-    tables += [t for t in rates if t]
+    tables += [_rates(report, k + 1, n, labels) for k, (n, labels) in enumerate(report["rates"].items())]
     reasons = [f"{n}: {s['left_out']}" for n, s in report["groups"].items() if "left_out" in s]
     found.append(("groups", "Subgroups", tables, "; ".join(reasons) or None))
     if "left_out" in report["study"]:
@@ -510,72 +496,24 @@ def sections(report):
         found.append(("study", "By study", [table], None))
     other = report["sensitivity"]
     policies = [] if "left_out" in other else _sensitivity(report)
+    methods = [[Cell(r["what"], r["what"]), Cell(r["text"], wide=True)] for r in report["methods"]]
     training = None if report["training"].get("epochs") else report["training"].get("left_out", "no epochs recorded")
     found += [
         ("sensitivity", "Other label policies", policies, other.get("left_out")),
-        ("methods", "Methods", [_methods(report), _stated(report)], None),
+        ("methods", "Methods", [make("methods", "", methods), _stated(report)], None),
         ("training", "Training", [], training),
         ("together", "Labels together", [], None),
         ("errors", "Worst errors", [], None if report["errors"] else "--no-images and --share list no images"),
     ]
-    return found
+    return [(key, title, [t for t in tables if t], reason) for key, title, tables, reason in found]
 
 
-# ------------------------------------------------------------------------------------ LaTeX, Markdown
-_TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-        DASH: "--", "†": r"$^\dagger$", "≥": r"$\geq$", "≤": r"$\leq$", "±": r"$\pm$"}  # fmt: skip
-
-
-def tex(text):
-    return "".join(_TEX.get(c, c) for c in " ".join(text.split()))
-
-
-def latex(tables):
-    """All tables for a paper, none wider than its text; needs \\usepackage{booktabs,adjustbox}."""
-    parts = ["% Made by report.py. In the preamble: \\usepackage{booktabs,adjustbox}"]
-    for t in tables:
-        wide = "".join(r"p{.7\linewidth}" if any(c.wide for c in column) else "r" for column in list(zip(*t.rows))[1:])
-        body = [" & ".join(tex(c.text) for c in row) + r" \\" for row in t.rows]
-        if t.total:
-            body.insert(len(body) - t.total, r"\midrule")
-        said = " ".join([f"{t.title}.", t.common, t.note, *(f"{r}." for r in t.remarks)])
-        parts.append("\n".join([
-            r"\begin{table}", r"\centering\small", rf"\caption{{{tex(said)}}}",
-            rf"\label{{tab:{t.key}}}", r"\begin{adjustbox}{max width=\linewidth}",
-            rf"\begin{{tabular}}{{l{wide}}}", r"\toprule",
-            " & ".join(tex(c) for c in t.columns) + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
-            r"\end{adjustbox}", r"\end{table}",
-        ]))  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-def plain_markdown(text):
-    """Text that Markdown prints as it is: names of labels and groups may hold its signs."""
-    return re.sub(r"[\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
-
-
-def markdown(table, shared=""):
-    """The table; `shared` is the common note that was printed already."""
-
-    def line(cells):
-        return "| " + " | ".join(plain_markdown(c) for c in cells) + " |"
-
-    rule = "|---" + "|---:" * (len(table.columns) - 1) + "|"
-    notes = [table.common * (table.common not in shared), table.note]
-    rows = [line(c.text for c in row) for row in table.rows]
-    below = [plain_markdown(text) for text in notes if text]
-    below += ["", *(f"- {plain_markdown(r)}" for r in table.remarks)] if table.remarks else []
-    return "\n".join([f"### {plain_markdown(table.title)}", "", line(table.columns), rule, *rows, "", *below])
-
-
+# ----------------------------------------------------------------------------------------- texts
 def plain_text(table):
     """For the terminal: the title, the table in columns, and what is said of it."""
-    lines = [table.columns, *([c.text for c in row] for row in table.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    shown = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    shown = aligned([table.columns, *([c.text for c in row] for row in table.rows)], "  ")
     note = " ".join(filter(None, [table.common, table.note]))
-    return "\n".join([table.title, *shown, note, *(f"- {r}" for r in table.remarks)])
+    return "\n".join([table.title, shown, note, *(f"- {r}" for r in table.remarks)])
 
 
 def headline(report):
@@ -605,12 +543,8 @@ def title(report):
 
 def summary(report):
     """summary.md."""
-    parts = [f"# {plain_markdown(title(report))}", plain_markdown(headline(report)), plain_markdown(note(report))]
-    for _, name, tables, reason in sections(report):
-        if tables or reason:
-            parts += [f"## {name}", *([plain_markdown(f"Left out: {reason}.")] if reason else [])]
-            parts += [markdown(t, note(report)) for t in tables]
-    return "\n\n".join(parts) + "\n"
+    lead = md(headline(report))
+    return fill("summary.md.j2", title=title(report), lead=lead, shared=note(report), sections=sections(report))
 
 
 CSV_COLUMNS = ("label", "images", "positives", "positive_patients", "prevalence", "auroc", "auroc_low", "auroc_high",

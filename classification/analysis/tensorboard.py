@@ -11,11 +11,7 @@ IMAGES = 8  # of a batch
 
 @functools.cache
 def open_board(folder):
-    """The writer of `folder`/tensorboard.
-
-    Raises:
-        UserError: TensorBoard is not installed.
-    """
+    """The writer of `folder`/tensorboard. UserError: TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

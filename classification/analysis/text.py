@@ -1,5 +1,7 @@
 """Figures as lines of text, for the log and the terminal."""
 
+from dataset.tables import aligned
+
 
 def number(value):
     """Four decimals; a dash where there is none."""
@@ -16,10 +18,8 @@ def label_table(metrics, columns):
         figures = [number(metrics[name][label]) for name in columns]
         rows.append((label, *figures, f"{positives:,}", f"{metrics['negatives'][label]:,}"))
     rows.append(("mean", *(number(metrics[f"mean_{name}"]) for name in columns), "", ""))
-    width = max(len(r[0]) for r in rows)
-    lines = [r[0].ljust(width) + "".join(c.rjust(10) for c in r[1:]) for r in rows]
     name, column = next(iter(columns.items()))
-    return "\n".join([*lines, *undefined_note(metrics[name], column)])
+    return "\n".join([aligned(rows), *undefined_note(metrics[name], column)])
 
 
 def undefined_note(values, column):

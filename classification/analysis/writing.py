@@ -5,33 +5,22 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from analysis import (
-    card,
-    checklist,
-    comparison_tables,
-    decisions,
-    figures,
-    methods,
-    page,
-    results,
-    statistics,
-    subgroups,
-    tables,
-)
+from analysis import card, comparison_tables, figures, page, results, tables
 from analysis.groups import read_table
 from analysis.sharing import without_paths
+from analysis.templates import fill
 from common.errors import UserError
 from common.files import write_whole
 
 
-def _write_files(folder, texts, rows, draw):
-    """Texts by file name, the rows of per_label.csv, and figures by `draw(folder)`; a text of None removes the file."""
+def write_files(folder, texts, table, rows, draw, drawn="figures"):
+    """Texts by file name (None removes the file), the rows of the CSV `table`, figures by `draw(folder / drawn)`."""
     try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        draw(folder / "figures")
+        (folder / drawn).mkdir(parents=True, exist_ok=True)
+        draw(folder / drawn)
         for name, text in texts.items():
             (folder / name).unlink(missing_ok=True) if text is None else write_whole(folder / name, text)
-        with open(folder / "per_label.csv", "w", newline="") as file:
+        with open(folder / table, "w", newline="") as file:
             csv.writer(file).writerows(rows)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
@@ -43,36 +32,27 @@ def _write_one(report, fitted, folder, pictures, no_pictures, model_card):
     texts = {
         "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
         "report.html": page.render(report, pictures, no_pictures),
-        "tables.tex": tables.latex([t for t in shown if t.key != "stated" or report["stated"]]),
+        "tables.tex": fill("tables.tex.j2", tables=[t for t in shown if t.key != "stated" or report["stated"]]),
         "summary.md": tables.summary(report),
         "model_card.md": model_card,
-        "checklist.md": checklist.checklist(report),
+        "checklist.md": card.checklist(report),
         # None: that of an earlier report with other predictions goes.
         "calibration.json": None if fitted is None else json.dumps(fitted, indent=1) + "\n",
     }
     rows = [tables.CSV_COLUMNS, *tables.per_label(report)]
-    _write_files(folder, texts, rows, lambda drawn: figures.write_figures(report, drawn))
+    write_files(folder, texts, "per_label.csv", rows, lambda drawn: figures.write_figures(report, drawn))
 
 
 def write_report(evaluation, options, folder, against=(), seeds=(), *, with_images=True, share=False, stated=None):
     """Measure, and write to `folder`; returns the report's dictionary.
 
     with_images: with the worst errors, their images and ids; share: without them and without paths, to be passed on;
-    stated: what the authors state, see analysis.checklist.read_about.
+    stated: what the authors state, see analysis.card.read_about.
     """
     if not options.tables:
         options = replace(options, tables=_patients_tables(evaluation))
-    report, fitted = results.collect(evaluation, options, against, seeds)
-    _, patients = evaluation.test.clusters
-    weights = statistics.draw(patients, options.resamples, options.seed)
-    report = {
-        "headline": tables.headline(report),
-        **report,
-        "methods": methods.collect(evaluation, report["about"], report["training"].get("epochs", [])),
-        "stated": stated or {},
-        "decisions": decisions.decision_curves(evaluation.test, report["calibration"].get("fitted")),
-        "rates": subgroups.rates_by_group(report["thresholds"], evaluation.test, options.tables, weights),
-    }
+    report, fitted = results.collect(evaluation, options, against, seeds, stated)
+    report = {"headline": tables.headline(report)} | report
     named = without_paths([report, fitted], [evaluation, *against, *seeds], options.tables)
     if share:
         report, fitted = named
@@ -92,7 +72,7 @@ def write_comparison(report, folder, evaluations, share=False):
     found = [t for _, _, shown, _ in comparison_tables.sections(report) for t in shown]
     texts = {
         "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
-        "tables.tex": tables.latex(found),
+        "tables.tex": fill("tables.tex.j2", tables=found),
         "summary.md": comparison_tables.summary(report),
     }
 
@@ -100,7 +80,7 @@ def write_comparison(report, folder, evaluations, share=False):
         figures.write_forest(comparison_tables.panels(report), drawn)
         texts["report.html"] = page.render_comparison(report, drawn / "auroc.svg")  # the page holds the figure
 
-    _write_files(folder, texts, comparison_tables.per_label(report), draw)
+    write_files(folder, texts, "per_label.csv", comparison_tables.per_label(report), draw)
 
 
 def _patients_tables(evaluation):

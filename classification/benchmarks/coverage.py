@@ -124,6 +124,7 @@ class Tally:
 def one_draw(setting, seed, resamples, tally):
     """Simulate a test split, and add all its intervals to the tally."""
     rng, truth = np.random.default_rng(seed), setting.truth
+    add, percentile, jackknife = tally.add, statistics.interval, statistics.precision_interval
     of_patient, targets, cluster = setting.simulate(rng)
     scores, other = (setting.scores(rng, of_patient, targets, cluster, share) for share in (1, WORSE))
     patients, names = setting.patients, range(scores.shape[1])
@@ -139,41 +140,34 @@ def one_draw(setting, seed, resamples, tally):
         few = "" if fine[k] else f", fewer than {statistics.FEW} patients"
         if placed[k] is None:
             continue
-        interval = placed[k].bound or statistics.interval(drawn[k])
-        tally.add(f"AUROC{few}", interval, truth["auroc"][k])
-        tally.add(
-            f"AUPRC{few}", statistics.precision_interval(precisions[[k]], left_out[[k]], positive[[k]]),
-            truth["auprc"][k],
-        )  # fmt: skip
+        add(f"AUROC{few}", placed[k].bound or percentile(drawn[k]), truth["auroc"][k])
+        add(f"AUPRC{few}", jackknife(precisions[[k]], left_out[[k]], positive[[k]]), truth["auprc"][k])
         if fine[k]:
-            tally.add("AUPRC by percentiles of the bootstrap (not used)", statistics.interval(percentiles[k]),
-                      truth["auprc"][k])  # fmt: skip
+            add("AUPRC by percentiles of the bootstrap (not used)", percentile(percentiles[k]), truth["auprc"][k])
             alone = statistics.placements(scores[:, k], targets[:, k], np.arange(len(scores)))
-            half = 1.96 * statistics.standard_error(alone)
-            tally.add("AUROC by DeLong, images independent (not used)", (values[k] - half, values[k] + half),
-                      truth["auroc"][k])  # fmt: skip
-            tally.add("difference of two AUROCs", statistics.interval(drawn[k] - others[k]), truth["difference"][k])
+            independent = values[k] + 1.96 * statistics.standard_error(alone) * np.array([-1, 1])
+            add("AUROC by DeLong, images independent (not used)", independent, truth["auroc"][k])
+            add("difference of two AUROCs", percentile(drawn[k] - others[k]), truth["difference"][k])
     k = np.flatnonzero(~np.isnan(values))
     mean = {name: truth[name][k].mean() for name in ("auroc", "auprc", "difference")}
-    tally.add("mean AUROC", statistics.interval(statistics.mean_defined(drawn[k])), mean["auroc"])
-    tally.add("mean AUPRC", statistics.precision_interval(precisions[k], left_out[k], positive[k]), mean["auprc"])
-    tally.add("mean AUPRC by percentiles of the bootstrap (not used)",
-              statistics.interval(statistics.mean_defined(percentiles[k])), mean["auprc"])  # fmt: skip
-    both = statistics.mean_defined(drawn[k]) - statistics.mean_defined(others[k])
-    tally.add("difference of two mean AUROCs", statistics.interval(both), mean["difference"])
+    means, of_percentiles, of_others = (statistics.mean_defined(draws[k]) for draws in (drawn, percentiles, others))
+    add("mean AUROC", percentile(means), mean["auroc"])
+    add("mean AUPRC", jackknife(precisions[k], left_out[k], positive[k]), mean["auprc"])
+    add("mean AUPRC by percentiles of the bootstrap (not used)", percentile(of_percentiles), mean["auprc"])
+    add("difference of two mean AUROCs", percentile(means - of_others), mean["difference"])
     for j, cut in enumerate(truth["cuts"]):
         for k in names:
             found = thresholds.apply(cut, scores[:, k], targets[:, k], cluster)
             for rate in thresholds.RATES:
                 true = truth[rate][j, k]
                 extreme = " above .98 or below .02" * (not 0.02 <= true <= 0.98)
-                tally.add(f"{rate}{extreme}", (found[rate]["low"], found[rate]["high"]), true)
+                add(f"{rate}{extreme}", (found[rate]["low"], found[rate]["high"]), true)
     for k in np.flatnonzero(fine):
         p = setting.probabilities(scores)[:, k]
         found = calibration.measure(p, targets[:, k], cluster, weights)
         for name, true in (("slope", 1), ("intercept", 0), ("brier", truth["brier"][k])):
             if found[name]:
-                tally.add(name, (found[name]["low"], found[name]["high"]), true)
+                add(name, (found[name]["low"], found[name]["high"]), true)
 
 
 def gaps(setting, seed, resamples):

@@ -5,7 +5,8 @@
 The images are made up (synthetic chests enlarged to 2544 x 3056 with noise of a detector), as full-size JPG (quality
 95), as DICOM (12 of 16 bits, uncompressed, one window), and as copies of prepare_mimic.py with short side 512.
 With --table, instead: seconds to read a made-up table of 377,110 rows, and the memory that three epochs of it add to a
-worker. Naive: the whole file decoded, float64 arithmetic, Pillow's resize of the full image, tensors one by one.
+worker. With --nih: seconds to start on NIH ChestX-ray14, 112,120 made-up rows and empty files in twelve folders.
+Naive: the whole file decoded, float64 arithmetic, Pillow's resize of the full image, tensors one by one.
 """
 
 import argparse
@@ -32,10 +33,11 @@ from pydicom.pixels import apply_voi_lut
 
 from dataset.tools import cache
 from dataset.files import stores
-from dataset import xrays
+from dataset import nih, xrays
 from dataset.synthetic import tree as synthetic
+from dataset.synthetic.files import header, put_pixels
 from dataset.labels import LABELS
-from dataset.mimic_cxr import MIMICCXRDataset, load_table
+from dataset.mimic_cxr import MIMICCXRDataset, load_table, image_stems
 from dataset.preparing import normalize
 from dataset.transforms import radiograph_transform
 from models.inference import device_name
@@ -64,15 +66,11 @@ def make_trees(folder, count):
 
 
 def write_dicom(path, pixels):
-    ds = pydicom.Dataset()
-    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1.1", pydicom.uid.generate_uid()
-    ds.PhotometricInterpretation, ds.SamplesPerPixel = "MONOCHROME2", 1
-    ds.Rows, ds.Columns = pixels.shape
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
-    ds.WindowCenter, ds.WindowWidth, ds.PixelData = 2000, 3600, pixels.tobytes()
-    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds = header(path.stem, path.stem)
+    ds.WindowCenter, ds.WindowWidth = 2000, 3600
+    put_pixels(ds, pixels, inverse=False, bits=12)
     ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    pydicom.dcmwrite(path, ds, enforce_file_format=True)
+    ds.save_as(path, enforce_file_format=True)
 
 
 class Naive(torch.utils.data.Dataset):
@@ -135,8 +133,8 @@ def measure_table(folder):
         labels[name] = rng.choice([1, 0, -1, np.nan], studies, p=[0.1, 0.1, 0.02, 0.78])
     labels.to_csv(folder / "mimic-cxr-2.0.0-chexpert.csv.gz", index=False)
     step = np.unique(np.concatenate([np.linspace(0, count - 1, n).astype(int) for n in (20, stores.CHECKED_FILES)]))
-    for subject, study_id, name, _ in frame.iloc[step].itertuples(index=False):
-        path = folder / f"files/p{str(subject)[:2]}/p{subject}/s{study_id}/{name}.jpg"
+    for stem in image_stems(frame.iloc[step]):
+        path = folder / f"{stem}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     started = time.perf_counter()
@@ -155,6 +153,55 @@ def measure_table(folder):
     worker.join()
 
 
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+# Of NIH ChestX-ray14: (patients, images) of train_val_list.txt and of test_list.txt, none of them in both.
+TRAIN, TEST = (28_008, 86_524), (2_797, 25_596)
+
+
+def write_nih_tables(root, seed=0):
+    """The three tables of NIH ChestX-ray14 at its full size, made up; returns the names of its images."""
+    rng = np.random.default_rng(seed)
+    patients = rng.permutation(np.arange(1, TRAIN[0] + TEST[0] + 1))
+    names, lines = {}, []
+    for split, some, count in (("train", patients[: TRAIN[0]], TRAIN[1]), ("test", patients[TRAIN[0] :], TEST[1])):
+        more = rng.multinomial(count - len(some), rng.dirichlet(np.full(len(some), 0.5)))
+        rows = [(patient, k) for patient, n in zip(some.tolist(), more.tolist()) for k in range(n + 1)]
+        names[split] = [f"{patient:08d}_{k:03d}.png" for patient, k in rows]
+        found = [[] for _ in rows]
+        for row, column in np.argwhere(rng.random((count, len(nih.FINDINGS))) < 0.06).tolist():
+            found[row].append(nih.FINDINGS[column])
+        for (patient, k), name, here in zip(rows, names[split], found):
+            person = f"{patient},{20 + k % 60},{'FM'[k % 2]},{('PA', 'AP')[k % 2]}"
+            lines.append(f"{name},{'|'.join(here) or nih.NORMAL},{k},{person},2500,2048,0.1,0.1")
+    (root / "Data_Entry_2017.csv").write_text("\n".join([HEADER, *sorted(lines)]) + "\n")
+    (root / "train_val_list.txt").write_text("\n".join(names["train"]))
+    (root / "test_list.txt").write_text("\n".join(names["test"]))
+    return sorted(names["train"] + names["test"])
+
+
+def measure_nih(folder):
+    """Start-up on NIH ChestX-ray14, its images in twelve folders as they are downloaded."""
+    for k, part in enumerate(np.array_split(write_nih_tables(folder), 12)):
+        place = folder / f"images_{k + 1:03d}/images"
+        place.mkdir(parents=True)
+        for name in part:
+            (place / name).touch()
+    looked, missing = [], stores.FileStore.missing
+    stores.FileStore.missing = lambda store, paths: looked.append(len(paths)) or missing(store, paths)
+    started = time.perf_counter()
+    table = nih.load_table(folder)
+    read = time.perf_counter() - started
+    datasets = [xrays.RadiographDataset(table, split) for split in ("train", "validate", "test")]
+    whole = time.perf_counter() - started
+    print(
+        f"{datasets[0].summary}\ntables read and checked in {read:.1f} s, {sum(looked):,} files looked for; datasets "
+        f"of the three splits there after {whole:.1f} s"
+    )
+
+
 def read_epochs(dataset, growth):
     sizes = []
     for _ in range(3):
@@ -170,6 +217,7 @@ def main():
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="measure the table instead")
+    parser.add_argument("--nih", action="store_true", help="measure the start on NIH ChestX-ray14 instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start, "
@@ -177,8 +225,8 @@ def main():
           f"pydicom {pydicom.__version__}; {args.images} images of 2544 x 3056, medians of 5\n")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        if args.table:
-            return measure_table(folder)
+        if args.table or args.nih:
+            return measure_table(folder) if args.table else measure_nih(folder)
         make_trees(folder, args.images)
         naive_jpg, naive_dicom = Naive(folder, "jpg"), Naive(folder, "dcm")
         rows = (

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops_dcnv3"))
 import common.torchvision_shim  # noqa: F401, I001  (before timm)
 
 import torch
+from timm.utils import ModelEmaV2
 
 import benchmark as operator_benchmark  # takes its own folder off the path again: the installed dcnv3 is meant
 from training import compiling
@@ -48,21 +49,6 @@ def build(device, size, batch, *opts):
     return step
 
 
-class Average:
-    """The naive average: parameter by parameter."""
-
-    def __init__(self, model, decay=0.9999):
-        self.decay, self.kept = decay, {k: v.clone() for k, v in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model):
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                self.kept[name].mul_(self.decay).add_(value, alpha=1 - self.decay)
-            else:
-                self.kept[name].copy_(value)
-
-
 def naive(step):
     """The same step without what the configuration and the optimizer do for speed (it was built without AMP)."""
     parts = step.step
@@ -70,7 +56,7 @@ def naive(step):
     keys = ("params", "weight_decay", "lr_scale")
     groups = [{key: group[key] for key in keys} for group in parts.optimizer.param_groups]
     parts.optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=False, foreach=False)
-    parts.ema = Average(parts.model)
+    parts.ema = ModelEmaV2(parts.model, decay=0.9999)  # parameter by parameter
     return step
 
 

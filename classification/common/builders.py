@@ -9,8 +9,7 @@ from common.errors import UserError, did_you_mean
 def _with_build(module):
     """The module of this full name; None if it does not exist or has no `build`.
 
-    Raises:
-        ModuleNotFoundError: the module exists, but not one that it imports.
+    ModuleNotFoundError: the module exists, but not one that it imports.
     """
     if not all(part.isidentifier() for part in module.split(".")):
         return None
@@ -28,8 +27,7 @@ def find(package, name, key, outside=True):
 
     outside: False where a file that may be anyone's names it: then nothing outside the package is imported.
 
-    Raises:
-        UserError: no such module, one without `build`, or one that cannot be imported.
+    UserError: no such module, one without `build`, or one that cannot be imported.
     """
     try:
         module = _with_build(f"{package}.{name}") or (_with_build(name) if outside else None)

@@ -91,8 +91,7 @@ def meet(rank, size):
     its choice on. The others try the same candidates, and pass over what is not of this step: job numbers repeat where
     two clusters share a machine, the address at which srun listens does not.
 
-    Raises:
-        UserError: no such port is free, or rank 0 is not found within ten minutes.
+    UserError: no such port is free, or rank 0 is not found within ten minutes.
     """
     env = os.environ
     names = ("JOB_ID", "RESTART_COUNT", "STEP_ID", "SRUN_COMM_HOST", "SRUN_COMM_PORT")
@@ -173,8 +172,7 @@ def _serve(host, ports, step, size):
 def session():
     """The `World` of this process; ends the process group on the way out.
 
-    Raises:
-        UserError: on rank 0, where another process has ended; the others end without a word, as it is not theirs.
+    UserError: on rank 0, where another process has ended; the others end without a word, as it is not theirs.
     """
     rank, local_rank, size = _launch()
     device = torch.device("cpu")
@@ -290,8 +288,7 @@ def report_outcome(world, text):
 def only_run_in(folder, world):
     """Holds `folder` for this run, on all nodes that share the file system; the lock dies with its process.
 
-    Raises:
-        UserError: on all ranks, where another run holds it.
+    UserError: on all ranks, where another run holds it.
     """
     path = Path(folder) / ".lock"
     with open(path, "a+") if world.is_main else contextlib.nullcontext() as file:

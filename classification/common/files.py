@@ -4,10 +4,13 @@ import contextlib
 import errno
 import functools
 import hashlib
+import json
 import logging
 import os
 import tempfile
 from pathlib import Path
+
+import yaml
 
 from common.errors import UserError
 
@@ -25,13 +28,42 @@ def rename(temporary, path):
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        _flush(folder, f"{path.parent}: this file system cannot flush a folder; a power cut may cost its newest file")
+    finally:
+        os.close(folder)
+
+
+def _flush(descriptor, warning):
+    try:
+        os.fsync(descriptor)
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        warn_once(f"{path.parent}: this file system cannot flush a folder; a power cut may cost the newest file in it")
-    finally:
-        os.close(folder)
+        warn_once(warning)
+
+
+def read_json(path, what):
+    """The dictionary in a JSON file; a UserError where it is none, and so not `what`."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({getattr(error, 'strerror', None) or error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not {what}")
+    return content
+
+
+def read_yaml(path, name, loader=yaml.SafeLoader, remedy=""):
+    """The dictionary in a YAML file, which errors call `name`; a UserError where it cannot be read or has no keys."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), loader)
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{name} has no keys{remedy}")
+    return content
 
 
 @contextlib.contextmanager
@@ -41,7 +73,9 @@ def replacing(path):
     try:
         yield temporary
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+            _flush(
+                file.fileno(), f"{path.parent}: this file system cannot flush files; a power cut may cost the newest"
+            )
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -68,8 +102,7 @@ def reserved(folder, size):
     They are those of a file without a name: free again however this process ends. If the work meanwhile fails, the
     folder is removed: nothing is in it.
 
-    Raises:
-        UserError: there is no room for them.
+    UserError: there is no room for them.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

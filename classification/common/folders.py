@@ -12,8 +12,7 @@ def output_folder(path, option):
 
     option: the flag or key that named it.
 
-    Raises:
-        UserError: it cannot be made, or nothing can be written there: no rights, a full disk or quota.
+    UserError: it cannot be made, or nothing can be written there: no rights, a full disk or quota.
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -22,6 +21,24 @@ def output_folder(path, option):
     except OSError as error:
         raise UserError(f"{option} {path} cannot be written ({error.strerror}); choose another folder") from error
     return Path(path)
+
+
+def cannot_be_read(error):
+    """Raises the UserError of a folder whose listing failed with this OSError."""
+    raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror})") from error
+
+
+def walk(folder):
+    """os.walk in order, through links too, but not twice into a folder; one that cannot be read is a UserError."""
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=cannot_be_read):
+        status = os.stat(where)
+        if (here := (status.st_dev, status.st_ino)) in seen:  # a link to where the search has been: a circle, perhaps
+            folders.clear()
+            continue
+        seen.add(here)
+        folders.sort()
+        yield where, folders, sorted(names)
 
 
 LONGEST_TMPDIR = 75  # bytes: the address of a socket has 107, and its name in there takes 32

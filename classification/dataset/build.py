@@ -114,9 +114,8 @@ def build_datasets(config, *splits):
     A source without one of the splits is left out of it with a warning, but for the first, which all must have. One
     with DATA.PSEUDO_LABELS has the labels of the first, where DATA.LABELS names none.
 
-    Raises:
-        UserError: no such dataset, faulty data, a dataset that is not complete, or another number of labels than the
-            model has; of several sources named with the source.
+    UserError: no such dataset, faulty data, a dataset that is not complete, or another number of labels than the model
+    has; of several sources named with the source.
     """
     found = _build_union(config, splits) if config.DATA.SOURCES else _build_one(config, *splits)
     if config.DATA.UNIT == "image":
@@ -298,8 +297,7 @@ class Loader(DataLoader):
     check(): called before each batch of an EvalSampler, as often on every rank. while_waiting(seconds): called every
     few seconds while no batch comes, and where a loading process has ended. Either may raise to end the work.
 
-    Raises:
-        UserError: TMPDIR is too long, or no batch comes for LONGEST_WAIT seconds.
+    UserError: TMPDIR is too long, or no batch comes for LONGEST_WAIT seconds.
     """
 
     check = staticmethod(lambda: None)
@@ -412,11 +410,7 @@ def worker_count(config):
 
 
 def build_loader(config, dataset, *, train, world, log):
-    """The :class:`Loader` of this rank.
-
-    Raises:
-        UserError: a training split with fewer images than one update takes.
-    """
+    """The :class:`Loader` of this rank. UserError: a training split with fewer images than one update takes."""
     batch_size, accumulation = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
     if train:
         sampler = TrainSampler(

@@ -36,8 +36,7 @@ POLICIES = {"zeros": (0.0, 0.0), "ones": (1.0, 1.0), "ignore": (np.nan, np.nan),
 def by_label(policy, label_names, key):
     """One policy for each label, from one name for all or a mapping {default: zeros, Consolidation: ignore}.
 
-    Raises:
-        UserError: no such policy or label, named with `key`, the config key it came from.
+    UserError: no such policy or label, named with `key`, the config key it came from.
     """
     given = policy if isinstance(policy, dict) else {"default": policy}
     for name, choice in given.items():

@@ -98,7 +98,8 @@ def _read_official(folder, labeler, test_labeler):
             path = needed_csv(folder, kind)
             frame, row = _read_studies(path, images["study_id"])
             files[path], absent = (frame, row, rows), rows & (row < 0)
-            left_out[reason], kept = int(absent.sum()), kept & ~absent
+            kept &= ~absent
+            left_out |= {reason: int(absent.sum())} if absent.any() else {}
     if not kept.any():
         raise UserError(f"{next(iter(files))}: none of the studies of {source} has a row here")
     images = images[kept]
@@ -109,18 +110,17 @@ def _read_official(folder, labeler, test_labeler):
             values[rows] = tables.label_values(frame, (name,), path)[row[rows], 0]
         return values[kept]
 
-    metadata = find_csv(folder, "metadata")
-    view, lacks_view = (
-        _read_views(metadata, "dicom_id", images["dicom_id"]) if metadata else (None, _absent(folder, "metadata"))
-    )
+    metadata, view = find_csv(folder, "metadata"), (None, _absent(folder, "metadata"))
+    if metadata:
+        view = _read_views(metadata, "dicom_id", images["dicom_id"])
     columns = [name for frame, *_ in files.values() for name in frame if name not in IDS]
     return Reading(
         sources=(source, *files),
         image=images["dicom_id"],
         subject=images["subject_id"].astype(str),
         study=images["study_id"].astype(str),
-        view=view,
-        lacks_view=lacks_view,
+        view=view[0],
+        lacks_view=view[1],
         paths=[image_stems(images)],
         suffixes=SUFFIXES,
         finding=finding,
@@ -187,8 +187,7 @@ def _find_labels(frame, path):
     """(the labels of a table, texts for the summary): those of CheXpert, or where they are not all there, the columns
     that hold 1, 0, -1 or nothing, and not nothing alone.
 
-    Raises:
-        UserError: another value in a column of the name of a label of CheXpert, or mostly of such values.
+    UserError: another value in a column of the name of a label of CheXpert, or mostly of such values.
     """
     found, others = [], []
     for name in (name for name in frame.columns if name not in OWN_COLUMNS):
@@ -197,8 +196,7 @@ def _find_labels(frame, path):
         known = counts[[value is not None and not np.isnan(value) for value in read.values()]].sum()
         bad = counts[[value is None for value in read.values()]].sum()
         if name in LABELS or known > bad > 0:
-            remedy = "; or name the columns of the labels with DATA.LABELS"
-            tables.label_values(frame, (name,), path, remedy)
+            tables.label_values(frame, (name,), path, "; or name the columns of the labels with DATA.LABELS")
         (found if known and not bad else others).append(name)
     if set(LABELS) <= set(frame.columns) or not found or tuple(found) == LABELS:
         return LABELS, ()
@@ -269,8 +267,7 @@ class MimicRelease(Release):
         return {path.name: path for path in reversed(found)}  # the first of a name
 
     def uses_of(self, config):
-        own = self.find_own_csv(config.DATA.DATA_PATH, config.DATA.CSV)
-        return frozenset() if own else super().uses_of(config)
+        return frozenset() if self.find_own_csv(config.DATA.DATA_PATH, config.DATA.CSV) else super().uses_of(config)
 
 
 RELEASE = MimicRelease(

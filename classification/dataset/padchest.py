@@ -4,9 +4,11 @@ Ids have up to 36 digits and are read as text. `Labels` is a Python list as text
 """
 
 import ast
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from common.errors import UserError
 from dataset import tables
@@ -15,33 +17,9 @@ from dataset.releases import Reading, Release, approximate, exact, views
 
 COLUMNS = ("ImageID", "ImageDir", "StudyID", "PatientID", "Projection", "MethodLabel", "Labels")
 SIGNS = {"*.csv": ("ImageID", "ImageDir", "MethodLabel")}
-# Terms of PadChest's hierarchy; those of a label's own branch mean the same.
-MAPPING = {
-    "Atelectasis": exact("atelectasis", "atelectasis basal", "laminar atelectasis", "lobar atelectasis",
-                         "round atelectasis", "segmental atelectasis", "total atelectasis"),
-    "Cardiomegaly": exact("cardiomegaly"),
-    "Consolidation": exact("consolidation"),
-    "Edema": exact("pulmonary edema"),
-    "Enlarged Cardiomediastinum": approximate("mediastinal enlargement", "superior mediastinal enlargement"),
-    "Fracture": exact("fracture", "clavicle fracture", "humeral fracture", "rib fracture", "vertebral fracture"),
-    "Lung Lesion": approximate("nodule", "multiple nodules", "mass", "pulmonary mass"),
-    "Lung Opacity": approximate("infiltrates", "alveolar pattern", "interstitial pattern", "ground glass pattern",
-                                "consolidation"),
-    "No Finding": approximate("normal"),
-    "Pleural Effusion": exact("pleural effusion", "loculated pleural effusion", "loculated fissural effusion"),
-    "Pleural Other": approximate("pleural thickening", "apical pleural thickening", "calcified pleural thickening",
-                                 "calcified pleural plaques", "pleural plaques"),
-    "Pneumonia": exact("pneumonia", "atypical pneumonia"),
-    "Pneumothorax": exact("pneumothorax", "hydropneumothorax"),
-    "Support Devices": approximate(
-        "electrical device", "dual chamber device", "single chamber device", "pacemaker", "dai",
-        "artificial heart valve", "artificial aortic heart valve", "artificial mitral heart valve",
-        "endotracheal tube", "tracheostomy tube", "nsg tube", "chest drain tube", "catheter",
-        "central venous catheter", "central venous catheter via jugular vein",
-        "central venous catheter via subclavian vein", "central venous catheter via umbilical vein",
-        "reservoir central venous catheter",
-    ),
-}  # fmt: skip
+TERMS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+MAPPING = {label: exact(*terms) for label, terms in TERMS["exact"].items()}
+MAPPING |= {label: approximate(*terms) for label, terms in TERMS["approximate"].items()}
 PROJECTIONS = {"AP_horizontal": "AP", "UNK": "", "POSTEROANTERIOR": "PA", "ANTEROPOSTERIOR": "AP"}
 
 

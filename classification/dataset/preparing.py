@@ -19,6 +19,13 @@ def resized_side(size):
     return int(size * 8 / 7)
 
 
+def decoding(config):
+    """How files become grayscale: the keywords of `dataset.files.images.decode`."""
+    # Resizing then has four pixels or more for each of its own.
+    shrink_to = 2 * resized_side(config.DATA.IMG_SIZE)
+    return {"recipe": config.DATA.DICOM_RECIPE, "window": config.DATA.DICOM_WINDOW, "shrink_to": shrink_to}
+
+
 class Square:
     """The whole X-ray as a square of `side` pixels, of which the middle `size` are kept.
 

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from common.errors import UserError, did_you_mean
+from common.folders import cannot_be_read
 from dataset import tables
 from dataset.files.domain import COPY_RECIPE, copied_name
 from dataset.files.images import ENDINGS
@@ -65,8 +66,7 @@ def _any_of(values):
 def map_labels(reading, mapping, label_names, approximate_labels, release, foreign=False):
     """(labels [N, L] float32, {label: {"from": names, "kind": exact, approximate or unknown}}).
 
-    Raises:
-        UserError: a label that neither the 14 of CheXpert nor the release has; not with `foreign`: it is unknown then.
+    UserError: a label that neither the 14 of CheXpert nor the release has; not with `foreign`: it is unknown then.
     """
     own = {name: exact(name) for name in reading.names}
     values, mapped = np.full((len(reading.image), len(label_names)), UNKNOWN, np.float32), {}
@@ -158,8 +158,7 @@ class Folder:
 
         A plain one comes before the same one gzipped.
 
-        Raises:
-            UserError: several tables of a pattern fit.
+        UserError: several tables of a pattern fit.
         """
         for place, pattern in itertools.product(self.searched, patterns):
             found = {path.name.removesuffix(".gz"): path for path in reversed(_having(place, pattern, columns))}
@@ -200,7 +199,7 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise UserError(f"{self.root / where}: the folder cannot be read ({error.strerror})") from error
+            cannot_be_read(error)
 
     @functools.cached_property
     def _members(self):
@@ -214,8 +213,7 @@ class Folder:
 def data_folder(given):
     """The data folder as an absolute path, once it is sure that it can be read.
 
-    Raises:
-        UserError: it is no folder, or this user may not list and enter it.
+    UserError: it is no folder, or this user may not list and enter it.
     """
     folder = Path(given).expanduser().absolute()
     try:
@@ -367,7 +365,7 @@ class Reading:
     split: np.ndarray | None = None
     suffixes: tuple = ("",)
     lacks_test: str = ""
-    lacks_view: str = "the release does not tell the views of its images"
+    lacks_view: str = ""
     left_out: dict = field(default_factory=dict)
     notes: tuple = ()
     default_labels: Callable = lambda: (LABELS, ())
@@ -440,8 +438,7 @@ class Release:
             checked: False: without the checks of patients and files.
             options: of `read`.
 
-        Raises:
-            UserError: names the file, column or value.
+        UserError: names the file, column or value.
         """
         folder = self.folder(root, in_zip, **options)
         reading = self.read(folder, **options)
@@ -468,7 +465,7 @@ class Release:
             labels=labels,
             view=reading.view,
             store=folder.store,
-            left_out={reason: n for reason, n in reading.left_out.items() if n},
+            left_out=dict(reading.left_out),
             notes=(*notes, *_say_mapping(mapped, self.name)),
             label_mapping=mapped,
             population=self.population,
@@ -477,7 +474,8 @@ class Release:
         )
         if views != "all":
             if table.view is None:
-                raise UserError(f"DATA.VIEWS {views}: {reading.lacks_view}")
+                why = reading.lacks_view or f"{self.name} does not tell the views of its images"
+                raise UserError(f"DATA.VIEWS {views}: {why}")
             table = tables.select_views(table, views)
         return tables.check_table(table, allow_missing) if checked else table
 
@@ -509,21 +507,14 @@ class Release:
 
     def table(self, config, *splits):
         """The table that `config` describes, for these splits."""
-        d = config.DATA
+        d, keys = config.DATA, dict(self.options)
+        for name in ("approximate_labels", "no_finding_clears", "views", "split_seed", "image_format", "allow_missing"):
+            keys[name] = f"DATA.{name.upper()}"
+        options = {keyword: d[key.removeprefix("DATA.")] for keyword, key in keys.items()}
         table = self.load_table(
-            d.DATA_PATH,
-            label_names=tuple(d.LABELS) or None,
-            foreign_labels=bool(d.PSEUDO_LABELS),
-            approximate_labels=d.APPROXIMATE_LABELS,
-            no_finding_clears=d.NO_FINDING_CLEARS,
-            views=d.VIEWS,
-            split_seed=d.SPLIT_SEED,
-            image_format=d.IMAGE_FORMAT,
-            allow_missing=d.ALLOW_MISSING,
-            in_zip=d.ZIP_MODE,
-            testing="test" in splits,
-            **{keyword: d[key.removeprefix("DATA.")] for keyword, key in self.options.items()},
-        )
+            d.DATA_PATH, label_names=tuple(d.LABELS) or None, foreign_labels=bool(d.PSEUDO_LABELS),
+            in_zip=d.ZIP_MODE, testing="test" in splits, **options,
+        )  # fmt: skip
         completed = "DATA.SPLIT_SEED" in self.uses and d.SPLIT_SEED is None
         if completed and "train" in splits and not (table.split == SPLITS.index("train")).any():
             raise UserError(

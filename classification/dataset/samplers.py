@@ -28,11 +28,7 @@ SAMPLERS = {
 
 
 def sampling_weights(name, targets):
-    """Weights [N] of row `name` of SAMPLERS.
-
-    Raises:
-        UserError: no such row.
-    """
+    """Weights [N] of row `name` of SAMPLERS. UserError: no such row."""
     if name not in SAMPLERS:
         raise UserError(f"DATA.SAMPLER is {name!r}; choose one of {', '.join(SAMPLERS)}{did_you_mean(name, SAMPLERS)}")
     return SAMPLERS[name](targets)
@@ -71,16 +67,12 @@ class TrainSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = self._order(generator)
+        columns = torch.stack([self._draw(rows, generator) for rows in self.groups], 1)  # [turns, groups]
+        within = torch.rand(columns.shape, generator=generator).argsort(1)  # who comes first in a turn
+        order = columns.gather(1, within).flatten()[: self.length]
         batches = order[: self.batches * self.world_size * self.batch_size].view(-1, self.world_size, self.batch_size)
         for batch in batches[self.start_batch :, self.rank]:
             yield [(self.epoch, i) for i in batch.tolist()]
-
-    def _order(self, generator):
-        """Indices [length], all drawn with the generator of the epoch."""
-        columns = torch.stack([self._draw(rows, generator) for rows in self.groups], 1)  # [turns, groups]
-        within = torch.rand(columns.shape, generator=generator).argsort(1)  # who comes first in a turn
-        return columns.gather(1, within).flatten()[: self.length]
 
     def _draw(self, rows, generator):
         """Indices [turns] of one group, with repeats."""

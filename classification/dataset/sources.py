@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from common.errors import UserError
 from config import source_configs
@@ -59,29 +60,27 @@ class Sources:
 
     def ids(self):
         """Where one source has no patients or studies, each of its images is one."""
-        found = {name: part.ids() for name, part in self.parts.items()}
+        found = [part.ids() for part in self.parts.values()]
+        images = np.concatenate([next(iter(ids.values())) for ids in found])
         columns = {}
-        for column in dict.fromkeys(column for ids in found.values() for column in ids):
-            known = any(any(ids.get(column, ())) for ids in found.values())
-            values = columns[column] = []
-            for name, ids in found.items():
-                images = next(iter(ids.values()))
-                texts = ids.get(column, [""] * len(images))
-                values += [f"{name}:{text or image}" if known else "" for text, image in zip(texts, images)]
+        for column, texts in self._joined(found).items():
+            rows = zip(self.sources, texts, images) if any(texts) else ()
+            columns[column] = [f"{name}:{text or image}" for name, text, image in rows] or [""] * len(images)
         return columns
 
     def descriptions(self):
         """The source, and what the sources tell; blank where one does not. Paths are whole ones."""
-        found = [(part, getattr(part, "descriptions", dict)()) for part in self.parts.values()]
-        columns = {"source": self.sources}
-        for column in dict.fromkeys(column for _, described in found for column in described):
-            values = columns[column] = []
-            for part, described in found:
-                texts = list(described.get(column, [""] * len(part)))
-                if column == "path":
-                    texts = [str(Path(getattr(part, "root", "")) / text) for text in texts]
-                values += texts
-        return columns
+        found = []
+        for part in self.parts.values():
+            found.append(dict(getattr(part, "descriptions", dict)()))
+            if "path" in found[-1]:
+                found[-1]["path"] = [str(Path(getattr(part, "root", "")) / text) for text in found[-1]["path"]]
+        return {"source": self.sources, **self._joined(found)}
+
+    def _joined(self, found):
+        """The parts' {column: values} one after the other, blank where a part lacks a column."""
+        frames = [pd.DataFrame(columns, range(len(part))) for columns, part in zip(found, self.parts.values())]
+        return {column: list(values) for column, values in pd.concat(frames).fillna("").items()}
 
     def _summary(self):
         lines = [("images of patients", *SPLITS)]

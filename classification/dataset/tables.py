@@ -160,13 +160,10 @@ def count_groups(names):
     return {str(g): {"images": int(n), "share": float(n / counts.sum())} for g, n in zip(groups, counts)}
 
 
-def aligned(lines):
+def aligned(lines, gap="   "):
     """Rows of cells as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        (line[0].ljust(widths[0]) + "".join(f"   {cell:>{w}}" for cell, w in zip(line[1:], widths[1:]))).rstrip()
-        for line in lines
-    )
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(gap.join([line[0].ljust(first), *map(str.rjust, line[1:], others)]).rstrip() for line in lines)
 
 
 def split_index(split):
@@ -207,8 +204,7 @@ def read_csv(path, required, *, rows=True, encoding="utf-8-sig"):
 
     rows: False reads the header alone. encoding: what is not UTF-8 is read as Latin-1 if the header is ASCII.
 
-    Raises:
-        UserError: not a CSV file, no such column, or no rows.
+    UserError: not a CSV file, no such column, or no rows.
     """
     try:
         with _open(path, encoding) as file, warnings.catch_warnings():
@@ -272,8 +268,7 @@ ROUNDED = r"\d(?:[.,]\d+)?[eE]\+\d+"  # how a spreadsheet writes a long number
 def names(frame, column, path, remedy=""):
     """A column of names as they are written, none of them empty. The same text is the same image, study or patient.
 
-    Raises:
-        UserError: an empty one, or one that a spreadsheet has rounded, by which several become one.
+    UserError: an empty one, or one that a spreadsheet has rounded, by which several become one.
     """
     values = frame[column].str.strip()
     empty, rounded = values == "", values.str.fullmatch(ROUNDED)

@@ -25,9 +25,8 @@ class RadiographDataset:
 
     Items: (transform(image), target [L] float32 of 0, 1, NaN = unknown).
 
-    Raises:
-        UserError: at construction, for an unknown or empty split or missing images;
-        ImageError: from an item, naming the file.
+    UserError: at construction, for an unknown or empty split or missing images;
+    ImageError: from an item, naming the file.
     """
 
     task = "multilabel"
@@ -91,7 +90,7 @@ def build_radiographs(config, table, splits, uses=frozenset()):
 
     uses: keys of the config that the table's release uses beside those of all X-rays.
     """
-    from dataset.preparing import resized_side
+    from dataset.preparing import decoding
     from dataset.transforms import radiograph_transform
 
     d = config.DATA
@@ -106,11 +105,9 @@ def build_radiographs(config, table, splits, uses=frozenset()):
             radiograph_transform(config, train=split == "train"),
             mode="L",
             on_memory=d.IMG_ON_MEMORY,
-            recipe=d.DICOM_RECIPE,
-            window=d.DICOM_WINDOW,
-            shrink_to=2 * resized_side(d.IMG_SIZE),  # resizing then has four pixels or more for each of its own
             uses=uses,
             pseudo_labels=pseudo_labels,
+            **decoding(config),
         )
         for split in splits
     ]

@@ -39,9 +39,8 @@ FORWARDED = {
 def main(argv):
     """Run `argv`, a script and its arguments, once a GPU of this node; returns the signal that stopped it, or 0.
 
-    Raises:
-        UserError: a process was killed, or another node is lost.
-        SystemExit: a process ended by itself; its message is above.
+    UserError: a process was killed, or another node is lost.
+    SystemExit: a process ended by itself; its message is above.
     """
     logging.disable(logging.ERROR)  # torchrun's own lines about a process that ends
     env = os.environ

@@ -17,8 +17,7 @@ import torchvision
 
 import config as config_module
 from dcnv3 import dcnv3, reference
-from models import build_model
-from training.optimizer import build_optimizer
+from training.throughput import RandomStep
 
 
 def check_operator(device):
@@ -41,13 +40,9 @@ def check_step(device):
     """One training step of a tiny model; raises SystemExit where the loss is not finite."""
     demo = argparse.Namespace(cfg=str(Path(__file__).parents[1] / "configs" / "internimage_tiny_synthetic.yaml"))
     config = config_module.get_config(demo)
-    model = build_model(config).to(device).train()
-    optimizer = build_optimizer(config, model)
-    images = torch.randn(4, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=device)
-    loss = model(images).square().mean()
-    loss.backward()
-    optimizer.step()
-    if not all(p.isfinite().all() for p in model.parameters()):
+    step = RandomStep(config, torch.device(device))
+    step()
+    if not all(p.isfinite().all() for p in step.step.model.parameters()):
         sys.exit(f"error: a training step on {device} leaves weights that are not finite")
 
 

@@ -51,8 +51,7 @@ def build_model(config, outside=True):
 
     outside: whether MODEL.TYPE may name a module outside this folder; not where the config comes from a checkpoint.
 
-    Raises:
-        UserError: no such backbone, one that lacks an attribute above, or MODEL.FUSION without studies.
+    UserError: no such backbone, one that lacks an attribute above, or MODEL.FUSION without studies.
     """
     model = _module(config, outside).build(config)
     if missing := [name for name in ("classifier", "uses") if not hasattr(model, name)]:

@@ -149,8 +149,7 @@ def save_onnx(model, size, path, *, metadata, opset=20, decompose=False):
 
     metadata: name -> text, kept in the file. decompose: DCNv3 becomes GridSample instead of DeformConv.
 
-    Raises:
-        UserError: a package that is missing, an opset without DeformConv, an operator that ONNX lacks.
+    UserError: a package that is missing, an opset without DeformConv, an operator that ONNX lacks.
     """
     name, first = ("GridSample of this form", 20) if decompose else ("DeformConv", FIRST_OPSET)
     if opset < first:

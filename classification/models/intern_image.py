@@ -272,8 +272,7 @@ class InternImage(nn.Module):
 def build(config):
     """The model that `config` describes (MODEL.TYPE intern_image).
 
-    Raises:
-        UserError: channels that do not divide into groups, or an image size that the CLIP projector cannot pool.
+    UserError: channels that do not divide into groups, or an image size that the CLIP projector cannot pool.
     """
     m = config.MODEL.INTERN_IMAGE
     if m.USE_CLIP_PROJECTOR and config.DATA.IMG_SIZE % 32:

@@ -64,11 +64,7 @@ class TimmBackbone(nn.Module):
         return getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
 
     def feature_maps(self, images):
-        """The last feature maps: [N, 3, S, S] -> [N, C, h, w].
-
-        Raises:
-            UserError: its last features are tokens.
-        """
+        """The last feature maps: [N, 3, S, S] -> [N, C, h, w]. UserError: its last features are tokens."""
         features = self.backbone.forward_features(images)
         if not torch.is_tensor(features) or features.ndim != 4:
             raise UserError(
@@ -98,8 +94,7 @@ class TimmBackbone(nn.Module):
 def _pretrained_cfg(config):
     """timm's configuration of the weights of MODEL.TIMM.NAME.
 
-    Raises:
-        UserError: no name, or none of timm's; the nearest is named.
+    UserError: no name, or none of timm's; the nearest is named.
     """
     name = config.MODEL.TIMM.NAME
     if not name:
@@ -124,8 +119,7 @@ def own_values(config):
 def pretrained_file(config):
     """With MODEL.TIMM.DOWNLOAD the path of the weights of MODEL.TIMM.NAME, downloaded from the hub or already present.
 
-    Raises:
-        UserError: the hub has none, or cannot be reached.
+    UserError: the hub has none, or cannot be reached.
     """
     if not config.MODEL.TIMM.DOWNLOAD:
         return ""
@@ -162,8 +156,7 @@ def _create(name, wanted):
 def build(config):
     """The model that `config` describes (MODEL.TYPE timm), with random weights.
 
-    Raises:
-        UserError: a name that is none of timm's, an image size that the backbone does not take, a head of another kind.
+    UserError: a name that is none of timm's, an image size that the backbone does not take, a head of another kind.
     """
     cfg, name, size = _pretrained_cfg(config), config.MODEL.TIMM.NAME, config.DATA.IMG_SIZE
     wanted = {key: config.MODEL[key.upper()] for key in ("num_classes", "drop_rate", "drop_path_rate")}

@@ -1,7 +1,6 @@
 """Overlays of a run of predict.py: of each image and label, a map (`explain.METHODS`) over the X-ray, on one scale."""
 
 import itertools
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from matplotlib import colors
 from matplotlib import pyplot as plt
 
 from common.errors import UserError
+from common.files import read_json
 from dataset.files.images import decode
 from dataset.preparing import placement
 from predicting import explain
@@ -39,8 +39,7 @@ def draw_overlays(folder, model, items, rows, labels, *, cuts, calibrated, areas
         points: whether to draw where DCNv3 looked, too.
         no_ids: whether the names of the files leave out those of the images.
 
-    Raises:
-        UserError: the folder cannot be written.
+    UserError: the folder cannot be written.
     """
     names, files, read, highest = model.label_names, file_names(model.label_names), model.reader(), 0.0
     chosen = [(k, row) for k, row in enumerate(rows) if row is not None and not row["error"]]
@@ -118,10 +117,7 @@ def read_areas(evaluation, digest):
     path = (path if path.is_dir() else path.parent) / "metrics.json"
     if not evaluation or not path.is_file():
         return {}
-    try:
-        metrics = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    metrics = read_json(path, "the metrics.json of an evaluation")
     return metrics.get("auc") or {} if metrics.get("checkpoint_sha256") == digest else {}
 
 

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import read_json
 
 RUN = "run.json"
 IMAGES = ".images"  # behind the table's name
@@ -113,8 +114,7 @@ class PredictionFile:
     `todo` are the ranges of images to predict: those `again` of which one has changed since (`changed` counts these
     images), then the rest.
 
-    Raises:
-        UserError: cannot be written, another command began it, or another process writes it.
+    UserError: cannot be written, another command began it, or another process writes it.
     """
 
     def __init__(self, path, columns, images, *, command, about, batch, form="csv"):
@@ -148,15 +148,8 @@ class PredictionFile:
         return file
 
     def _read_run(self):
-        try:
-            content = json.loads((self.path.parent / RUN).read_text())
-        except FileNotFoundError:
-            return {}
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            raise UserError(f"{self.path.parent / RUN} is not the file that predict.py writes; choose another folder")
-        return content
+        path = self.path.parent / RUN
+        return read_json(path, "the file that predict.py writes; choose another folder") if path.exists() else {}
 
     def _check_command(self, begun):
         """The table's entry of run.json, {} where there is none; raises a UserError where it is of another command."""
@@ -277,7 +270,7 @@ class PredictionFile:
 
     def _write_run(self):
         entry = {"command": self.command, **self.about}
-        temporary = self.path.parent / f"{RUN}.{os.getpid()}.tmp"
+        temporary = self.path.parent / f"{RUN}.{os.getpid()}.tmp"  # other tables' commands write this file, too
         try:
             temporary.write_text(json.dumps(self._read_run() | {self.path.name: entry}, indent=2) + "\n")
             os.replace(temporary, self.path.parent / RUN)

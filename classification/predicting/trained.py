@@ -64,8 +64,7 @@ def load(path, *, ema=False, device="cpu", dicom_recipe=None):
     ema: the EMA weights that the checkpoint holds beside its own (TRAIN.EMA.ENABLE).
     dicom_recipe: instead of the one it was trained with.
 
-    Raises:
-        UserError: no such file, damaged, not of this project, without labels, or without an EMA.
+    UserError: no such file, damaged, not of this project, without labels, or without an EMA.
     """
     path = Path(path)
     state, sha256 = checkpoint.read_with_digest(path)

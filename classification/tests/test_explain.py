@@ -244,7 +244,7 @@ def test_overlays_of_a_run(tmp_path, capsys):
     (evaluation / "report.json").write_text(json.dumps(report))
     platt = {name: {"slope": 2.0, "intercept": -1.0} for name in LABELS}
     digest = predict.trained.load(path).digest
-    calibration = {"platt": platt, "temperature": None, "checkpoint_sha256": digest, "label_names": list(LABELS)}
+    calibration = {"platt": platt, "temperature": None, "chosen": dict.fromkeys(LABELS, {"method": "platt"})}
     (evaluation / "calibration.json").write_text(json.dumps(calibration))
     metrics = {"auc": dict.fromkeys(LABELS, 0.75), "checkpoint_sha256": digest}
     (evaluation / "metrics.json").write_text(json.dumps(metrics))

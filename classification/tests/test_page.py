@@ -13,9 +13,8 @@ import pandas as pd
 import pytest
 
 import report
-from analysis.decisions import net_benefit
-from analysis.page import interval_bar
-from analysis.tables import plain_markdown, tex
+from analysis.calibration import net_benefit
+from analysis.templates import ENVIRONMENT, md, tex
 from common.errors import UserError
 from test_report import table
 
@@ -110,8 +109,9 @@ def test_everything_has_a_name_and_every_link_a_target(page):
 
 
 def test_an_interval_beyond_the_bar_has_an_arrow():
-    assert "cut" not in interval_bar((0.7, 0.5, 1.0))
-    assert interval_bar((0.55, 0.4, 0.7)).count("cut") == 1 and interval_bar((0.45, 0.4, 0.48)).count("value") == 0
+    interval_bar = ENVIRONMENT.get_template("table.html.j2").module.interval_bar
+    assert "cut" not in interval_bar(0.7, 0.5, 1.0)
+    assert interval_bar(0.55, 0.4, 0.7).count("cut") == 1 and interval_bar(0.45, 0.4, 0.48).count("value") == 0
 
 
 def test_names_with_signs_of_latex_and_markdown(folder):
@@ -120,7 +120,7 @@ def test_names_with_signs_of_latex_and_markdown(folder):
     assert all(re.fullmatch(r"[a-z0-9-]+", key) for key in re.findall(r"\\label\{tab:([^}]*)\}", latex))
     assert not re.search(r"(?<!\\)%(?! Made by)", latex) and "a b c (" in latex  # a line break is a blank
     assert r"| 50% \<b\>\_x\_\</b\> |" in (folder / "summary.md").read_text()
-    assert plain_markdown("mean_auc a*b") == r"mean_auc a\*b" and tex("≥ 0.9") == r"$\geq$ 0.9"
+    assert md("mean_auc a*b") == r"mean_auc a\*b" and tex("≥ 0.9") == r"$\geq$ 0.9"
 
 
 def texts(folder):
@@ -208,7 +208,7 @@ def test_methods_statements_and_checklist(folder, tmp_path):
     edema = r["cohort"]["splits"]["test"]["labels"]["Edema"]
     assert (edema["uncertain"], edema["blank"]) == ((raw == -1).sum(), raw.isna().sum())
     for content, message in (
-        ("dates", "holds no keys"),
+        ("dates", "has no keys; write lines such as"),
         ("date: 5", r"unknown key date \(did you mean dates"),
         ("dates: [1]", "must be a text"),
     ):

@@ -136,11 +136,13 @@ def test_calibration_and_thresholds(model, pictures, tmp_path):
     plain = values(run(model, pictures / "deep/0.jpg", output=tmp_path / "plain.csv"))[0]
     platt = {name: {"slope": 0.5, "intercept": -0.2} for name in LABELS} | {"Edema": None}
     (tmp_path / "e").mkdir()
-    content = {"platt": platt, "temperature": 2.0, "checkpoint_sha256": "0" * 64, "label_names": list(LABELS)}
+    chosen = {name: {"method": "temperature" if name == "Edema" else "platt"} for name in LABELS}
+    fitted_for = {"checkpoints_sha256": ["0" * 64]}
+    content = {"platt": platt, "temperature": 2.0, "chosen": chosen, "fitted_for": fitted_for}
     (tmp_path / "e/calibration.json").write_text(json.dumps(content))
     cuts = {name: {"threshold": None if k == 0 else float(plain[k])} for k, name in enumerate(LABELS)}
     cuts["Fracture"]["threshold"] = float(plain[LABELS.index("Fracture")]) + 1e-6
-    report = {"thresholds": {"youden": {"rule": "x", "labels": cuts}}, "about": {"checkpoint_sha256": "0" * 64}}
+    report = {"thresholds": {"youden": {"rule": "x", "labels": cuts}}, "fitted_for": fitted_for}
     (tmp_path / "e/report.json").write_text(json.dumps(report))
     flags = ("--calibrated", tmp_path / "e", "--thresholds", tmp_path / "e")
     (row,) = run(model, pictures / "deep/0.jpg", *flags, output=tmp_path / "c.csv")
@@ -584,7 +586,8 @@ def test_bad_input_is_one_line(model, pictures, tmp_path):
     pd.DataFrame({"path": []}).to_csv(tmp_path / "norows.csv", index=False)
     (tmp_path / "blank.csv").write_text("path,view\na.jpg,PA\n,AP\n")
     (tmp_path / "odd.json").write_text('{"platt": [1]}')
-    (tmp_path / "odder.json").write_text('{"platt": {}, "temperature": "warm"}')
+    warm = {"platt": {}, "temperature": "warm", "chosen": {name: {"method": "temperature"} for name in LABELS}}
+    (tmp_path / "odder.json").write_text(json.dumps(warm))
     huge = {**config, "MODEL": {**config["MODEL"], "INTERN_IMAGE": {**config["MODEL"]["INTERN_IMAGE"]}}}
     huge["MODEL"]["INTERN_IMAGE"]["CHANNELS"] = 2**20
     bent = {**config, "MODEL": {**config["MODEL"], "INTERN_IMAGE": 7}}

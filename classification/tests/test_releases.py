@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import prepare_mimic
-from benchmarks.full_nih import write_tables
+from benchmarks.loading import write_nih_tables
 from common.errors import UserError
 from conftest import ROOT, SHARED
 from dataset import brax, chexpert, mimic_cxr, nih, padchest, releases, vindr
@@ -758,7 +758,7 @@ def test_training_without_a_split_asks_for_one(run_main, release_at):
 
 def test_nih_at_its_full_size(tmp_path, monkeypatch):
     """The official counts; a sample of the files is looked for, not 112,120."""
-    images, looked = write_tables(tmp_path), []
+    images, looked = write_nih_tables(tmp_path), []
     monkeypatch.setattr(FileStore, "missing", lambda _, paths: np.zeros(looked.append(len(paths)) or len(paths), bool))
     table = nih.load_table(tmp_path)
     assert len(images) == len(table) == 112_120 and len(np.unique(table.subject)) == 30_805

@@ -16,8 +16,7 @@ def prepare(folder, device):
 
     A job that goes on, or another seed, finds it there.
 
-    Raises:
-        UserError: there is no compiler.
+    UserError: there is no compiler.
     """
     # Triton, which makes the kernels of a GPU, compiles the calls of them by a C compiler.
     variable, usual = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++",))

@@ -44,8 +44,7 @@ class Task:
     def best_metric(self, best_by):
         """The row of the metrics that TRAIN.BEST_BY names; the first where the task does not have the option's default.
 
-        Raises:
-            UserError: no such metric.
+        UserError: no such metric.
         """
         rows = {metric.key: metric for metric in self.metrics()}
         if best_by not in rows and best_by != KNOBS["TRAIN.BEST_BY"].default:

@@ -39,8 +39,7 @@ def check_size(height, width):
 def read_jpeg(data):
     """The :class:`Codestream` of JPEG (ISO 10918-1, annex B) or JPEG-LS (ISO 14495-1, annex C).
 
-    Raises:
-        ValueError: cut short, or no JPEG.
+    ValueError: cut short, or no JPEG.
     """
     position, frame = 2, None
     while found := MARKER.search(data, position):
@@ -64,11 +63,7 @@ def read_jpeg(data):
 
 
 def read_jpeg2000(data):
-    """The :class:`Codestream` of JPEG 2000 (ISO 15444-1, annex A).
-
-    Raises:
-        ValueError: cut short, or no JPEG 2000.
-    """
+    """The :class:`Codestream` of JPEG 2000 (ISO 15444-1, annex A). ValueError: cut short, or no JPEG 2000."""
     start = data.find(b"\xff\x4f\xff\x51")
     if start < 0:
         raise ValueError("the JPEG 2000 data have no header")

@@ -71,13 +71,10 @@ def find_content(header):
     part = text_of(header, "BodyPartExamined").upper()
     if part in _UNKNOWN:
         part = text_of(header, "AnatomicRegionSequence").upper()
-    what = []
-    if kind and not _RADIOGRAPH_CLASS.search(kind):
-        what.append(kind)
-    if modality and not RADIOGRAPHS & set(modality.split("\\")):
-        what.append(f"Modality {modality}")
-    if part not in _UNKNOWN and (_ELSEWHERE.search(part) or not _CHEST.search(part)):
-        what.append(f"BodyPartExamined {part}")
+    elsewhere = part not in _UNKNOWN and (_ELSEWHERE.search(part) or not _CHEST.search(part))
+    what = [kind] if kind and not _RADIOGRAPH_CLASS.search(kind) else []
+    what += [f"Modality {modality}"] if modality and not RADIOGRAPHS & set(modality.split("\\")) else []
+    what += [f"BodyPartExamined {part}"] if elsewhere else []
     frames = text_of(header, "NumberOfFrames")
     if kind.startswith("Video") or text_of(meta, "TransferSyntaxUID") in VIDEO:
         return NO_IMAGE, "a video"

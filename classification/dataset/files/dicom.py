@@ -16,7 +16,17 @@ from pydicom.charset import default_encoding
 from pydicom.encaps import encapsulate, generate_fragments
 from pydicom.pixels import get_decoder
 from pydicom.tag import Tag
-from pydicom.uid import UID
+from pydicom.uid import (
+    JPEG2000,
+    UID,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSTransferSyntaxes,
+    JPEGTransferSyntaxes,
+    RLELossless,
+)  # fmt: skip
 
 from dataset.files.codestreams import MAX_PIXELS, Unusable, check_size, read_jpeg, read_jpeg2000  # noqa: F401
 from dataset.files.display import RECIPES, photometric
@@ -37,23 +47,9 @@ def _convert_any_encodings(names):
 
 filereader.convert_encodings = _convert_any_encodings
 
+UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
 # Deflated files are refused: 261 kB of them can inflate to 268 MB.
-TRANSFER_SYNTAXES = {
-    "1.2.840.10008.1.2": "Implicit VR Little Endian",
-    "1.2.840.10008.1.2.1": "Explicit VR Little Endian",
-    "1.2.840.10008.1.2.2": "Explicit VR Big Endian",
-    "1.2.840.10008.1.2.4.50": "JPEG Baseline",
-    "1.2.840.10008.1.2.4.51": "JPEG Extended",
-    "1.2.840.10008.1.2.4.57": "JPEG Lossless",
-    "1.2.840.10008.1.2.4.70": "JPEG Lossless SV1",
-    "1.2.840.10008.1.2.4.80": "JPEG-LS Lossless",
-    "1.2.840.10008.1.2.4.81": "JPEG-LS Near Lossless",
-    "1.2.840.10008.1.2.4.90": "JPEG 2000 Lossless",
-    "1.2.840.10008.1.2.4.91": "JPEG 2000",
-    "1.2.840.10008.1.2.5": "RLE Lossless",
-}
-IMPLICIT, EXPLICIT, BIG_ENDIAN = list(TRANSFER_SYNTAXES)[:3]
-UNCOMPRESSED = (IMPLICIT, EXPLICIT, BIG_ENDIAN)
+READ = (*UNCOMPRESSED, *JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, JPEG2000Lossless, JPEG2000, RLELossless)
 
 PIXEL_DATA = 0x7FE00010
 # The elements that are read; the others are skipped.
@@ -122,12 +118,12 @@ def _read(data):
     """(header, transfer syntax, (VR, length as written, bytes) of PixelData), once all are known to be present."""
     file = _File(data)
     file.seek(132 if data[128:132] == b"DICM" else 0)
+    pixels = None
     try:
         dataset, syntax, pixels = _parse(file)
-    except Exception as error:  # the end of the file can be met anywhere
-        if file.cut:
-            raise ValueError("cut short: the file ends within the header") from error
-        raise
+    except Exception:  # the end of the file can be met anywhere
+        if not file.cut:
+            raise
     if pixels is None and file.cut:
         raise ValueError("cut short: the file ends within the header")
     if pixels is None:  # so looks a file that is cut between two elements
@@ -144,9 +140,9 @@ def _parse(file):
     syntax = UID(str(meta.get("TransferSyntaxUID") or ""))
     if not syntax:
         letters = file.getvalue()[file.tell() + 4 : file.tell() + 6]
-        syntax = UID(EXPLICIT if _is_vr(letters) else IMPLICIT)
+        syntax = ExplicitVRLittleEndian if _is_vr(letters) else ImplicitVRLittleEndian
         warnings.warn(f"no transfer syntax: taken for {syntax.name}", stacklevel=2)
-    if syntax not in TRANSFER_SYNTAXES:  # before reading on, which would inflate a deflated file
+    if syntax not in READ:  # before reading on, which would inflate a deflated file
         raise Unusable(f"transfer syntax {syntax.name} is not supported")
     pixels = None
 
@@ -156,7 +152,7 @@ def _parse(file):
             pixels = vr, length, file.tell()
         return tag >= PIXEL_DATA
 
-    order = syntax == IMPLICIT, syntax != BIG_ENDIAN
+    order = syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian
     return filereader.read_dataset(file, *order, stop_when=at_pixels, specific_tags=HEADER), syntax, pixels
 
 
@@ -188,8 +184,10 @@ def _stored_values(dataset, syntax, pixels):
         words, precision = _uncompressed(dataset, syntax, *pixels), dataset.BitsAllocated
     else:
         words, precision = _decompressed(dataset, syntax, *pixels)
-    if words.ndim == 3:
-        return _gray_of(words)
+    if words.ndim == 3:  # RGB of gray pixels, as a secondary capture of an X-ray has them
+        if (np.ptp(words, axis=2) > 24).mean() > 0.05:  # a coloured mark or text may be in it
+            raise Unusable("the DICOM is a colour image, and no X-ray is")
+        return np.asarray(Image.fromarray(np.ascontiguousarray(words)).convert("L"))
     words = words.view(f"{'i' if _integer(dataset, 'PixelRepresentation', 0) == 1 else 'u'}{words.itemsize}")
     # PS3.5 8.1.1: the value is in some bits of the word, up to HighBit; the others may hold anything.
     bits = min(dataset.BitsStored, precision)
@@ -201,13 +199,6 @@ def _stored_values(dataset, syntax, pixels):
     if end != bits or words.min() < least or words.max() > most:
         words = (words << (size - end)) >> (size - bits)
     return words
-
-
-def _gray_of(colours):
-    """RGB uint8 [H, W, 3] of gray pixels, as a secondary capture of an X-ray has them, -> uint8 [H, W]."""
-    if (np.ptp(colours, axis=2) > 24).mean() > 0.05:  # a coloured mark or text may be in it
-        raise Unusable("the DICOM is a colour image, and no X-ray is")
-    return np.asarray(Image.fromarray(np.ascontiguousarray(colours)).convert("L"))
 
 
 def _uncompressed(dataset, syntax, vr, length, data):
@@ -222,10 +213,10 @@ def _uncompressed(dataset, syntax, vr, length, data):
         raise ValueError(f"cut short: {what}") if len(data) < length else Unusable(f"the header is wrong: {what}")
     if bits == 1:
         words = np.unpackbits(np.frombuffer(data, np.uint8, needed), count=count, bitorder="little")
-    elif bits == 8 and syntax == BIG_ENDIAN and vr == "OW":  # two in a word, the first in its lower half
+    elif bits == 8 and syntax == ExplicitVRBigEndian and vr == "OW":  # two in a word, the first in its lower half
         words = np.frombuffer(data, ">u2", len(data) // 2).astype("<u2").view(np.uint8)[:count]
     else:
-        order = ">" if syntax == BIG_ENDIAN else "<"
+        order = ">" if syntax == ExplicitVRBigEndian else "<"
         words = np.frombuffer(data, f"{order}u{bits // 8}", count).astype(f"u{bits // 8}", copy=False)
     if samples == 1:
         return words.reshape(dataset.Rows, dataset.Columns)
@@ -251,8 +242,8 @@ def _decompressed(dataset, syntax, _vr, _length, data):
     if not frame.strip(b"\0"):
         raise ValueError("cut short: it has no compressed pixels")
     bits, signed = dataset.BitsAllocated, False
-    if syntax != "1.2.840.10008.1.2.5":
-        read = read_jpeg2000 if syntax.startswith("1.2.840.10008.1.2.4.9") else read_jpeg
+    if syntax != RLELossless:
+        read = read_jpeg2000 if syntax in (JPEG2000Lossless, JPEG2000) else read_jpeg
         stream = read(frame)
         size = stream.height, stream.width
         if size != (dataset.Rows, dataset.Columns):

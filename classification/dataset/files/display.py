@@ -42,7 +42,10 @@ def window(stored, dataset, index):
     seen = stored if padding is None else stored[~padding]
     low, high = int(seen.min()), int(seen.max())
     modality = _modality(dataset)
-    voi = _voi(dataset, index, modality.negative) or _own_range(modality, low, high, seen)
+    voi = _voi(dataset, index, modality.negative)
+    if voi is None:
+        ends = modality.values(np.array([low, high]) if modality.straight else np.unique(seen))
+        voi = _ramp(ends.min(), ends.max())
     inverted = is_inverted(dataset)
 
     def grey(values):
@@ -179,9 +182,8 @@ def _voi(dataset, index, negative):
     windows = _windows(dataset)
     if not windows:
         if index:
-            warnings.warn(
-                f"window {index} is missing, and so is any other: the image's own range is used", stacklevel=2
-            )
+            text = f"window {index} is missing, and so is any other: the image's own range is used"
+            warnings.warn(text, stacklevel=2)
         return None
     center, width = _chosen(windows, index)
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip(" \0").upper()
@@ -205,12 +207,6 @@ def _chosen(valid, index):
     if index not in valid:
         warnings.warn(f"window {index} is missing or not valid: window {first} is used", stacklevel=2)
     return valid.get(index, valid[first])
-
-
-def _own_range(modality, low, high, seen):
-    """Modality values -> 0 to 1 over the range of the pixels seen, whose stored values go from `low` to `high`."""
-    ends = modality.values(np.array([low, high]) if modality.straight else np.unique(seen))
-    return _ramp(ends.min(), ends.max())
 
 
 def _ramp(low, high):
@@ -250,13 +246,13 @@ def _windows(dataset):
     """Number of the window -> (center, width), those that are valid."""
     centers, widths = (_numbers(dataset, name) for name in ("WindowCenter", "WindowWidth"))
     pairs = {k: pair for k, pair in enumerate(zip(centers, widths)) if not math.isnan(pair[0]) and pair[1] > 0}
-    if not pairs and (centers or widths):
-        centers = [center for center in centers if not math.isnan(center)]
-        widths = [width for width in widths if width > 0]
-        if len(centers) == len(widths) == 1:  # one number each, beside values that are none
-            return {0: (centers[0], widths[0])}
-        warnings.warn("WindowCenter and WindowWidth are no pair of numbers: left out", stacklevel=2)
-    return pairs
+    if pairs or not (centers or widths):
+        return pairs
+    centers, widths = [c for c in centers if not math.isnan(c)], [w for w in widths if w > 0]
+    if len(centers) == len(widths) == 1:  # one number each, beside values that are none
+        return {0: (centers[0], widths[0])}
+    warnings.warn("WindowCenter and WindowWidth are no pair of numbers: left out", stacklevel=2)
+    return {}
 
 
 def _lut(item, signed):

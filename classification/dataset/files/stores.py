@@ -123,9 +123,8 @@ class MemoryStore:
         store: where to read.
         paths: array of bytes, the images.
 
-    Raises:
-        UserError: not enough shared memory.
-        ImageError: an image cannot be opened.
+    UserError: not enough shared memory.
+    ImageError: an image cannot be opened.
     """
 
     FOLDER = Path("/dev/shm")

@@ -24,20 +24,20 @@ def shown(picture):
 
 def save_dicom(path, picture, row):
     """Stored values and a window that shows exactly the gray values of the JPG; it has nothing about the patient."""
-    ds = _header(row.image, row.image)
+    ds = header(row.image, row.image)
     ds.PatientSex, ds.PatientAge = row.sex, f"{row.age:03d}Y"
     rng = np.random.default_rng([row.image_seed, 1])
     grey, inverse, bits = shown(picture).astype(int), rng.random() < 0.5, int(rng.choice([12, 14, 16]))
     step = 2 ** (bits - 8)
     ds.WindowCenter, ds.WindowWidth = 255 * step / 2 + 0.5, 255 * step + 1  # PS3.3 C.11.2.1.2: from 0 to 255 steps
-    _put_pixels(ds, (255 - grey if inverse else grey) * step, inverse, bits)
+    put_pixels(ds, (255 - grey if inverse else grey) * step, inverse, bits)
     _finish(ds, path, rng)
 
 
 def save_hospital(path, picture, row):
     """The image as a digital X-ray, in one of the forms found in hospitals."""
     rng = np.random.default_rng([row.image_seed, 1])
-    ds = _header(row.dicom_id, row.study_id)
+    ds = header(row.dicom_id, row.study_id)
     ds.PatientID, ds.PatientName, ds.StudyID = str(row.subject_id), "SYNTHETIC^CHEST", str(row.study_id)
     ds.BodyPartExamined, ds.ViewPosition = "CHEST", row.view
     ds.StudyDate, ds.StudyTime = str(row.date), f"{row.time:06d}"
@@ -57,7 +57,7 @@ SAVERS = {
 }
 
 
-def _header(image, study):
+def header(image, study):
     """A DICOM data set with the ids that belong to these names."""
     import pydicom  # here, so that other trees need no pydicom
     from pydicom.uid import generate_uid
@@ -103,10 +103,11 @@ def store_pixels(ds, picture, rng):
         ds.VOILUTSequence = [item]
     else:
         stored = np.clip(displayed, 0, 1) * (steps - 1)
-    _put_pixels(ds, np.clip(np.round(stored), 0, steps - 1), inverse, bits)
+    put_pixels(ds, np.clip(np.round(stored), 0, steps - 1), inverse, bits)
 
 
-def _put_pixels(ds, stored, inverse, bits):
+def put_pixels(ds, stored, inverse, bits):
+    """Stored values [H, W] of so many bits, in words of 16."""
     ds.PhotometricInterpretation = "MONOCHROME1" if inverse else "MONOCHROME2"
     ds.PresentationLUTShape = "INVERSE" if inverse else "IDENTITY"
     ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = 0, 1, "US"

@@ -14,13 +14,18 @@ Each release has only its own terms: labels without a counterpart are not writte
 import hashlib
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 
+from dataset import vindr as vindr_labels
 from dataset.cxr_lt import TASKS
 from dataset.labels import LABELS
+
+FINDINGS = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text(encoding="utf-8"))
 
 
 class Layout(NamedTuple):
@@ -163,17 +168,6 @@ def cxr_lt(rows, form):
 
 
 # ------------------------------------------------------------------------------------------------ NIH ChestX-ray14
-SAME = {name: (name,) for name in ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pneumothorax")}
-# Label -> the names of the release for it, of which an image gets one.
-NIH_FINDINGS = SAME | {
-    "Lung Lesion": ("Mass", "Nodule"),
-    "Lung Opacity": ("Infiltration",),
-    "Pleural Effusion": ("Effusion",),
-    "Pleural Other": ("Pleural_Thickening",),
-    "Pneumonia": ("Pneumonia",),
-}
-
-
 def _present(row, findings):
     """The names of a release for the labels of a row that are 1."""
     return [_either(row, *names) for label, names in findings.items() if getattr(row, label.replace(" ", "_")) == 1]
@@ -194,7 +188,7 @@ def nih(rows, _form):
     entries = pd.DataFrame(
         {
             "Image Index": image,
-            "Finding Labels": ["|".join(sorted(_present(r, NIH_FINDINGS))) or "No Finding" for r in _tuples(rows)],
+            "Finding Labels": ["|".join(sorted(_present(r, FINDINGS["nih"]))) or "No Finding" for r in _tuples(rows)],
             "Follow-up #": follow_up, "Patient ID": rows["patient"], "Patient Age": rows["age"],
             "Patient Gender": rows["sex"], "View Position": rows["view"],
             # The brackets hold commas: two columns each.
@@ -211,21 +205,6 @@ def nih(rows, _form):
 
 # -------------------------------------------------------------------------------------------------------- PadChest
 PADCHEST_TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
-PADCHEST_FINDINGS = {
-    "Atelectasis": ("atelectasis",),
-    "Cardiomegaly": ("cardiomegaly",),
-    "Consolidation": ("consolidation",),
-    "Edema": ("pulmonary edema",),
-    "Enlarged Cardiomediastinum": ("mediastinal enlargement",),
-    "Fracture": ("rib fracture", "clavicle fracture"),
-    "Lung Lesion": ("nodule", "pulmonary mass"),
-    "Lung Opacity": ("infiltrates",),
-    "Pleural Effusion": ("pleural effusion",),
-    "Pleural Other": ("pleural thickening",),
-    "Pneumonia": ("pneumonia",),
-    "Pneumothorax": ("pneumothorax",),
-    "Support Devices": ("pacemaker", "endotracheal tube", "central venous catheter"),
-}
 
 
 def padchest(rows, _form):
@@ -237,7 +216,7 @@ def padchest(rows, _form):
     physician = rows["study_seed"] % 100 < 27
     found = []
     for row, read in zip(_tuples(rows), physician):
-        findings = _present(row, PADCHEST_FINDINGS)
+        findings = _present(row, FINDINGS["padchest"])
         findings += ["fissure thickening", "scoliosis"][: row.study_seed // 100 % 3] if findings else ["normal"]
         found.append(repr([f" {name}" for name in findings] + [""] if read else findings))
     table = pd.DataFrame(
@@ -257,20 +236,6 @@ def padchest(rows, _form):
 
 
 # ------------------------------------------------------------------------------------------------------- VinDr-CXR
-VINDR_LABELS = (
-    "Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Clavicle fracture", "Consolidation", "Edema",
-    "Emphysema", "Enlarged PA", "ILD", "Infiltration", "Lung Opacity", "Lung cavity", "Lung cyst", "Mediastinal shift",
-    "Nodule/Mass", "Pleural effusion", "Pleural thickening", "Pneumothorax", "Pulmonary fibrosis", "Rib fracture",
-    "Other lesion", "COPD", "Lung tumor", "Pneumonia", "Tuberculosis", "Other disease", "No finding",
-)  # fmt: skip
-VINDR_FINDINGS = SAME | {
-    "Fracture": ("Rib fracture", "Clavicle fracture"),
-    "Lung Lesion": ("Nodule/Mass", "Lung tumor"),
-    "Lung Opacity": ("Lung Opacity",),
-    "Pleural Effusion": ("Pleural effusion",),
-    "Pleural Other": ("Pleural thickening",),
-    "Pneumonia": ("Pneumonia",),
-}
 
 
 def vindr(rows, _form):
@@ -284,11 +249,11 @@ def vindr(rows, _form):
     train_lines, test_lines = [], []
     for row in _tuples(rows):
         rng = np.random.default_rng([row.image_seed, 2])
-        votes = np.zeros((3, len(VINDR_LABELS)), int)
-        for label in filter(VINDR_FINDINGS.get, LABELS):
+        votes = np.zeros((3, len(vindr_labels.FINDINGS)), int)
+        for label in filter(FINDINGS["vindr"].get, LABELS):
             value, agree = getattr(row, label.replace(" ", "_")), rng.permutation(3)
             seen = rng.integers(2, 4) if value == 1 else int(value == -1)
-            votes[agree[:seen], VINDR_LABELS.index(_either(row, *VINDR_FINDINGS[label]))] = 1
+            votes[agree[:seen], vindr_labels.FINDINGS.index(_either(row, *FINDINGS["vindr"][label]))] = 1
         if row.split == "test":
             votes = votes.sum(0, keepdims=True) // 2
         votes[:, -1] = 1 - votes[:, :-1].max(1)
@@ -297,10 +262,10 @@ def vindr(rows, _form):
         else:
             readers = sorted(rng.choice(np.arange(1, 18), 3, replace=False))
             train_lines += [[row.image, f"R{reader}", *line] for reader, line in zip(readers, votes)]
-    plural = [name.replace("Other disease", "Other diseases") for name in VINDR_LABELS]  # both are in use
+    plural = [name.replace("Other disease", "Other diseases") for name in vindr_labels.FINDINGS]  # both are in use
     return rows, {
         "annotations/image_labels_train.csv": pd.DataFrame(train_lines, columns=["image_id", "rad_id", *plural]),
-        "annotations/image_labels_test.csv": pd.DataFrame(test_lines, columns=["image_id", *VINDR_LABELS]),
+        "annotations/image_labels_test.csv": pd.DataFrame(test_lines, columns=["image_id", *vindr_labels.FINDINGS]),
     }
 
 

@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from common.errors import UserError
-from common.folders import output_folder
+from common.folders import output_folder, walk
 from dataset import mimic_cxr, tables
 from dataset.files.images import ENDINGS, SUFFIXES, ImageError, decode, orientation, sniff, take_warnings, warning_kind
 from dataset.files.stores import FileStore
@@ -95,50 +94,46 @@ def _whole_ids(frame, columns, source, add):
     """The rows whose ids are whole numbers, with these as integers."""
     read = {column: tables.integers(frame, column) for column in columns}
     bad = np.any([bad for _, bad in read.values()], axis=0)
-    for row in np.flatnonzero(bad):
-        add("bad id", source.name, f"data row {row + 1}")
+    add("bad id", source.name, (f"data row {row + 1}" for row in np.flatnonzero(bad)))
     return frame.assign(**{column: values for column, (values, _) in read.items()})[~bad]
 
 
 def _check_images(images, name, source, add):
     """What is wrong in a table with one row an image; the rows that name another image each. name: its column."""
     images = images.assign(**{name: images[name].str.strip(), "split": tables.split_names(images)})
-    for row in np.flatnonzero(images[name] == ""):
-        add("bad id", source.name, f"data row {row + 1}: no {name}")
-    images = images[images[name] != ""]
-    for value in images[name][images[name].duplicated()]:
-        add("duplicate row", source.name, f"{name} {value}")
+    blank = images[name] == ""
+    add("bad id", source.name, (f"data row {row + 1}: no {name}" for row in np.flatnonzero(blank)))
+    images = images[~blank]
+    add("duplicate row", source.name, (f"{name} {value}" for value in images[name][images[name].duplicated()]))
     images = images.drop_duplicates(name)
-    for value, count in images["split"][~images["split"].isin(tables.SPLITS)].value_counts().items():
-        add("bad split", source.name, f"{value!r} in {count} rows")
+    bad = images["split"][~images["split"].isin(tables.SPLITS)].value_counts()
+    add("bad split", source.name, (f"{value!r} in {count} rows" for value, count in bad.items()))
     if "subject_id" in images:
         splits = images.groupby("subject_id")["split"].unique()
-        for subject, there in splits[splits.map(len) > 1].items():
-            add("two splits", source.name, f"subject_id {subject} in {', '.join(there)}")
+        several = splits[splits.map(len) > 1].items()
+        add("two splits", source.name, (f"subject_id {subject} in {', '.join(there)}" for subject, there in several))
     return images
 
 
 def _check_labels(frame, source, add):
     for name in (name for name in LABELS if name in frame):
         counts = frame[name].value_counts()
-        for value, count in counts[[tables.read_label(text) is None for text in counts.index]].items():
-            add("bad label", source.name, f"{name}: {value!r} in {count} rows")
+        bad = counts[[tables.read_label(text) is None for text in counts.index]]
+        add("bad label", source.name, (f"{name}: {value!r} in {count} rows" for value, count in bad.items()))
 
 
 def _check_studies(images, source, add):
     """What is wrong in the official label table, with one row a study."""
     studies = _whole_ids(tables.read_csv(source, ("study_id",)), ["study_id"], source, add)
-    for study in studies["study_id"][studies["study_id"].duplicated()]:
-        add("duplicate row", source.name, f"study_id {study}")
     _check_labels(studies, source, add)
     blank = studies[[name for name in LABELS if name in studies]].isin(BLANK).all(axis=1)
     for problem, found in (
+        ("duplicate row", studies["study_id"][studies["study_id"].duplicated()]),
         ("no label", studies["study_id"][blank]),
         ("no label row", np.setdiff1d(images["study_id"], studies["study_id"])),
         ("no image", np.setdiff1d(studies["study_id"], images["study_id"])),
     ):
-        for study in found:
-            add(problem, source.name, f"study_id {study}")
+        add(problem, source.name, (f"study_id {study}" for study in found))
 
 
 def _official_images(folder, add):
@@ -150,13 +145,11 @@ def _official_images(folder, add):
     if labels is not None:
         _check_studies(images, labels, add)
     outside = images["dicom_id"].str.contains(r"[/\\]|^\.\.?$")
-    for name in images["dicom_id"][outside]:
-        add("outside", source.name, f"dicom_id {name}")
+    add("outside", source.name, "dicom_id " + images["dicom_id"][outside])
     images = images[~outside].assign(key=mimic_cxr.image_stems(images))
     metadata = mimic_cxr.find_csv(folder, "metadata")
-    if metadata is None:
-        return images, None
-    return images, tables.read_csv(metadata, ("dicom_id",)).drop_duplicates("dicom_id").set_index("dicom_id")
+    read = metadata and tables.read_csv(metadata, ("dicom_id",)).drop_duplicates("dicom_id").set_index("dicom_id")
+    return images, read
 
 
 def _own_images(source, add):
@@ -166,12 +159,11 @@ def _own_images(source, add):
     for column in ("subject_id", "study_id"):
         if column in images:
             images[column] = images[column].str.strip()
-            for row in np.flatnonzero(images[column] == ""):
-                add("bad id", source.name, f"data row {row + 1}: no {column}")
+            blank = np.flatnonzero(images[column] == "")
+            add("bad id", source.name, (f"data row {row + 1}: no {column}" for row in blank))
     images = _check_images(images, "path", source, add)
     outside = images["path"].map(lambda path: ".." in path.split("/"))
-    for path in images["path"][outside]:
-        add("outside", source.name, f"path {path}")
+    add("outside", source.name, "path " + images["path"][outside])
     return images[~outside].assign(key=images["path"].map(os.path.normpath))
 
 
@@ -184,28 +176,12 @@ def _release_images(reader, root, image_format, add):
     return table.root, _check_images(images, "path", table.sources[0], add).assign(key=lambda frame: frame["path"])
 
 
-def _walk(folder, above=()):
-    """Paths of the files below a folder, through links too, but not round in a circle."""
-    try:
-        status = os.stat(folder)
-        here = status.st_dev, status.st_ino
-        if here in above:
-            return
-        with os.scandir(folder) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from error
-    for entry in entries:
-        if os.path.isdir(entry):
-            yield from _walk(entry.path, (*above, here))
-        elif os.path.isfile(entry):
-            yield entry.path
-
-
 def _find_images(base, known, official):
     """{key: paths} of the image files of a tree, and of those elsewhere that a table names by absolute paths."""
     there = {}
-    for path in _walk(base / "files" if official and (base / "files").is_dir() else base):
+    top = base / "files" if official and (base / "files").is_dir() else base
+    files = (os.path.join(where, name) for where, _, names in walk(top) for name in names)
+    for path in filter(os.path.isfile, files):
         relative, suffix = os.path.relpath(path, base), os.path.splitext(path)[1]
         # A file without the suffix of an image is one if the table names it.
         key = relative.removesuffix(suffix) if official and suffix in SUFFIXES else relative
@@ -220,21 +196,14 @@ def _find_images(base, known, official):
 def audit(root, output, *, dataset="mimic_cxr", csv="", image_format="auto", workers=None, log=print):
     """Reads every image under `root` and compares them with its tables; writes audit.csv and audit.txt into `output`.
 
-    dataset: the module that reads `root` (DATA.DATASET); of those but MIMIC-CXR a fault in the tables themselves is an
-        error.
-    csv: a table of the user's own instead of the official ones, see :func:`dataset.mimic_cxr.load_table`.
-    image_format: which images a release's own tables mean, where it has two kinds.
-
-    Returns:
-        the table of problems: problem, path (of the image or the CSV file), detail.
-
-    Raises:
-        UserError: no table of images, or one without its columns.
+    The keywords are the options of prepare_mimic.py. Returns the table of problems: problem, path (of the image or the
+    CSV file), detail. UserError: no table of images, or one without its columns; of releases but MIMIC-CXR any fault in
+    the tables themselves.
     """
     problems, output = [], output_folder(output, "--output")
 
-    def add(problem, path, detail=""):
-        problems.append((problem, path, detail))
+    def add(problem, path, details):
+        problems.extend((problem, path, detail) for detail in details)
 
     reader, metadata = find_reader(dataset), None
     own = reader.find_own_csv(root, csv)
@@ -247,29 +216,22 @@ def audit(root, output, *, dataset="mimic_cxr", csv="", image_format="auto", wor
         images, metadata = (_own_images(own, add), None) if own else _official_images(folder, add)
     known = set(images["key"])
     there = _find_images(base, known, official)
-    for key in images["key"][~images["key"].isin(there.keys())]:
-        add("missing", key)
-    paths = []
-    for key, found in sorted(there.items()):
-        if key not in known:
-            for path in found:
-                add("extra", path)
-        paths += found
-
+    problems += [("missing", key, "") for key in images["key"][~images["key"].isin(there.keys())]]
+    problems += [("extra", path, "") for key, found in sorted(there.items()) if key not in known for path in found]
+    paths = [path for _, found in sorted(there.items()) for path in found]
     sums, first, sizes = _checksums(base), {}, {}
     tasks = [(base, path, sums.get(path)) for path in paths]
     for path, (found, pixels, size) in zip(paths, in_processes(_look, tasks, workers)):
-        for problem, detail in found:
-            add(problem, path, detail)
+        problems += [(problem, path, detail) for problem, detail in found]
         if pixels is not None and first.setdefault(pixels, path) != path:
-            add("duplicate pixels", path, first[pixels])
+            add("duplicate pixels", path, [first[pixels]])
         sizes[path] = size
     if metadata is not None and {"Rows", "Columns"} <= set(metadata.columns):
         expected = metadata[["Rows", "Columns"]].apply(pd.to_numeric, errors="coerce")
         for path, size in sizes.items():
             name = Path(path).stem
             if size and name in expected.index and tuple(expected.loc[name]) != size:
-                add("other size than metadata", path, f"{size[0]} x {size[1]}, metadata {tuple(expected.loc[name])}")
+                add("other size than metadata", path, [f"{size[0]} x {size[1]}, metadata {tuple(expected.loc[name])}"])
     return _write(problems, output, images, metadata, len(paths), log)
 
 

@@ -35,8 +35,7 @@ BAD = "bad_images.csv"
 def small_jpeg(data, name, *, size, quality, dicom_recipe):
     """Bytes of an image file -> bytes of a grey JPEG whose short side is at most `size` pixels.
 
-    Raises:
-        ImageError: the image cannot be read.
+    ImageError: the image cannot be read.
     """
     image = Image.fromarray(decode(data, name, recipe=dicom_recipe))
     scale = size / min(image.size)
@@ -163,18 +162,8 @@ def make_copy(
 ):
     """Makes or completes the copy of the tree `root` in `out`; returns {path: fault} of its bad images.
 
-    Args:
-        dataset: the module that reads `root` (DATA.DATASET).
-        csv: instead of the official tables, see :func:`dataset.mimic_cxr.read`.
-        size: short side in pixels; smaller images keep theirs.
-        quality: of the JPEGs, 1 to 100.
-        in_zip: a few uncompressed zip files instead of a file an image, for `main.py --zip`.
-        dicom_recipe: see :data:`dataset.files.dicom.RECIPES`.
-        skip_bad: finish shards without the images that cannot be read.
-        which: further keywords of :meth:`dataset.releases.Release.load_table`: image_format, allow_missing.
-
-    Raises:
-        UserError: bad tables, or `out` holds something else.
+    The keywords are the options of prepare_mimic.py; size: short side in pixels, smaller images keep theirs; which:
+    keywords of :meth:`dataset.releases.Release.load_table`. UserError: bad tables, or `out` holds something else.
     """
     out = Path(out).expanduser().absolute()
     reader = find_reader(dataset)

@@ -12,9 +12,10 @@ from pathlib import Path
 from PIL import Image, ImageFile
 
 from common.errors import UserError
+from common.folders import walk
 from dataset.files.contents import read_header, text_of
 from dataset.files.images import SUFFIXES, ImageError, sniff
-from dataset.views import TEXT_COLUMNS, find_views
+from dataset.views import find_views
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 IDS = ("dicom_id", "study_id", "subject_id", "view")
@@ -59,23 +60,13 @@ def _looks_like_an_image(path):
         return False
     try:
         with open(path, "rb") as file:
-            return sniff(file.read(4096)) != "" or _pillow_reads(path)
-    except OSError:
-        return False
-
-
-def _pillow_reads(path):
-    try:
+            if sniff(file.read(4096)):
+                return True
         with warnings.catch_warnings(), Image.open(path) as picture:
             warnings.simplefilter("ignore")
             return not isinstance(picture, ImageFile.StubImageFile) and picture.format not in _DRAWINGS
-    except Exception:  # its plugins raise whatever they meet
+    except Exception:  # Pillow's plugins raise whatever they meet
         return False
-
-
-def _kind(path):
-    """What a file is counted as that is left out."""
-    return "hidden" if path.name.startswith(".") else path.suffix.lower() or "without an ending"
 
 
 def _sorted_out(paths, left_out):
@@ -85,29 +76,18 @@ def _sorted_out(paths, left_out):
         if not path.name.startswith(".") and _looks_like_an_image(path):
             found.append(Listed(str(path), path))
         elif not os.path.isdir(path):
-            left_out[_kind(path)] += 1
+            hidden = path.name.startswith(".")
+            left_out["hidden" if hidden else path.suffix.lower() or "without an ending"] += 1
     return found
-
-
-def _cannot_be_listed(error):
-    raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror})") from error
 
 
 def _images_below(folder, left_out):
-    found, seen = [], set()
-    for where, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_be_listed):
-        if (real := os.path.realpath(where)) in seen:  # a link to where the search has been: a circle, perhaps
-            folders.clear()
-            continue
-        seen.add(real)
+    found = []
+    for where, folders, names in walk(folder):
         left_out.update("hidden" for name in folders if name.startswith("."))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += _sorted_out((Path(where, name) for name in sorted(names)), left_out)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += _sorted_out((Path(where, name) for name in names), left_out)
     return found
-
-
-def _is_table(name):
-    return name.lower().endswith(TABLES)
 
 
 def _of_table(table):
@@ -129,31 +109,19 @@ def _of_table(table):
     ]
 
 
-def _of_pattern(pattern, left_out):
-    """What a pattern names: of folders and of files what looks like an image; tables where it asks for them."""
-    found = []
-    for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
-        if path.is_dir():
-            found += _images_below(path, left_out)
-        elif _is_table(pattern):
-            found += _of_table(path)
-        else:
-            found += _sorted_out([path], left_out)
-    return found
-
-
 def _expand(name, left_out):
-    path, mine = Path(name), Counter()
-    if os.path.isdir(name):
-        found = _images_below(path, mine)
-    elif os.path.isfile(name) and _is_table(name):
-        found = _of_table(path)
-    elif os.path.lexists(name):
-        found = [Listed(name, path)]
-    elif glob.has_magic(name):
-        found = _of_pattern(name, mine)
-    else:
+    """The images that a path names, or a pattern: of folders and files what looks like one, of a table its rows."""
+    path, mine, found = Path(name), Counter(), []
+    pattern = not os.path.lexists(name) and glob.has_magic(name)
+    if not pattern and not os.path.lexists(name):
         raise UserError(f"{name}: does not exist")
+    for one in map(Path, sorted(glob.glob(name, recursive=True))) if pattern else [path]:
+        if one.is_dir():
+            found += _images_below(one, mine)
+        elif one.is_file() and name.lower().endswith(TABLES):
+            found += _of_table(one)
+        else:
+            found += _sorted_out([one], mine) if pattern else [Listed(name, path)]
     if not found:
         what = "no image in this folder or below it" if path.is_dir() else "no image matches this pattern"
         raise UserError(f"{name}: {what} ({count_kinds(mine) or 'it is empty'}); name what holds DICOM, JPG or PNG")
@@ -170,8 +138,7 @@ def list_images(names, left_out=None):
     A table is a CSV with the column `path`, relative to the folder of the table; it may have those of IDS, or
     ViewPosition.
 
-    Raises:
-        UserError: no such path, a folder without an image or that cannot be read, a table without `path`.
+    UserError: no such path, a folder without an image or that cannot be read, a table without `path`.
     """
     left_out = Counter() if left_out is None else left_out
     listed = [image for name in names for image in _expand(str(name), left_out)]
@@ -201,5 +168,4 @@ def _view(header):
     import pandas as pd
 
     texts = {name: text_of(header, name) for name in ("ViewPosition", "PerformedProcedureStepDescription")}
-    texts["ViewCodeSequence_CodeMeaning"] = text_of(header, "ViewCodeSequence")
-    return find_views(pd.DataFrame([texts | dict.fromkeys(set(TEXT_COLUMNS) - texts.keys(), "")]))[0]
+    return find_views(pd.DataFrame([texts | {"ViewCodeSequence_CodeMeaning": text_of(header, "ViewCodeSequence")}]))[0]

@@ -12,10 +12,6 @@ from common.errors import UserError
 from dataset.files.images import note, take_warnings
 
 
-def _quiet():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-
-
 def _with_warnings(function, items):
     return [function(item) for item in items], take_warnings()
 
@@ -37,12 +33,12 @@ def in_processes(function, items, workers=None):
 
     What they warn of is collected here, see :func:`dataset.files.images.take_warnings`.
 
-    Raises:
-        UserError: one of the processes was killed.
+    UserError: one of the processes was killed.
     """
     workers = workers or len(os.sched_getaffinity(0))
     parts = [items[k : k + 4] for k in range(0, len(items), 4)]
-    with multiprocessing.get_context("fork").Pool(workers, initializer=_quiet) as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    with multiprocessing.get_context("fork").Pool(workers, signal.signal, ignore) as pool:
         started = multiprocessing.active_children()
         results = pool.imap(functools.partial(_with_warnings, function), parts)
         with tqdm(total=len(items), unit="image", smoothing=0.05) as bar:

@@ -17,8 +17,7 @@ from dataset.releases import Release
 def find_reader(name):
     """The reader of the dataset `name`: its :class:`dataset.releases.Release`, or :class:`Built`.
 
-    Raises:
-        UserError: no such dataset.
+    UserError: no such dataset.
     """
     module = builders.find("dataset", name, "--dataset")
     return getattr(module, "RELEASE", None) or Built(name, module)
