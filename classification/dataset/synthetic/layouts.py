@@ -47,7 +47,7 @@ def _digits(count, *key):
 
 def _either(row, *names):
     """One of several names for a sign, the same for all images of a study."""
-    return names[row.study_seed % len(names)]
+    return names[row["study_seed"] % len(names)]
 
 
 # ------------------------------------------------------------------------------------------------------- MIMIC-CXR
@@ -170,11 +170,7 @@ def cxr_lt(rows, form):
 # ------------------------------------------------------------------------------------------------ NIH ChestX-ray14
 def _present(row, findings):
     """The names of a release for the labels of a row that are 1."""
-    return [_either(row, *names) for label, names in findings.items() if getattr(row, label.replace(" ", "_")) == 1]
-
-
-def _tuples(rows):
-    return rows.rename(columns=lambda name: name.replace(" ", "_")).itertuples()
+    return [_either(row, *names) for label, names in findings.items() if row[label] == 1]
 
 
 def nih(rows, _form):
@@ -185,10 +181,10 @@ def nih(rows, _form):
     folder = (1 + 12 * np.arange(len(rows)) // len(rows)).astype(str)
     file = "images_" + pd.Series(folder).str.zfill(3) + "/images/" + image
     rows = rows.assign(image=image, file=file, form=np.where(np.arange(len(rows)) % 8 == 3, "rgba", "png"))
+    found = (sorted(_present(row, FINDINGS["nih"])) for row in rows.to_dict("records"))
     entries = pd.DataFrame(
         {
-            "Image Index": image,
-            "Finding Labels": ["|".join(sorted(_present(r, FINDINGS["nih"]))) or "No Finding" for r in _tuples(rows)],
+            "Image Index": image, "Finding Labels": ["|".join(names) or "No Finding" for names in found],
             "Follow-up #": follow_up, "Patient ID": rows["patient"], "Patient Age": rows["age"],
             "Patient Gender": rows["sex"], "View Position": rows["view"],
             # The brackets hold commas: two columns each.
@@ -215,9 +211,9 @@ def padchest(rows, _form):
     rows = rows.assign(image=image, file=folder.astype(str) + "/" + image, form="png16")
     physician = rows["study_seed"] % 100 < 27
     found = []
-    for row, read in zip(_tuples(rows), physician):
+    for row, read in zip(rows.to_dict("records"), physician):
         findings = _present(row, FINDINGS["padchest"])
-        findings += ["fissure thickening", "scoliosis"][: row.study_seed // 100 % 3] if findings else ["normal"]
+        findings += ["fissure thickening", "scoliosis"][: row["study_seed"] // 100 % 3] if findings else ["normal"]
         found.append(repr([f" {name}" for name in findings] + [""] if read else findings))
     table = pd.DataFrame(
         {
@@ -247,21 +243,21 @@ def vindr(rows, _form):
     rows = rows.assign(image=image, form="dicom")
     rows["file"] = np.where(test, "test/", "train/") + image + ".dicom"
     train_lines, test_lines = [], []
-    for row in _tuples(rows):
-        rng = np.random.default_rng([row.image_seed, 2])
+    for row in rows.to_dict("records"):
+        rng = np.random.default_rng([row["image_seed"], 2])
         votes = np.zeros((3, len(vindr_labels.FINDINGS)), int)
         for label in filter(FINDINGS["vindr"].get, LABELS):
-            value, agree = getattr(row, label.replace(" ", "_")), rng.permutation(3)
-            seen = rng.integers(2, 4) if value == 1 else int(value == -1)
+            agree = rng.permutation(3)
+            seen = rng.integers(2, 4) if row[label] == 1 else int(row[label] == -1)
             votes[agree[:seen], vindr_labels.FINDINGS.index(_either(row, *FINDINGS["vindr"][label]))] = 1
-        if row.split == "test":
+        if row["split"] == "test":
             votes = votes.sum(0, keepdims=True) // 2
         votes[:, -1] = 1 - votes[:, :-1].max(1)
-        if row.split == "test":
-            test_lines.append([row.image, *votes[0]])
+        if row["split"] == "test":
+            test_lines.append([row["image"], *votes[0]])
         else:
             readers = sorted(rng.choice(np.arange(1, 18), 3, replace=False))
-            train_lines += [[row.image, f"R{reader}", *line] for reader, line in zip(readers, votes)]
+            train_lines += [[row["image"], f"R{reader}", *line] for reader, line in zip(readers, votes)]
     plural = [name.replace("Other disease", "Other diseases") for name in vindr_labels.FINDINGS]  # both are in use
     return rows, {
         "annotations/image_labels_train.csv": pd.DataFrame(train_lines, columns=["image_id", "rad_id", *plural]),
