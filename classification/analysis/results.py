@@ -339,9 +339,7 @@ def by_frequency(evaluation, measured, points):
 
     def means(names):
         k = [i for i, n in enumerate(test.label_names) if n in names and not np.isnan(measured.auprc[i])]
-        f1 = {
-            key: [labels[n]["f1"][key] for n in names if labels[n]["f1"][key] is not None] for key in ("half", "chosen")
-        }
+        f1 = {key: [v for n in names if (v := labels[n]["f1"][key]) is not None] for key in ("half", "chosen")}
         return {"mean": measured.mean(np.isin(np.arange(len(test.label_names)), k)),
                 "f1": {key: float(np.mean(values)) if values else None for key, values in f1.items()}}  # fmt: skip
 

@@ -216,27 +216,16 @@ def _frequency(report):
     section, rows, order = report["frequency"], [], list(report["frequency"]["groups"])
 
     def cells(figures, f1):
-        return [
-            figure(figures["auprc"], line=True),
-            figure(figures["auroc"]),
-            *(plain(f1[k]) for k in ("half", "chosen")),
-        ]
+        return [figure(figures["auprc"], line=True), figure(figures["auroc"]), plain(f1["half"]), plain(f1["chosen"])]
 
-    for name, own in sorted(
-        section["labels"].items(), key=lambda item: (order.index(item[1]["group"]), -item[1]["share"])
-    ):
+    labels = sorted(section["labels"].items(), key=lambda item: (order.index(item[1]["group"]), -item[1]["share"]))
+    for name, own in labels:
         figures = cells(report["labels"][name], own["f1"])
         rows.append([Cell(name, name), Cell(own["group"], own["group"]), share(own["share"]), *figures])
     totals = {f"mean of {g}": found for g, found in section["groups"].items()} | {"mean of all": section["all"]}
     for title, found in totals.items():
-        rows.append(
-            [
-                Cell(f"{title} ({found['mean'].get('labels', 0)})"),
-                Cell(""),
-                Cell(""),
-                *cells(found["mean"], found["f1"]),
-            ]
-        )
+        name = Cell(f"{title} ({found['mean'].get('labels', 0)})")
+        rows.append([name, Cell(""), Cell(""), *cells(found["mean"], found["f1"])])
     least = [f"{g} from {found['least']:.0%}" for g, found in section["groups"].items()]
     remarks = label_remarks(report["labels"] | {title: found["mean"]["auprc"] for title, found in totals.items()})
     return make("frequency", note(report), rows, remarks, total=len(totals), groups=", ".join(least))

@@ -47,8 +47,7 @@ def _holding(place, in_zip):
 def find_images(folder, named="", in_zip=False):
     """The folder that holds `files/` (or zip files of it): the one named, else the nearest to `folder`.
 
-    Raises:
-        UserError: none, or several that are as near.
+    UserError: none, or several that are as near.
     """
     tried = [folder, *folder.parents][:LEVELS]
     if named:

@@ -63,8 +63,7 @@ def fill_unknown(table, path):
 
     Record: path, sha256, checkpoints, checkpoints_sha256, images (how many got labels), filled: {label: number}.
 
-    Raises:
-        UserError: no such table, other images or labels, no probabilities, or nothing to fill.
+    UserError: no such table, other images or labels, no probabilities, or nothing to fill.
     """
     path = Path(path).expanduser()
     frame = tables.read_csv(path, ("path",))

@@ -6,6 +6,7 @@ that a source does not know stay unknown (NaN) for its images.
 
 import itertools
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -198,10 +199,8 @@ def _joined_mapping(label_names, parts):
 def _joined_cohort(parts):
     """The sum of the parts' cohorts, see `tables.Table.cohort`, with the source as a further group."""
     cohorts = {name: getattr(part, "cohort", {}) for name, part in parts.items()}
-    splits, left_out = {}, {}
-    for name, cohort in cohorts.items():
-        for reason, count in cohort.get("left_out", {}).items():
-            left_out[f"{name}: {reason}"] = count
+    left_out = {f"{name}: {reason}": n for name, c in cohorts.items() for reason, n in c.get("left_out", {}).items()}
+    splits = {}
     for split in SPLITS:
         own = {name: c["splits"][split] for name, c in cohorts.items() if split in c.get("splits", {})}
         if not own:
@@ -210,16 +209,14 @@ def _joined_cohort(parts):
         for count in ("images", "studies", "patients"):
             values = [part[count] for part in own.values()]
             joined[count] = None if None in values else sum(values)
-        for label in next(iter(own.values()))["labels"]:
-            known, positives = (sum(part["labels"][label][k] for part in own.values()) for k in ("known", "positives"))
-            prevalence = positives / known if known else None
-            joined["labels"][label] = {"known": known, "positives": positives, "prevalence": prevalence}
-            for kind in ("uncertain", "blank"):
-                joined["labels"][label][kind] = sum(part["labels"][label][kind] for part in own.values())
-        groups = {"source": {name: part["images"] for name, part in own.items()}, "view": {}}
+        for label, first in next(iter(own.values()))["labels"].items():
+            sums = {k: sum(part["labels"][label][k] for part in own.values()) for k in first if k != "prevalence"}
+            sums["prevalence"] = sums["positives"] / sums["known"] if sums["known"] else None
+            joined["labels"][label] = first | sums
+        groups = {"source": {name: part["images"] for name, part in own.items()}, "view": Counter()}
         for part in own.values():
-            for view, counted in part.get("groups", {}).get("view", {"": {"images": part["images"]}}).items():
-                groups["view"][view] = groups["view"].get(view, 0) + counted["images"]
+            views = part.get("groups", {}).get("view", {"": {"images": part["images"]}})
+            groups["view"].update({view: counted["images"] for view, counted in views.items()})
         joined["groups"] = {
             kind: {name: {"images": n, "share": n / joined["images"]} for name, n in sorted(counts.items())}
             for kind, counts in groups.items()

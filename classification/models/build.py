@@ -82,8 +82,7 @@ def build_model(config, outside=True):
 def _last_maps(config, outside):
     """(channels of the backbone's last feature maps, names of the parameters that they depend on).
 
-    Raises:
-        UserError: it has no such maps.
+    UserError: it has no such maps.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes half a second
 

@@ -11,9 +11,8 @@ def check_teachers(dataset, config):
 
     dataset: the train split.
 
-    Raises:
-        UserError: a checkpoint that is gone, has changed or does not say whom it was trained on; one that was trained
-            on patients of the validation split, or trained or chosen on those of the test split, of any source.
+    UserError: a checkpoint that is gone, has changed or does not say whom it was trained on; one that was trained
+    on patients of the validation split, or trained or chosen on those of the test split, of any source.
     """
     parts, record, seen, trained = parts_of(dataset, config), {}, [], []
     for name, (one, part) in parts.items():
