@@ -639,8 +639,7 @@ def from_dict(content, source):
     Keys that this version does not have are left out, those that are missing have their defaults, and so have options
     of training alone whose value is no longer allowed; :func:`unfamiliar` names all three.
 
-    Raises:
-        UserError: names the key, and `source`, the file it came from.
+    UserError: names the key, and `source`, the file it came from.
     """
     config = _defaults()
     _set(config, _known_pairs(content, source), source)

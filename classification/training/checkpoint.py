@@ -76,8 +76,7 @@ def numbered(folder):
 def check_space(config, folder, size, log):
     """Warn where the disk has less room than the checkpoints of a run need; size: bytes of one.
 
-    Raises:
-        UserError: there is no room for one.
+    UserError: there is no room for one.
     """
     free, written = shutil.disk_usage(folder).free, len(list(Path(folder).glob("*.pth")))
     if free < 2 * size and written < 2:
@@ -281,8 +280,7 @@ def check_labels(state, path, label_names, others="the data has"):
 def load_weights(model, state, path, label_names, ema=False):
     """Weights of one of our checkpoints for evaluation; ema: those of its EMA.
 
-    Raises:
-        UserError: not one of ours, another model, other labels, or no EMA in it.
+    UserError: not one of ours, another model, other labels, or no EMA in it.
     """
     check_labels(state, path, label_names)
     weights = state["model_ema" if ema else "model"]
@@ -396,8 +394,7 @@ def match_weights(theirs, ours, classifiers, path):
     theirs, ours: {name: tensor}. classifiers: names of last layers; their keys are `replaced`, all or none, where the
     file has one of another shape.
 
-    Raises:
-        UserError: the file is of another architecture.
+    UserError: the file is of another architecture.
     """
     head = {k for k in ours if k.startswith(tuple(f"{name}." for name in classifiers))}
     reshaped = _other_shapes(theirs, ours)

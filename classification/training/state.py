@@ -72,13 +72,8 @@ class Position:
         self.epoch, self.update, self.sums = self.epoch + 1, 0, zero_sums(self.world.device)
 
     def saved(self):
-        return {
-            "epoch": self.epoch,
-            "update": self.update,
-            "updates": self.updates,
-            "images_per_update": self.images_per_update,
-            "sums": distributed.gather(vars(self.sums), self.world),
-        }
+        own = {key: getattr(self, key) for key in ("epoch", "update", "updates", "images_per_update")}
+        return own | {"sums": distributed.gather(vars(self.sums), self.world)}
 
     def restore(self, state, path):
         self.epoch, self.update, sums = state["epoch"], state["update"], state["sums"]

@@ -110,8 +110,7 @@ class Step:
 def freeze(model, names):
     """Keep the modules of these names as they are; returns them. Autograd ends before the first module that trains.
 
-    Raises:
-        UserError: the model has no such module, or nothing is left to train.
+    UserError: the model has no such module, or nothing is left to train.
     """
     modules, known = dict(model.named_modules()), [name for name, _ in model.named_children()]
     for name in names:
