@@ -165,6 +165,7 @@ def main(argv=None):
         "model": mean_weights(used),
         "model_ema": None,
         "weights": "average",
+        "task": first.get("task", "multilabel"),
         "label_names": first["label_names"],
         "config": config,
         "domain": " and ".join(sorted(domains - {""})),

@@ -2,7 +2,7 @@
 
 Order of precedence, later wins: the defaults here, those of the data and the backbone, the files named in BASE, the
 YAML of `--cfg`, `--opts KEY VALUE ...`, the flags given on the command line. Keys of the published InternImage
-classification code keep their names and meanings; others are marked (new).
+classification code keep their names and meanings, or are translated (`common/published.py`); others are marked (new).
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode as CN
 
+from common import published
 from common.errors import UserError, did_you_mean
 from common.files import read_yaml
 
@@ -54,6 +55,11 @@ def multiple_of(number):
 
 fraction = rule(lambda value: 0 <= value < 1, "it must be at least 0 and below 1")
 odd = rule(lambda value: value >= 1 and value % 2, "it must be odd: 1, 3, 5, ...")
+on = rule(lambda value: value not in (None, 0) and value == value, "it must be on")
+side_range = rule(
+    lambda value: len(value) == 2 and all(type(v) in (int, float) for v in value) and 0 < value[0] <= value[1] <= 1,
+    "it must be [smallest, largest] side within 0 to 1",
+)
 area_range = rule(lambda value: 0 < value[0] <= value[1] <= 1, "it must be [smallest, largest] area within 0 to 1")
 
 
@@ -149,13 +155,14 @@ STUDIES = {"DATA.UNIT": "study"}
 ATTENDED = {("MODEL.HEAD", "MODEL.FUSION"): one_of("label_attention", "attention")}
 STEP = {"TRAIN.LR_SCHEDULER.NAME": "step"}
 ERASING = {"AUG.REPROB": above(0)}
+MIXED = {("AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX"): on}
 SGD, ADAMW = {"TRAIN.OPTIMIZER.NAME": "sgd"}, {"TRAIN.OPTIMIZER.NAME": "adamw"}
 
 # fmt: off
 KNOBS = {
     # ------------------------------------------------------------------------------------- data
     "DATA.DATASET": Knob("imagenet", "a file in dataset/: mimic_cxr, cxr_lt, chexpert, nih, padchest, vindr, brax, "
-                         "imagenet", flag="--dataset"),
+                         "imagenet, inat18", flag="--dataset"),
     "DATA.DATA_PATH": Knob("", "the data folder: a release, or its files/", flag="--data-path"),
     "DATA.SOURCES": Knob([], "(new) several releases at once, instead of DATASET and DATA_PATH: [{dataset: mimic_cxr, "
                          "path: FOLDER}, ...]; a source may have its own name, csv, split_seed, ...", sources),
@@ -210,10 +217,9 @@ KNOBS = {
                                takes_effect=XRAYS),
     "DATA.LIMIT": Knob(0, "(new) at most this many images of each split, of randomly chosen patients; 0: all",
                        at_least(0), takes_effect=XRAYS),
-    "DATA.ZIP_MODE": Knob(False, "read the images from <DATA_PATH>/*.zip (uncompressed)", takes_effect=XRAYS,
-                          flag="--zip"),
-    "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node",
-                               takes_effect=XRAYS),
+    "DATA.ZIP_MODE": Knob(False, "read the images from <DATA_PATH>/*.zip (uncompressed); photographs: from train.zip "
+                          "and val.zip", flag="--zip"),
+    "DATA.IMG_ON_MEMORY": Knob(False, "read all encoded images into shared memory at start, once a node"),
     "DATA.BATCH_SIZE": Knob(128, "images, or studies by DATA.UNIT, per GPU and forward pass", at_least(1),
                             flag="--batch-size"),
     "DATA.IMG_SIZE": Knob(224, "side of the model's input in pixels; timm: the backbone's own unless set",
@@ -240,8 +246,10 @@ KNOBS = {
     "MODEL.FUSION_LAYERS": Knob(2, "(new) layers of that transformer", at_least(1),
                                 takes_effect={"MODEL.FUSION": "attention"}),
     "MODEL.DROP_RATE": Knob(0.0, "dropout", fraction, takes_effect=MODEL),
-    "MODEL.DROP_PATH_RATE": Knob(0.1, "stochastic depth of the last block, linear from 0", fraction,
+    "MODEL.DROP_PATH_RATE": Knob(0.1, "stochastic depth of the last block (MODEL.DROP_PATH_TYPE)", fraction,
                                  takes_effect=MODEL),
+    "MODEL.DROP_PATH_TYPE": Knob("linear", "stochastic depth rises linearly to the last block, or is uniform",
+                                 one_of("linear", "uniform"), takes_effect=INTERN_IMAGE),
     "MODEL.LABEL_SMOOTHING": Knob(0.1, "of class targets (for labels: TRAIN.LOSS smooth_bce)", fraction,
                                   takes_effect=PHOTOS),
 
@@ -276,6 +284,7 @@ KNOBS = {
                                 takes_effect=TIMM | {"MODEL.PRETRAINED": ""}),
     # --------------------------------------------------------------------------------- training
     "TRAIN.EPOCHS": Knob(300, "passes over the train split", at_least(1)),
+    "TRAIN.START_EPOCH": Knob(0, "epoch with which a new run starts, counted from 0", at_least(0)),
     "TRAIN.WARMUP_EPOCHS": Knob(20, "epochs of rising learning rate", at_least(0)),
     "TRAIN.WEIGHT_DECAY": Knob(0.05, "not on norms and biases", at_least(0)),
     "TRAIN.BASE_LR": Knob(5e-4, "peak learning rate at a batch of LR_REFERENCE_BATCH", at_least(0), xrays=1e-4),
@@ -301,6 +310,8 @@ KNOBS = {
                              "the model or its EMA; 0: never", at_least(0)),
     "TRAIN.FREEZE": Knob([], "(new) modules that do not train, such as [patch_embed, levels.0]; their norms "
                          "and drop path run as in evaluation", names),
+    "TRAIN.RAND_INIT_FT_HEAD": Knob(False, "a classifier that a file does not have starts from a thousandth of its "
+                                    "initial weights", takes_effect={"MODEL.PRETRAINED": other_than("")}),
     "TRAIN.LOSS": Knob("bce", "(new) loss of multi-label tasks, a row of utils_multilabel.LOSSES", takes_effect=XRAYS),
     "TRAIN.LOSS_OPTIONS": Knob({}, "(new) parameters of the loss, such as {gamma: 2.0}", takes_effect=XRAYS,
                                mapping=True),
@@ -343,12 +354,15 @@ KNOBS = {
     "AUG.HFLIP": Knob(0.5, "(new) probability of a horizontal flip", between(0, 1), xrays=0.0),
     "AUG.MIXUP": Knob(0.8, "strength of mixup; 0: off", at_least(0), xrays=0.0),
     "AUG.CUTMIX": Knob(1.0, "strength of cutmix; 0: off", at_least(0), xrays=0.0),
-    "AUG.MIXUP_PROB": Knob(1.0, "probability that a batch is mixed at all", between(0, 1),
-                           takes_effect={("AUG.MIXUP", "AUG.CUTMIX"): above(0)}),
+    "AUG.CUTMIX_MINMAX": Knob(None, "[smallest, largest] side of the pasted part, relative to the image; then "
+                              "AUG.CUTMIX has no effect", side_range, kind=list),
+    "AUG.MIXUP_MODE": Knob("batch", "mix a whole batch by one ratio (batch), or each pair, or each image by its own",
+                           one_of("batch", "pair", "elem"), takes_effect=MIXED),
+    "AUG.MIXUP_PROB": Knob(1.0, "probability that a batch is mixed at all", between(0, 1), takes_effect=MIXED),
     "AUG.MIXUP_SWITCH_PROB": Knob(0.5, "fraction of the mixed batches that gets cutmix, if both are on", between(0, 1),
-                                  takes_effect={"AUG.MIXUP": above(0), "AUG.CUTMIX": above(0)}),
+                                  takes_effect={"AUG.MIXUP": above(0), ("AUG.CUTMIX", "AUG.CUTMIX_MINMAX"): on}),
     "AUG.MIXUP_OFF_EPOCH": Knob(0, "(new) how many epochs mix batches, from the first on; 0: all", at_least(0),
-                                takes_effect={("AUG.MIXUP", "AUG.CUTMIX"): above(0)}),
+                                takes_effect=MIXED),
     "AUG.MEAN": Knob([0.485, 0.456, 0.406], "of normalisation: ImageNet's; timm: the backbone's own unless set",
                      each(between(0, 1))),
     "AUG.STD": Knob([0.229, 0.224, 0.225], "of normalisation, from the same source", each(above(0))),
@@ -357,8 +371,9 @@ KNOBS = {
                      takes_effect={"EVAL_MODE": True}, flag="--ema"),
     "TEST.TTA": Knob(False, "(new) --eval with test-time augmentation: the mean probability over six shifts and scales",
                      takes_effect={"EVAL_MODE": True} | XRAYS, flag="--tta"),
-    "TEST.REPORT": Knob(True, "(new) --eval ends with the report of report.py", takes_effect=XRAYS),
-    "TEST.CROP": Knob(True, "resize to 8/7 of the size and take the centre; False: the whole image", xrays=False),
+    "TEST.REPORT": Knob(True, "(new) --eval ends with the report of report.py"),
+    "TEST.CROP": Knob(True, "take the centre: of X-rays resized to 8/7 of the size, of photographs whose short side is "
+                      "the size; False: the whole image", xrays=False),
     "AMP_OPT_LEVEL": Knob("O1", "O0: float32, O1: mixed precision", one_of("O0", "O1"), flag="--amp-opt-level"),
     "AMP_DTYPE": Knob("auto", "(new) auto: what is fast on the device", one_of("auto", "bfloat16", "float16"),
                       takes_effect={"AMP_OPT_LEVEL": "O1"}),
@@ -371,6 +386,7 @@ KNOBS = {
     "SAVE_FREQ": Knob(1, "epochs between ckpt_epoch_N.pth; last_ckpt.pth is written after every epoch", at_least(1)),
     "SAVE_KEEP": Knob(0, "(new) how many ckpt_epoch_N.pth to keep, the newest; 0: all", at_least(0)),
     "LOG.TENSORBOARD": Knob(False, "(new) write epochs and a batch for TensorBoard too, which must be installed"),
+    "EVAL_FREQ": Knob(1, "epochs between validations; the last epoch is always validated", at_least(1)),
     "PRINT_FREQ": Knob(10, "updates between lines of the log", at_least(1)),
     "SEED": Knob(0, "of all random numbers", between(0, 2**32 - 1)),
     "CFG": Knob("", "(new) name of the file of --cfg, filled in at start: another file does not resume the run"),
@@ -408,7 +424,9 @@ def parse_args(argv=None):
             value = {"type": type(knob.default), "metavar": "VALUE"}
             kind = {"action": "store_true"} if knob.default is False else value
             add(knob.flag, default=None, help=f"{knob.meaning} ({key})", **kind)
-    add("--local-rank", "--local_rank", type=int, help="accepted for old launchers; unused")
+    for flag, key in published.FLAGS.items():
+        other = f"--{flag[2:].replace('-', '_')}"  # as older launchers write it
+        add(flag, other, dest=key, nargs="?", const="True", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not args.cfg and not (args.eval and args.resume):
         parser.error("the following arguments are required: --cfg (only --eval --resume CHECKPOINT goes without)")
@@ -502,16 +520,17 @@ def _set(config, pairs, source):
     """Write (key, value) pairs into the config, each in the type of its key. source: named in errors."""
     for key, value in pairs:
         if key not in KNOBS:
-            raise UserError(f"{source}: unknown key {key}{did_you_mean(key.upper(), KNOBS)}")
+            near = did_you_mean(key.upper(), [*KNOBS, *published.TABLE])
+            raise UserError(f"{source}: unknown key {key}{near}")
         _put(config, key, _typed(key, value, source))
 
 
-def _override(config, pairs, source):
-    """:func:`_set` of a file, --opts or the flags over the sources before it.
+def _override(config, pairs, source, notes):
+    """:func:`_set` of a file, --opts or the flags over the sources before it, published keys translated.
 
     What those set for another backbone or other data does not carry over.
     """
-    before, pairs = config.clone(), dict(pairs)
+    before, pairs = config.clone(), dict(published.translate(pairs, KNOBS, source, notes))
     _set(config, pairs.items(), source)
     if "DATA.DATASET" in pairs and "DATA.SOURCES" not in pairs:
         config.DATA.SOURCES = []
@@ -543,7 +562,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _merge_file(config, path, above=()):
+def _merge_file(config, path, notes, above=()):
     path = Path(path)
     if path.resolve() in above:
         raise UserError(f"config file {path}: BASE leads back to the file itself")
@@ -553,13 +572,16 @@ def _merge_file(config, path, above=()):
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"config file {path}: BASE is {bases!r}; it must be a list of YAML files")
     for base in filter(None, bases):
-        _merge_file(config, path.parent / base, (*above, path.resolve()))
+        _merge_file(config, path.parent / base, notes, (*above, path.resolve()))
     config.CFG = ""  # of a base
-    _override(config, _flatten(content, path), path)
+    pairs = (
+        (key, _value(key, value, path) if isinstance(value, str) else value) for key, value in _flatten(content, path)
+    )
+    _override(config, pairs, path, notes)
 
 
-def _value(key, text):
-    """The value of a text of `--opts`: as in a YAML file, or a Python literal."""
+def _value(key, text, source="--opts"):
+    """The value of a text: a Python literal, which YAML reads as text (None, 1e-4, (1, 2)), or as in a YAML file."""
     if key in KNOBS and isinstance(KNOBS[key].default, str) and not (KNOBS[key].mapping and text.startswith("{")):
         return text  # TAG 007 is a name
     for read in (ast.literal_eval, yaml.safe_load):
@@ -568,7 +590,7 @@ def _value(key, text):
         except (ValueError, SyntaxError, yaml.YAMLError):
             continue
     if text.startswith(("{", "[", "(")):
-        raise UserError(f"--opts: {key} {text!r} cannot be read; check its brackets, quotes and commas")
+        raise UserError(f"{source}: {key} {text!r} cannot be read; check its brackets, quotes and commas")
     return text
 
 
@@ -586,31 +608,35 @@ def _pairs(opts):
     return [(key, _value(key, text)) for key, text in zip(opts[::2], opts[1::2])]
 
 
-def get_config(args, *own_values, saved=None):
+def get_config(args, *own_values, saved=None, notes=None):
     """The config that parsed arguments describe, validated and frozen.
 
     args needs `cfg`; `opts` (a list KEY VALUE ...) and the flags (by argparse's names) count where they are not None.
     saved: what :func:`to_dict` made, in place of the file `cfg`, and what it is of: (content, path).
     own_values: functions config -> {key: default} of its data and of its backbone (`dataset.build.own_values`,
         `models.own_values`).
+    notes: a list to which a line is added for each option of the published code that does something else here.
     """
-    config = _checked(_with_arguments(_defaults(), args, saved))
+    notes = [] if notes is None else notes
+    config = _checked(_with_arguments(_defaults(), args, saved, notes))
     if own := [pair for values in own_values for pair in values(config).items()]:
         defaults = _defaults()
         _set(defaults, own, "default")
-        config = _checked(_with_arguments(defaults, args, saved))
+        config = _checked(_with_arguments(defaults, args, saved, []))
     return config
 
 
-def _with_arguments(config, args, saved):
+def _with_arguments(config, args, saved, notes):
     """`config` with the file, or the saved config, and the other arguments written over it."""
     if saved:
         _set(config, _known_pairs(*saved), saved[1])
     else:
-        _merge_file(config, args.cfg)
-    _override(config, _pairs(getattr(args, "opts", None) or []), "--opts")
+        _merge_file(config, args.cfg, notes)
+    _override(config, _pairs(getattr(args, "opts", None) or []), "--opts", notes)
     flags = {k: getattr(args, knob.flag.strip("-").replace("-", "_"), None) for k, knob in KNOBS.items() if knob.flag}
-    _override(config, {key: value for key, value in flags.items() if value is not None}, "command line")
+    flags |= {key: _value(key, value) for key in published.FLAGS.values() if (value := getattr(args, key, None))}
+    given = {key: value for key, value in flags.items() if value is not None}
+    _override(config, given.items(), "command line", notes)
     config.MODEL.NAME = config.MODEL.NAME or Path(args.cfg).stem
     config.RESULTS = config.RESULTS or f"results/{data_name(config)}"
     config.CFG = config.CFG or Path(args.cfg or "").name

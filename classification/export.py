@@ -4,7 +4,8 @@
     python export.py output/.../best_ckpt.pth --output model.pt2 --format torch
     python export.py output/.../best_ckpt.pth --output shared.pth --format weights
 
-Input: `images`, float32 [B, 3, S, S], the X-ray resized to S x S, as gray / 255 three times, less `mean`, by `std`.
+Input: `images`, float32 [B, 3, S, S], the X-ray resized to S x S, as gray / 255 three times, less `mean`, by `std`
+(a photograph: as RGB / 255).
 Output: `probabilities`, float32 [B, labels]. The file's metadata hold the labels and all of the preparation;
 docs/onnx_reference.py prepares an X-ray by them. The file is compared with PyTorch, on images of yours with --images,
 before it gets its name.
@@ -44,6 +45,7 @@ def parse_args(argv):
     add("--opset", type=int, default=20, help="of ONNX, 19 or later (20)")
     add("--decompose", action="store_true", help="ONNX without DeformConv, which OpenVINO lacks: GridSample instead")
     add("--half", action="store_true", help="ONNX or torch: compute in float16; images and probabilities stay float32")
+    add("--cfg", metavar="FILE", help="published weights as CHECKPOINT: the configuration that they belong to")
     add("--ema", action="store_true", help="the EMA weights that the checkpoint holds")
     add("--images", nargs="+", metavar="PATH", help="images to compare on: files, folders, a CSV (two synthetic ones)")
     return parser.parse_args(argv)
@@ -56,7 +58,8 @@ def _images(model, names):
         found = [read(image.read(), image.path) for image in list_images(names)[:16]]
     else:
         drawn = (draw({"Cardiomegaly"}, view, np.random.default_rng(1)) for view in ("PA", "LATERAL"))
-        found = [read.transform(Image.fromarray((image * 255).astype(np.uint8))) for image in drawn]
+        mode = "RGB" if model.classes else "L"
+        found = [read.transform(Image.fromarray((image * 255).astype(np.uint8)).convert(mode)) for image in drawn]
     return model.normalize(torch.stack(found))
 
 
@@ -91,7 +94,8 @@ def _open_torch(path):
 
 
 def _open_weights(path):
-    model = Probabilities(trained.load(path).model)
+    loaded = trained.load(path)
+    model = Probabilities(loaded.model, classes=loaded.classes)
     return lambda images: model(torch.from_numpy(images)).numpy(), "a checkpoint without patients, paths and optimizer"
 
 
@@ -99,13 +103,20 @@ FORMATS = {"onnx": _open_onnx, "torch": _open_torch, "weights": _open_weights}
 ENDINGS = {"torch": ".pt2", "weights": ".pth"}  # by which these files are opened
 
 
-def _metadata(model, args):
-    """All that whoever has the file alone needs: name -> text. `docs/onnx_reference.py` prepares an image by it."""
-    config = model.config
-    reader = model.reader()
+def _preparation(model):
+    """How an image becomes the input: name -> text. `docs/onnx_reference.py` prepares an X-ray by it."""
+    reader, size, data = model.reader(), model.config.DATA.IMG_SIZE, model.config.DATA
+    if model.classes:
+        whole = f"to {size} x {size}" if not model.config.TEST.CROP else f"the short side to {size}, then the middle"
+        return {
+            "resize": whole,
+            "interpolation": data.INTERPOLATION,
+            "antialias": "true",
+            "size": str(size),
+            "input": "RGB / 255, less mean, by std; float32 [N, 3, size, size]",
+        }
     square = reader.transform
     return {
-        "labels": json.dumps(model.label_names),
         "grayscale": "ITU-R 601 luma of 8 bits, turned upright by EXIF; shrunk by whole factors to a short side of at "
         "least shrink_to: a JPG while it is decoded, then by means of blocks",
         "shrink_to": str(reader.decoding["shrink_to"]),
@@ -116,11 +127,20 @@ def _metadata(model, args):
         "crop": "the middle of size x size",
         "size": str(square.size),
         "input": "gray / 255 three times, less mean, by std; float32 [N, 3, size, size]",
+        "dicom_recipe": data.DICOM_RECIPE,
+        "dicom_window": str(data.DICOM_WINDOW),
+    }
+
+
+def _metadata(model, args):
+    """All that whoever has the file alone needs: name -> text."""
+    config = model.config
+    return {
+        "labels": json.dumps(model.label_names),
+        **_preparation(model),
         "mean": json.dumps(list(config.AUG.MEAN)),
         "std": json.dumps(list(config.AUG.STD)),
         "domain": model.domain,
-        "dicom_recipe": config.DATA.DICOM_RECIPE,
-        "dicom_window": str(config.DATA.DICOM_WINDOW),
         "weights": "ema" if args.ema else "model",
         "precision": "float16" if args.half else "float32",
         "checkpoint_sha256": model.digest,
@@ -136,26 +156,33 @@ def export(args):
     target = Path(args.output)
     if target.suffix != (ending := ENDINGS.get(args.format, target.suffix)):
         raise UserError(f"--output {target}: a file of --format {args.format} must end in {ending}; name it so")
-    model = trained.load(args.checkpoint, ema=args.ema)
+    model = trained.load(args.checkpoint, ema=args.ema, cfg=args.cfg)
     if model.config.DATA.UNIT == "study" and args.format != "weights":
         raise UserError(
             f"{args.checkpoint} is a model of studies (DATA.UNIT study); a file of --format {args.format} takes images "
             "one by one: export the model of images, or share the weights with --format weights"
         )
-    size, network = model.config.DATA.IMG_SIZE, Probabilities(model.model)
+    size, network = model.config.DATA.IMG_SIZE, Probabilities(model.model, classes=model.classes)
     images, metadata = _images(model, args.images), _metadata(model, args)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Under its own name, as weights beyond 2 GB are beside it and are found by name; but elsewhere until checked.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export") as folder:
             path = Path(folder) / target.name
-            written = Probabilities(model.model, half=True) if args.half else network
+            written = Probabilities(model.model, half=True, classes=model.classes) if args.half else network
             if args.format == "onnx":
                 save_onnx(written, size, path, metadata=metadata, opset=args.opset, decompose=args.decompose)
             elif args.format == "torch":
                 save_torch(written, size, path, metadata=metadata)
             else:
-                save_weights(model.model.state_dict(), model.config, model.label_names, path, domain=model.domain)
+                save_weights(
+                    model.model.state_dict(),
+                    model.config,
+                    model.label_names,
+                    path,
+                    domain=model.domain,
+                    classes=model.classes,
+                )
             run, parts = FORMATS[args.format](path)
             print(parts)
             difference = _compare(network, run, images, path, HALF_TOLERANCE if args.half else TOLERANCE)

@@ -22,10 +22,8 @@ import torch
 
 import config as config_module
 from analysis import training_log
-from analysis.evaluation import TEST, VALIDATE, new_evaluation, read_evaluation, write_evaluation
+from analysis.evaluation import TEST, VALIDATE, new_evaluation, write_evaluation
 from analysis.figures import plot_training
-from analysis.results import Options
-from analysis.writing import write_report
 from common import distributed, logger
 from common.errors import UserError, run_command
 from common.files import reserved, write_whole
@@ -123,7 +121,27 @@ def train_epoch(run, stop):
 
 
 def finish_epoch(run):
-    """Validate, log, and write every checkpoint that is due. A stop within it costs the validation alone."""
+    """Validate if EVAL_FREQ is due, and write every checkpoint that is. A stop within it costs the validation alone."""
+    config, done = run.config, run.position.epoch + 1
+    is_best = is_ema_best = False
+    if done % config.EVAL_FREQ == 0 or done == config.TRAIN.EPOCHS:
+        is_best, is_ema_best = record_epoch(run)
+    else:
+        run.log.info(f"epoch {done} is not validated (EVAL_FREQ {config.EVAL_FREQ})")
+    run.position.next_epoch()
+    # LAST comes last: killed before it, the run validates again and writes the others again.
+    names = [checkpoint.BEST] if is_best else []
+    if done % config.SAVE_FREQ == 0 or run.end_reason():
+        names.append(f"ckpt_epoch_{done}.pth")
+    if is_ema_best:
+        run.save([checkpoint.EMA_BEST], weights="model_ema")
+    run.save([*names, checkpoint.LAST])
+    if run.world.is_main:
+        checkpoint.remove_old(run.folder, config.SAVE_KEEP)
+
+
+def record_epoch(run):
+    """Validate, and log the epoch; returns whether it is the best so far, of the model and of its EMA."""
     position, config, score = run.position, run.config, run.metric.key
     validated = validate(run, run.step.model)
     done, sums, last = position.epoch + 1, position.sums, (position.epoch + 1) * position.updates - 1
@@ -158,16 +176,7 @@ def finish_epoch(run):
 
             tensorboard.write_epoch(run.folder, record, run.last_images, config.AUG.MEAN, config.AUG.STD)
     run.log.info(training_log.epoch_lines(record, run.metric))
-    position.next_epoch()
-    # LAST comes last: killed before it, the run validates again and writes the others again.
-    names = [checkpoint.BEST] if is_best else []
-    if done % config.SAVE_FREQ == 0 or run.end_reason():
-        names.append(f"ckpt_epoch_{done}.pth")
-    if is_ema_best:
-        run.save([checkpoint.EMA_BEST], weights="model_ema")
-    run.save([*names, checkpoint.LAST])
-    if run.world.is_main:
-        checkpoint.remove_old(run.folder, config.SAVE_KEEP)
+    return is_best, is_ema_best
 
 
 def validate(run, model):
@@ -232,8 +241,8 @@ def evaluate(config, world, folder, log):
     if metrics["skipped"]:
         log.warning(f"{metrics['skipped']} of {len(dataset):,} test {unit} could not be read and do not count")
     log.info(f"results in {target}")
-    if task.report and config.TEST.REPORT:
-        log.info(write_report(read_evaluation(target), Options(), target)["headline"])
+    if config.TEST.REPORT:
+        log.info(task.report(target))
         log.info(f"report in {target / 'report.html'}")
     return target
 
@@ -294,12 +303,14 @@ def open_run(config, world):
 
 def main(argv=None):
     """Run one command line; returns 0, or the number of the signal that stopped training."""
-    args, saved = config_module.parse_args(argv), None
+    args, saved, notes = config_module.parse_args(argv), None, []
     if not args.cfg:  # test a checkpoint as it was trained
         saved = checkpoint.read_config(args.resume), args.resume
-    config = config_module.get_config(args, data_values, own_values, saved=saved)
+    config = config_module.get_config(args, data_values, own_values, saved=saved, notes=notes)
     with distributed.session() as world:
         folder, log = open_run(config, world)
+        for note in notes:
+            log.warning(note)
         try:
             set_up_device(config, world.device)
             if config.TRAIN.COMPILE and not config.EVAL_MODE:

@@ -5,6 +5,7 @@
     python predict.py a.pth b.pth FOLDER --output predictions.csv --tta      # the mean of several models
     python predict.py best_ckpt.pth image.dcm --output prediction.csv --explain overlays --labels Edema
     python predict.py best_ckpt.pth FOLDER --output studies.csv --by study   # a row per study, all its images at once
+    python predict.py best_ckpt.pth FOLDER --output predictions.csv --features    # and predictions.npy
 
 The checkpoint alone says model, labels, size and preprocessing. Each image, or study, is a row, written as soon as it
 is predicted; the same command resumes where it was stopped, and predicts images again that have changed. An image that
@@ -42,14 +43,14 @@ from dataset.tools.listing import IDS, count_kinds, identify, list_images
 from dataset.views import VIEWS
 from models.attention import Pooled
 from models.inference import TTA, Augmented, autocast
-from predicting import explain, trained
+from predicting import explain, features, trained
 from predicting.prediction_file import ERROR, FORMATS, ROW, PredictionFile
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 CPU_BATCH = 8  # a CPU is no faster with more, and rows come sooner
 # Options that the values depend on.
 COMMAND = (
-    "paths", "format", "ema", "tta", "calibrated", "thresholds", "dicom_recipe", "only_chest", "no_ids"
+    "paths", "format", "features", "ema", "tta", "calibrated", "thresholds", "dicom_recipe", "only_chest", "no_ids"
 )  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def parse_args(argv):
     add("paths", nargs="+", metavar="PATH", help="image, folder, pattern, or CSV with a column path")
     add("--output", required=True, metavar="FILE", help="the table to write; run.json beside it says how it was made")
     add("--format", choices=list(FORMATS), default="csv", help="of the table; cxr-lt: as its challenge takes it")
+    add("--cfg", metavar="FILE", help="published weights as CHECKPOINT: the configuration that they belong to")
     add("--ema", action="store_true", help="the EMA weights that the checkpoint holds")
     add("--tta", action="store_true", help=f"mean over {len(TTA)} shifts and scales, {len(TTA)} times the work")
     add("--calibrated", metavar="EVALUATION", help="apply calibration.json of this evaluation, which report.py wrote")
@@ -73,6 +75,11 @@ def parse_args(argv):
     add("--by", choices=["image", "study"], help="what a row is (as the model was trained, DATA.UNIT)")
     add("--explain", metavar="DIR", help="overlays of each image and label: Grad-CAM, or the label's attention")
     add("--sampling-points", action="store_true", help="with --explain: also where DCNv3 looked, from coarse to fine")
+    add(
+        "--features", nargs="?", const=features.LAST, metavar="LAYER",
+        help="also the features of a layer, averaged over positions, in an .npy beside the table: any module's name, "
+        "such as levels.2 (the last layer with positions)",
+    )  # fmt: skip
     add("--labels", nargs="+", metavar="LABEL", help="with --explain: these labels only")
     add("--device", help="cuda, cuda:1, cpu (a GPU where there is one)")
     add(
@@ -117,7 +124,8 @@ def _models(args, device):
     checkpoints = [args.checkpoint, *(path for path in args.paths if path.endswith(CHECKPOINT_SUFFIXES))]
     if not paths:
         raise UserError("no image is named: give files, folders, patterns or a CSV behind the checkpoint")
-    models = [trained.load(path, ema=args.ema, device=device, dicom_recipe=args.dicom_recipe) for path in checkpoints]
+    how = {"ema": args.ema, "device": device, "dicom_recipe": args.dicom_recipe, "cfg": args.cfg}
+    models = [trained.load(path, **how) for path in checkpoints]
     for other in models[1:]:
         if other.label_names != models[0].label_names:
             one, two = set(models[0].label_names), set(other.label_names)
@@ -136,6 +144,8 @@ def _explained(args, models, paths):
         return []
     if len(models) > 1:
         raise UserError("--explain takes one checkpoint: the maps of several models have no common scale")
+    if models[0].classes:
+        raise UserError("--explain: the overlays are of X-rays, and this model is of photographs; leave it out")
     explain.check(models[0].model, models[0].config.DATA.IMG_SIZE, models[0].path)
     names = models[0].label_names
     for name in args.labels or []:
@@ -240,17 +250,21 @@ def _notes(item, model):
 
 # ------------------------------------------------------------------------------------ probability
 @torch.no_grad()
-def probabilities(model, batch, tta=False):
-    """uint8 [N, 1, S, S], or Studies of such images -> float64 [N, L], as evaluation has them; with tta their mean over
-    TTA."""
+def probabilities(model, batch, tta=False, layer=None):
+    """(probabilities float64 [N, L] as evaluation has them, features of a layer [N, F] or None) of uint8
+    [N, 1 or 3, S, S], or Studies of such images (a layer: of one image each); with tta their mean over TTA."""
     device = next(model.model.parameters()).device
     network, batch = Augmented(model.model) if tta else model.model, batch.to(device)
     with autocast(model.config, device)[0]():
-        logits = network(with_images(batch, model.normalize(images_of(batch))))
-    result = torch.sigmoid(logits.cpu().double()).numpy()
+        images = model.normalize(images_of(batch))
+        if layer is None:
+            logits, of_layer = network(with_images(batch, images)), None
+        else:
+            logits, of_layer = features.forward(model.model.backbone, images, layer)
+    result = model.activate(logits.cpu().double()).numpy()
     if not np.isfinite(result).all():
         raise UserError(f"{model.path}: the model's outputs are not finite; its weights are broken")
-    return result
+    return result, None if layer is None else of_layer.float().cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -260,6 +274,12 @@ def predict(args):
     models, paths = _models(args, device)
     names, first = models[0].label_names, models[0]
     labels = _explained(args, models, paths)
+    if args.tta and first.classes:
+        raise UserError("--tta is for X-rays, and this model is of photographs; leave it out")
+    if args.features is not None:
+        if len(models) > 1 or args.tta or "study" in (args.by, first.config.DATA.UNIT):
+            raise UserError("--features takes one checkpoint, a model of images, without --tta and --by study")
+        features.check(first.model.backbone, args.features, first.path, args.output)
     batch = batch_size(first.config, device, args.batch_size)
     cpus = len(os.sched_getaffinity(0))
     workers = (1 if device.type == "cpu" else min(8, cpus)) if args.workers is None else args.workers
@@ -314,6 +334,7 @@ def predict(args):
     }
     ids = [name for name in IDS if not args.no_ids or name == "view"]
     columns = ["path", "error", *ids, *names, *(f"{name}_positive" for name in names if args.thresholds)]
+    columns += [features.COLUMN] * (args.features is not None)
     if repeated := [name for k, name in enumerate(columns) if name in columns[:k]]:
         raise UserError(f"{first.path}: the label {repeated[0]!r} has the name of another column of the table")
     stamps = [
@@ -326,6 +347,7 @@ def predict(args):
     waiting, count, unit = sum(map(len, table.todo)), len(groups), units(by)
     if waiting < count:
         print(f"{count - waiting:,} of {count:,} {unit} are done already, {table.changed:,} have changed since")
+    kept = None if args.features is None else features.FeatureFile(args.output, count, waiting < count)
 
     notes, most = Counter(), first.config.DATA.MAX_VIEWS if first.config.DATA.UNIT == "study" else None
     content = _Images(groups, [model.reader() for model in models], args.only_chest, most)
@@ -336,13 +358,19 @@ def predict(args):
             found = np.full((len(items), len(names)), np.nan)
             if good:
                 batches = [join([items[k]["batches"][m] for k in good]) for m in range(len(models))]
-                found[good] = np.mean([probabilities(m, b, args.tta) for m, b in zip(models, batches)], 0)
+                asked = [probabilities(m, b, args.tta, args.features) for m, b in zip(models, batches)]
+                found[good] = np.mean([values for values, _ in asked], 0)
+                if kept is not None:
+                    kept.put(numbers.start, good, asked[0][1])
             for k in good:
                 notes.update(_notes(items[k], first))
             for item in items:
                 if args.format == "cxr-lt":
                     item["dicom_id"] = item["dicom_id"] or item["images"][0].file.stem
             rows = _rows([(shown[k], groups[k]) for k in numbers], items, found, names, adjust, cuts)
+            for k, row in zip(numbers, rows):
+                if row is not None:
+                    row[features.COLUMN] = k
             contents = [item["content"] for item in items]
             table.add(numbers.start, list(zip(rows, contents)))
             bar.update(len(rows))

@@ -13,7 +13,7 @@ Writes report.html, report.json, per_label.csv, tables.tex, summary.md, model_ca
 
 from pathlib import Path
 
-from analysis import comparison, comparison_tables, tables
+from analysis import classes, comparison, comparison_tables, tables
 from analysis.card import read_about
 from analysis.evaluation import check_apart, ensemble, new_evaluation, read_evaluation
 from analysis.results import Options
@@ -130,8 +130,11 @@ def main(argv=None):
         folder, text = write_runs(args.runs, args.output)
         print(f"{text}\nruns in {folder / 'runs.html'}")
         return
-    evaluations = [read_evaluation(path, args.validate) for path in args.evaluation]
     folder = Path(args.output).expanduser() if args.output else None
+    if len(args.evaluation) == 1 and classes.is_evaluation(args.evaluation[0]):
+        print(classes.write_report(args.evaluation[0], folder))
+        return
+    evaluations = [read_evaluation(path, args.validate) for path in args.evaluation]
     options = Options(
         resamples=args.resamples, seed=args.seed, study_by=args.study_by, study_views=args.study_views,
         sensitivity=args.sensitivity, specificity=args.specificity, tables=tuple(args.groups),

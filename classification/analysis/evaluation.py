@@ -52,14 +52,17 @@ def new_evaluation(parent, what="evaluation"):
 def write_evaluation(folder, metrics, predicted, epochs=None):
     """The files at the head of this module.
 
-    predicted: file name -> (dataset of the split, metrics of a task's `test` with `rows`, `targets`, `probabilities`
-    and, where they are of labels, `logits`).
+    predicted: file name -> (dataset of the split, metrics of a task's `test` with `rows` and, of labels, `targets`,
+    `probabilities` and `logits`, else the `columns` of the table).
     epochs: metrics.jsonl of the training run, kept if it is there.
     """
     for name, (dataset, found) in predicted.items():
         rows = found["rows"]
         columns = dataset.ids() | getattr(dataset, "descriptions", dict)()
         ids = {column: np.asarray(values)[rows] for column, values in columns.items()}
+        if "columns" in found:
+            _write_table(folder / name, ids | found["columns"])
+            continue
         labels = getattr(dataset, "labels", None)
         labels, values = None if labels is None else labels[rows], (found["targets"], found["probabilities"])
         write_predictions(folder / name, ids, dataset.label_names, *values, labels, found.get("logits"))
@@ -67,6 +70,10 @@ def write_evaluation(folder, metrics, predicted, epochs=None):
         write_whole(folder / "metrics.jsonl", epochs.read_text())
     # Last: a folder that has it is whole.
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def _write_table(path, columns):
+    write_whole(path, pd.DataFrame(columns).to_csv(index=False, float_format="%.8g"))
 
 
 def write_predictions(path, ids, label_names, targets, probabilities, labels=None, logits=None):
@@ -83,7 +90,7 @@ def write_predictions(path, ids, label_names, targets, probabilities, labels=Non
             columns[f"{name}_logit"] = [f"{z:.9g}" for z in logits[:, k]]
         if labels is not None:
             columns[f"{name}_label"] = labels[:, k]
-    write_whole(path, pd.DataFrame(columns).to_csv(index=False, float_format="%.8g"))
+    _write_table(path, columns)
 
 
 # ------------------------------------------------------------------------------------------- read

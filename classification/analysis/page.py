@@ -175,6 +175,14 @@ def render_comparison(report, forest):
     )  # fmt: skip
 
 
+def render_classes(title, headlines, facts, sections):
+    """The page of an evaluation of classes as text; sections: as of :func:`analysis.tables.sections`."""
+    return fill(
+        "comparison.html.j2", title=title, headlines=headlines, facts=facts, shared="", drawn="",
+        sections=sections, numbers="report.json",
+    )  # fmt: skip
+
+
 def render_runs(title, headline, shown, curves):
     """The page of several training runs as text; shown: [Table]; curves: the SVG file of the figure."""
     return fill(

@@ -85,7 +85,7 @@ def photo_transform(config, train):
     aug, data = config.AUG, config.DATA
     if not train:
         interpolation = INTERPOLATION[data.INTERPOLATION]
-        middle = [v2.Resize(resized_side(data.IMG_SIZE), interpolation), v2.CenterCrop(data.IMG_SIZE)]
+        middle = [v2.Resize(data.IMG_SIZE, interpolation), v2.CenterCrop(data.IMG_SIZE)]
         steps = middle if config.TEST.CROP else [v2.Resize((data.IMG_SIZE, data.IMG_SIZE), interpolation)]
         return v2.Compose([*steps, v2.PILToTensor()])
     try:

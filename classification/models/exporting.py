@@ -22,16 +22,18 @@ FIRST_OPSET = 19  # of ONNX, the first with DeformConv
 class Probabilities(nn.Module):
     """The model with its last step: images [B, 3, S, S] float32, normalised -> probabilities [B, labels] float32.
 
-    half: whether the model computes in float16, between the two.
+    half: whether the model computes in float16, between the two. classes: each image is of one of the labels.
     """
 
-    def __init__(self, model, half=False):
+    def __init__(self, model, half=False, classes=False):
         super().__init__()
+        self.classes = classes
         self.model = copy.deepcopy(model).half() if half else model
         self.dtype = torch.float16 if half else torch.float32
 
     def forward(self, images):
-        return self.model(images.to(self.dtype)).float().sigmoid()
+        logits = self.model(images.to(self.dtype)).float()
+        return logits.softmax(1) if self.classes else logits.sigmoid()
 
 
 def _deform_conv(
@@ -193,7 +195,7 @@ _PRIVATE = ["DATA.DATA_PATH", "DATA.SOURCES", "DATA.CSV", "DATA.IMAGES", "DATA.P
 _PRIVATE += "MODEL.PRETRAINED MODEL.RESUME OUTPUT RESULTS TAG".split()
 
 
-def save_weights(weights, config, label_names, path, *, domain):
+def save_weights(weights, config, label_names, path, *, domain, classes=False):
     """Write a checkpoint to share: weights, labels, and the config without paths; no patients, optimizer or history.
 
     --pretrained, predict.py and export.py take it.
@@ -207,6 +209,7 @@ def save_weights(weights, config, label_names, path, *, domain):
         if key in _PRIVATE or (isinstance(node[name], str) and node[name].startswith(("/", "~"))):
             node[name] = copy.deepcopy(knob.default)
     state = {"model": weights, "model_ema": None, "weights": "shared", "label_names": list(label_names)}
+    state["task"] = "single_label" if classes else "multilabel"
     content = io.BytesIO()  # as above
     torch.save(state | {"config": settings, "domain": domain}, content)
     Path(path).write_bytes(content.getbuffer())

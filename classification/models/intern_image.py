@@ -151,7 +151,8 @@ class InternImage(nn.Module):
         level2_post_norm_block_ids: blocks of the third level followed by a norm of their own (H, G).
         use_clip_projector: pool by attention over the last two levels instead of by mean (H, G);
             image sides must then be multiples of 32.
-        drop_rate, drop_path_rate: dropout, and stochastic depth of the last block (linear from 0).
+        drop_rate, drop_path_rate: dropout, and stochastic depth of the last block.
+        drop_path_type: stochastic depth rises linearly from 0, or is uniform.
         use_checkpoint: recompute blocks in the backward pass to save memory.
         block: the other arguments of :class:`Block` and of :class:`dcnv3.DCNv3`, which have the config's names in
             lower case. layer_scale: initial value of the learnt scale of each branch, None for none.
@@ -175,6 +176,7 @@ class InternImage(nn.Module):
         groups=(4, 8, 16, 32),
         drop_rate=0.0,
         drop_path_rate=0.1,
+        drop_path_type="linear",
         level2_post_norm_block_ids=(),
         use_clip_projector=False,
         use_checkpoint=False,
@@ -189,6 +191,7 @@ class InternImage(nn.Module):
 
         total = sum(depths)
         rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
+        rates = rates if drop_path_type == "linear" else [drop_path_rate] * total
         self.levels = nn.ModuleList(
             Level(
                 channels * 2**i,
@@ -257,15 +260,16 @@ class InternImage(nn.Module):
     def lr_scales(self, decay):
         """Layer-wise learning rate decay: prefix of parameter names -> factor.
 
-        The last block gets `decay`, the one before it its square, and so on backwards; the stem
-        goes with the first block, a downsampling with the first block behind it. Names without a
-        prefix here (head, level norms) keep the full rate.
+        As published: the last block has the full rate, the one before it `decay`, then its square, and so on backwards.
+        The stem goes with the first block, the downsampling and the norm at a level's end with the block behind them.
+        Names without a prefix here keep the full rate: the head, the last level's norm, and the `post_norms`.
         """
-        blocks = [(i, j) for i, depth in enumerate(self.depths) for j in range(depth)]
-        scales = {f"levels.{i}.blocks.{j}.": decay ** (len(blocks) - k) for k, (i, j) in enumerate(blocks)}
-        scales["patch_embed."] = scales["levels.0.blocks.0."]
+        blocks = [f"levels.{i}.blocks.{j}." for i, depth in enumerate(self.depths) for j in range(depth)]
+        scales = {block: decay**k for k, block in enumerate(reversed(blocks))}
+        scales["patch_embed."] = scales[blocks[0]]
         for i in range(3):
-            scales[f"levels.{i}.downsample."] = scales[f"levels.{i + 1}.blocks.0."]
+            for part in ("downsample", "norm"):
+                scales[f"levels.{i}.{part}."] = scales[f"levels.{i + 1}.blocks.0."]
         return scales
 
 
@@ -293,6 +297,7 @@ def build(config):
         num_classes=config.MODEL.NUM_CLASSES,
         drop_rate=config.MODEL.DROP_RATE,
         drop_path_rate=config.MODEL.DROP_PATH_RATE,
+        drop_path_type=config.MODEL.DROP_PATH_TYPE,
         use_checkpoint=config.TRAIN.USE_CHECKPOINT,
         level2_post_norm_block_ids=normed,
         **{key.lower(): value for key, value in m.items() if not key.startswith("LEVEL2_POST_NORM")},

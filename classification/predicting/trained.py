@@ -1,6 +1,8 @@
 """A checkpoint alone -> a model that can be asked: weights, labels, size and preprocessing come from it."""
 
+import logging
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +12,11 @@ from torch import nn
 from yacs.config import CfgNode
 
 import config as config_module
+from common import builders
 from common.errors import UserError
-from dataset.files.images import ImageError, decode
+from dataset.files.images import ImageError, decode, decode_photo
 from dataset.preparing import evaluation_transform, normalize, resized_side
-from models import build_model
+from models import build_model, own_values
 from training import checkpoint
 
 LEAST = 16  # pixels in a row or column of what may be an X-ray
@@ -24,6 +27,7 @@ class Trained:
     """What a checkpoint holds: path, its sha256, model (eval mode), labels and config.
 
     domain: of the images it was trained on, see `dataset.files.domain`; empty where the checkpoint does not say.
+    classes: of photographs, each of one of the labels; else of X-rays with several.
     """
 
     path: Path
@@ -32,10 +36,16 @@ class Trained:
     label_names: tuple[str, ...]
     config: CfgNode
     domain: str
+    classes: bool = False
 
     def reader(self):
-        """Function (bytes, name of the file) -> uint8 [1, S, S] as evaluation reads it; it goes to other processes."""
-        return _Reader(self.config)
+        """Function (bytes, name of the file) -> uint8 [1 or 3, S, S] as evaluation reads it; it goes to other
+        processes."""
+        return _PhotoReader(self.config) if self.classes else _Reader(self.config)
+
+    def activate(self, logits):
+        """Probabilities of logits [N, L]."""
+        return logits.softmax(1) if self.classes else logits.sigmoid()
 
     def normalize(self, images):
         """uint8 [N, 1, S, S] -> float32 [N, 3, S, S] as the model takes it."""
@@ -58,20 +68,50 @@ class _Reader:
         return self.transform(Image.fromarray(grayscale))
 
 
-def load(path, *, ema=False, device="cpu", dicom_recipe=None):
+class _PhotoReader:
+    def __init__(self, config):
+        from dataset.transforms import (
+            photo_transform,
+        )  # torchvision takes longer to import than sixty X-rays to predict
+
+        self.transform = photo_transform(config, train=False)
+
+    def __call__(self, data, name):
+        return self.transform(decode_photo(data, name))
+
+
+def _load_published(path, cfg, device):
+    """The model of published weights, by the YAML file of its configuration; its labels are the numbers of classes."""
+    from dataset.build import own_values as data_values
+
+    config = config_module.get_config(Namespace(cfg=cfg), data_values, own_values)
+    model = build_model(config)
+    found = checkpoint.load_pretrained(model, path, logging.getLogger(__name__))
+    if lacking := [*found["replaced"], *found["missing"]]:
+        raise UserError(f"{path} lacks {lacking[0]} of the model of {cfg} ({len(lacking)} such keys)")
+    names = tuple(map(str, range(config.MODEL.NUM_CLASSES)))
+    classes = getattr(builders.find("dataset", config.DATA.DATASET, "DATA.DATASET"), "TASK", "") == "single_label"
+    return Trained(path, found["sha256"], model.to(device).eval(), names, config, "", classes)
+
+
+def load(path, *, ema=False, device="cpu", dicom_recipe=None, cfg=None):
     """The model of one of our checkpoints.
 
+    cfg: of published weights instead, the YAML file of their configuration.
     ema: the EMA weights that the checkpoint holds beside its own (TRAIN.EMA.ENABLE).
     dicom_recipe: instead of the one it was trained with.
 
     UserError: no such file, damaged, not of this project, without labels, or without an EMA.
     """
     path = Path(path)
+    if cfg:
+        return _load_published(path, cfg, device)
     state, sha256 = checkpoint.read_with_digest(path)
     missing = [k for k in ("model", "label_names", "config") if not isinstance(state, dict) or not state.get(k)]
     if missing:
         raise UserError(
-            f"{path} is not a checkpoint of this project: it holds no {missing[0]}; give one that main.py wrote"
+            f"{path} is not a checkpoint of this project: it holds no {missing[0]}; give one that main.py wrote, or "
+            "published weights with their configuration (--cfg)"
         )
     names = state["label_names"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
@@ -100,4 +140,5 @@ def load(path, *, ema=False, device="cpu", dicom_recipe=None):
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     model = build_model(config, outside=False)
     model.load_state_dict(weights)
-    return Trained(path, sha256, model.to(device).eval(), tuple(names), config, state.get("domain") or "")
+    domain, classes = state.get("domain") or "", state.get("task") == "single_label"
+    return Trained(path, sha256, model.to(device).eval(), tuple(names), config, domain, classes)

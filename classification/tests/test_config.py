@@ -247,7 +247,7 @@ BOUNDS = {
     "AUG.GAMMA": (-0.1, None), "AUG.ROTATION": (-1.0, 181.0), "AUG.SHIFT": (-0.1, 1.1), "AUG.REPROB": (-0.1, 1.1),
     "AUG.RECOUNT": (0, None), "AUG.HFLIP": (-0.1, 1.1), "AUG.MIXUP": (-0.1, None), "AUG.CUTMIX": (-0.1, None),
     "AUG.MIXUP_PROB": (-0.1, 1.1), "AUG.MIXUP_SWITCH_PROB": (-0.1, 1.1), "SAVE_FREQ": (0, None),
-    "SAVE_KEEP": (-1, None), "TRAIN.STOP_AFTER": (-1, None),
+    "SAVE_KEEP": (-1, None), "TRAIN.STOP_AFTER": (-1, None), "EVAL_FREQ": (0, None), "TRAIN.START_EPOCH": (-1, None),
     "PRINT_FREQ": (0, None), "SEED": (-1, 2**32),
     # Of lists: one of the numbers.
     "MODEL.INTERN_IMAGE.DEPTHS": (0, None), "MODEL.INTERN_IMAGE.GROUPS": (0, None),

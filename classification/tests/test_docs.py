@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 import config as config_module
-from conftest import ROOT, epochs
+from common import published
+from conftest import ROOT, epochs, write_checkpoint
 from dataset.labels import LABELS
 
 TOP = ROOT.parent
@@ -55,7 +56,7 @@ def test_every_page_of_docs_is_linked_from_the_readme():
 def test_options_that_are_named_exist(page):
     examples = set(re.findall(r'KNOBS\["([\w.]+)"\]', EXTENDING))
     named = re.findall(r"\b(?:DATA|MODEL|TRAIN|AUG|TEST|LOG)(?:\.[A-Z0-9_]+)+\b", page.read_text())
-    assert not {*named} - {*config_module.KNOBS, *config_module.SECTIONS} - examples
+    assert not {*named} - {*config_module.KNOBS, *config_module.SECTIONS, *published.TABLE} - examples
 
 
 def test_the_page_of_options_is_generated():
@@ -205,6 +206,31 @@ def test_the_examples_of_extending_train(run_main, tree, tmp_path, monkeypatch, 
     assert found["dataset"] == "jsonl"
     scaled = run_main(data=tmp_path, out="scaled", TRAIN__LOSS="scaled", TRAIN__EPOCHS=1, **opts)
     assert epochs(scaled)[0]["train_loss"] > 0
+
+
+def test_the_linear_probe_of_the_readme(tree, tmp_path, monkeypatch):
+    """Its commands and its code as printed, in a folder with images.csv and a checkpoint: a report of both labels."""
+    from dataset import mimic_cxr
+
+    table = mimic_cxr.load_table(tree)
+    images = pd.DataFrame(table.labels == 1, columns=table.label_names).astype(int)
+    images["path"] = [str(tree / path.decode()) for path in table.path]
+    images["subject_id"] = [subject.decode() for subject in table.subject]
+    images["split"] = ["test" if split == 2 else "train" for split in table.split]
+    images.to_csv(tmp_path / "images.csv", index=False)
+    write_checkpoint(tmp_path / "best_ckpt.pth")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README_MIMIC.md").read_text().split("## Features and a linear probe")[1].split("\n## ")[0]
+    first, code, last = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for step in (first, code, last):
+        if step is code:
+            exec(code, {})
+            continue
+        words = shlex.split(step, comments=True)
+        importlib.import_module(words[1][:-3]).main([*words[2:], *(["-j", "0"] if step is first else [])])
+    found = json.loads((tmp_path / "probe" / "report.json").read_text())
+    assert list(found["labels"]) == ["Edema", "Pleural Effusion"]
+    assert found["bootstrap"]["unit"] == "patient" and found["labels"]["Edema"]["images"] == (table.split == 2).sum()
 
 
 # ------------------------------------------------------------------------------------ demo on part of the data

@@ -183,7 +183,7 @@ def test_weights_to_share_hold_no_patients_and_no_paths(tmp_path):
         shared = tmp_path / "shared.pth"
         assert export.main([str(path), "--output", str(shared), "--format", "weights", *flags]) == 0
         found = torch.load(shared, weights_only=True)
-        assert set(found) == {"model", "model_ema", "weights", "label_names", "config", "domain"}
+        assert set(found) == {"model", "model_ema", "weights", "task", "label_names", "config", "domain"}
         assert not any(word in shared.read_bytes() for word in (b"secret", b"smith"))
         _, model = write_checkpoint(tmp_path / "other.pth", seed=seed)
         torch.testing.assert_close(trained.load(shared).model.state_dict(), model.state_dict(), rtol=0, atol=0)

@@ -120,15 +120,6 @@ def test_autocast_stays_near_float32(dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_layer_decay_counts_blocks_from_the_last_backwards():
-    scales = small().lr_scales(0.5)
-    assert scales["levels.3.blocks.0."] == 0.5
-    assert scales["levels.2.blocks.2."] == 0.25
-    assert scales["levels.2.blocks.0."] == scales["levels.1.downsample."] == 0.5**4
-    assert scales["patch_embed."] == scales["levels.0.blocks.0."] == 0.5**6
-    assert not any("head".startswith(prefix) for prefix in scales)
-
-
 class TestPretrained:
     @pytest.fixture
     def published(self):

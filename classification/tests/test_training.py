@@ -310,9 +310,9 @@ def test_mixing_and_layer_decay_train(run_main):
     groups = checkpoint.read(folder / "last_ckpt.pth")["optimizer"]["param_groups"]
     scale = {name: g["lr_scale"] for g in groups for name in g["names"]}
     decay = {name: g["weight_decay"] for g in groups for name in g["names"]}
-    assert scale["head.weight"] == 1 and scale["levels.3.blocks.0.mlp.fc1.weight"] == 0.875
-    assert scale["levels.3.blocks.0.dcn.offset.weight"] == pytest.approx(0.0875)
-    assert scale["patch_embed.conv1.weight"] == 0.875**4
+    assert scale["head.weight"] == 1 and scale["levels.2.blocks.0.mlp.fc1.weight"] == 0.875
+    assert scale["levels.2.blocks.0.dcn.offset.weight"] == pytest.approx(0.0875)
+    assert scale["patch_embed.conv1.weight"] == 0.875**3
     assert decay["head.weight"] == 0.05
     assert {decay[n] for n in decay if n.endswith("bias") or ".norm" in n} == {0.0}
 
@@ -516,29 +516,6 @@ def test_throughput(run_main, capsys):
     assert "fed by the loader" not in capsys.readouterr().out
 
 
-def test_imagenet_folders(tiny, tmp_path):
-    """The published single-label task: class folders, cross-entropy, top-1."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 4)):
-        for k, name in enumerate(("dark", "bright")):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 90, (40, 48, 3)) + 160 * k
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    argv = ["--cfg", str(tiny), "--dataset", "imagenet", "--data-path", str(tmp_path / "photos")]
-    opts = {"MODEL.NUM_CLASSES": 2, "OUTPUT": tmp_path / "o", "RESULTS": tmp_path / "r", "DATA.BATCH_SIZE": 8,
-            "TRAIN.EPOCHS": 4, "TRAIN.LR_REFERENCE_BATCH": 8, "AUG.MIXUP": 0.2}  # fmt: skip
-    argv += ["--opts", *(str(x) for pair in opts.items() for x in pair)]
-    assert main.main(argv) == 0
-    assert main.main([*argv[:6], "--eval", *argv[6:]]) == 0
-    metrics = json.loads(next((tmp_path / "r").glob("*/metrics.json")).read_text())
-    assert metrics["acc1"] >= 0.9 and metrics["images"] == 8
-    assert Path(next((tmp_path / "r").glob("*/predictions.csv"))).read_text().startswith("path,bright_target")
-
-
 def test_without_any_auc_there_is_no_best_and_it_is_said(own_tree, run_main):
     """Every label has one class only: null everywhere, no best checkpoint, and the way out."""
     edit_csv(own_tree, "chexpert", lambda f: f.assign(**dict.fromkeys(LABELS)))
@@ -715,7 +692,7 @@ def test_the_average_inside_a_checkpoint_is_evaluated(finished, run_main, tmp_pa
     torch.save(state | {"model_ema": None}, tmp_path / "none.pth")
     with pytest.raises(UserError, match="none.pth has no EMA weights"):
         run_main("--eval", "--ema", "--resume", tmp_path / "none.pth")
-    with pytest.raises(UserError, match="--ema: .*ema_best_ckpt.pth does not exist, and --pretrained .* has none that"):
+    with pytest.raises(UserError, match="--ema: .*ema_best_ckpt.pth does not exist, and .* has none that"):
         run_main("--eval", "--ema", "--pretrained", last)
 
 

@@ -12,6 +12,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load
 
@@ -351,10 +352,22 @@ def _state_dict(content, path, ours):
     return _without_prefix(weights, ours)
 
 
-def load_pretrained(model, path, log):
+def reduce_to_1k(weights, classifier, classes):
+    """The weights with a classifier of the 21,841 classes of ImageNet-22k reduced to the 1,000 of ImageNet-1k, if the
+    model has `classes` 1,000: the same logits as those outputs of the whole classifier."""
+    head = [f"{classifier}.weight", f"{classifier}.bias"]
+    if classes != 1000 or any(k not in weights or len(weights[k]) != 21841 for k in head):
+        return weights
+    rows = np.loadtxt(Path(__file__).with_name("imagenet_22k_to_1k.txt"), int).ravel()
+    return weights | {k: weights[k][rows] for k in head}
+
+
+def load_pretrained(model, path, log, small_head=False):
     """Start from the weights of a published checkpoint (InternImage's own, the Hugging Face copy, timm's).
 
-    A classifier of another size is left as initialised, and so is a part of the model of which the file has nothing.
+    A classifier of another size is left as initialised, and so is a part of the model of which the file has nothing;
+    of 21,841 classes it is reduced to 1,000, see :func:`reduce_to_1k`. small_head: in either case it becomes a
+    thousandth of its initial values instead (TRAIN.RAND_INIT_FT_HEAD).
     Returns {loaded, replaced, missing, unexpected}, lists of keys as files have them, and logs them; `patients` and
     `trained` of `dataset.patients.seen_by`; and the file's `sha256`.
 
@@ -371,7 +384,15 @@ def load_pretrained(model, path, log):
     theirs = _state_dict(content, path, ours.keys())
     if hasattr(part, "fitted"):
         theirs = part.fitted(theirs)
+    head = part.classifier.removeprefix(wrapped)
+    reduced = theirs if small_head else reduce_to_1k(theirs, head, len(ours[f"{head}.weight"]))
+    if reduced is not theirs:
+        log.info(f"{path}: its classifier of 21,841 classes is reduced to those of ImageNet-1k")
+    theirs = reduced
     found = match_weights(theirs, ours, {name.removeprefix(wrapped) for name in _classifiers(part)}, path)
+    if small_head:
+        for key in found["replaced"]:
+            ours[key].mul_(0.001)
     part.load_state_dict({wrapped + k: theirs[k] for k in found["loaded"]}, strict=False)
     found["missing"] += beside
     count = f"{len(found['loaded'])} of {len(model.state_dict())}"

@@ -59,7 +59,7 @@ class Run:
         best = max(self.best.epoch, self.ema_best.epoch)
         if done >= train.EPOCHS:
             return f"{done} of {train.EPOCHS} epochs (TRAIN.EPOCHS)"
-        if 0 < train.STOP_AFTER <= done - best:
+        if 0 < train.STOP_AFTER <= done - best and done % self.config.EVAL_FREQ == 0:
             return (
                 f"{done} of {train.EPOCHS} epochs, none better since epoch {best} (TRAIN.STOP_AFTER {train.STOP_AFTER})"
             )
@@ -124,7 +124,8 @@ def build_run(config, world, folder, log, stop):
     # 4. What a checkpoint holds, in the order in which it is taken back.
     metric = task.best_metric(config.TRAIN.BEST_BY)
     images = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * world.size
-    position = Position(world, log, data["train"], sampler.updates, images)
+    start = config.TRAIN.START_EPOCH
+    position = Position(world, log, data["train"], sampler.updates, images, epoch=start, saved_at=(start, 0))
     best, ema_best = (
         Best(key, metric, data["validate"], folder / name, log)
         for key, name in (("max_accuracy", checkpoint.BEST), ("max_ema_accuracy", checkpoint.EMA_BEST))
@@ -132,6 +133,7 @@ def build_run(config, world, folder, log, stop):
     parts = [
         Origin(
             config,
+            train_set.task,
             train_set.label_names,
             data,
             getattr(train_set, "domain", ""),
@@ -192,7 +194,7 @@ def start_weights(config, model, log):
     Returns what `checkpoint.load_pretrained` does; without such weights empty `patients` and `trained`.
     """
     if path := pretrained_file(config):
-        return checkpoint.load_pretrained(model, path, log)
+        return checkpoint.load_pretrained(model, path, log, config.TRAIN.RAND_INIT_FT_HEAD)
     log.warning(
         "weights: random, since no --pretrained is given. Training from random weights takes many times as long and "
         "scores less; python download_weights.py --help names the published files"

@@ -285,7 +285,7 @@ class Best:
 
 @dataclass
 class Origin:
-    """What a checkpoint tells of its training: labels, images, patients, config.
+    """What a checkpoint tells of its training: task, labels, images, patients, config.
 
     data: fingerprints of the training and the validation images. patients: on whom it was trained or chosen, trained:
     on whom it was trained, see `dataset.patients`; a pretrained file, and what gave labels, add theirs. pseudo_labels:
@@ -293,6 +293,7 @@ class Origin:
     """
 
     config: object
+    task: str
     label_names: list
     data: dict
     domain: str
@@ -303,6 +304,7 @@ class Origin:
 
     def saved(self):
         return {
+            "task": self.task,
             "label_names": list(self.label_names),
             "data": self.data,
             "domain": self.domain,

@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as F
 
 import utils_multilabel as multilabel
+from analysis import classes
+from analysis.evaluation import read_evaluation
 from analysis.metrics import METRICS, Metric
+from analysis.results import Options
 from analysis.text import label_table, number
+from analysis.writing import write_report
 from common.errors import UserError, did_you_mean
 from config import KNOBS
 from models.inference import predict
@@ -28,9 +32,11 @@ class Task:
     validate(model, loader, world, amp, label_names=, metric=, sources=) -> utils_multilabel.Validation; sources: the
         name of that of each image of the dataset, or None
     test(model, loader, world, amp, label_names=, sources=) -> {"loss", metrics, `images` (how many)}, and the arrays
-        `probabilities`, `targets` [N, L] (of labels also `logits`) and `rows` [N] (which of the dataset)
+        `rows` [N] (which of the dataset) and, of labels, `probabilities`, `logits`, `targets` [N, L]; of classes
+        `columns`, what the table of predictions has of each image
     table(metrics) -> text
-    report: whether an evaluation ends with one (intervals, thresholds, calibration of labels)
+    report(folder of an evaluation) -> its headline; writes the report there
+    labels: each is 0 or 1, with a policy, thresholds and calibration of its own
     """
 
     build_criterion: Callable
@@ -39,7 +45,8 @@ class Task:
     validate: Callable
     test: Callable
     table: Callable
-    report: bool
+    report: Callable
+    labels: bool
 
     def best_metric(self, best_by):
         """The row of the metrics that TRAIN.BEST_BY names; the first where the task does not have the option's default.
@@ -76,17 +83,23 @@ def _label_table(found):
 
 # ------------------------------------------------------------------------------- one class of many
 class ClassMetric(Metric):
-    """A metric of classes, a figure of its own: `function(ranks [N])`, how many classes are before the right one."""
+    """A metric of classes: `function(above [N], equal [N])` -> its value for each image, of which it is the mean.
+
+    above: how many classes have a larger logit than the right one; equal: how many have the same, itself included.
+    """
 
     @property
     def key(self):
         return self.name
 
 
-CLASS_METRICS = [
-    ClassMetric("acc1", "top-1", lambda ranks: float((ranks < 1).mean())),
-    ClassMetric("acc5", "top-5", lambda ranks: float((ranks < 5).mean())),
-]
+def _among_first(k):
+    """How probable it is that the right class is among the first k, if chance decides between equal logits."""
+    return lambda above, equal: ((k - above) / equal).clip(0, 1)
+
+
+CLASS_METRICS = [ClassMetric("acc1", "top-1", _among_first(1)), ClassMetric("acc5", "top-5", _among_first(5))]
+LISTED = 5  # most probable classes in the table of predictions
 
 
 def _class_criterion(config, _targets, _draws, device):
@@ -97,13 +110,21 @@ def _class_criterion(config, _targets, _draws, device):
 
 def _test_classes(*arguments, label_names, sources=None):
     logits, targets, rows = predict(*arguments)
-    ranks = (logits > np.take_along_axis(logits, targets[:, None], 1)).sum(1)
+    own, names = np.take_along_axis(logits, targets[:, None], 1), np.array(label_names)
+    above, equal = (logits > own).sum(1), (logits == own).sum(1)
+    values = {metric.key: metric.function(above, equal) for metric in CLASS_METRICS}
+    best, total = np.argsort(-logits, 1, kind="stable")[:, :LISTED], torch.from_numpy(logits).logsumexp(1).numpy()
+    columns = {"target": names[targets]}
+    for k, chosen in enumerate(best.T, start=1):
+        columns[f"prediction_{k}"] = names[chosen]
+        columns[f"probability_{k}"] = np.exp(logits[np.arange(len(logits)), chosen] - total)
+    absent = np.flatnonzero(np.bincount(targets, minlength=len(names)) == 0)
     return {
         "loss": float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets))),
-        **{metric.key: metric.function(ranks) for metric in CLASS_METRICS},
+        **{key: float(value.mean()) for key, value in values.items()},
         "images": len(targets),
-        "probabilities": torch.from_numpy(logits).double().softmax(1).numpy(),
-        "targets": np.eye(len(label_names), dtype=np.float32)[targets],
+        "absent": names[absent].tolist(),
+        "columns": columns | values,
         "rows": rows,
     }
 
@@ -127,7 +148,8 @@ TASKS = {
         validate=multilabel.validate_multilabel,
         test=multilabel.evaluate_test_set,
         table=_label_table,
-        report=True,
+        report=lambda folder: write_report(read_evaluation(folder), Options(), folder)["headline"],
+        labels=True,
     ),
     "single_label": Task(
         build_criterion=_class_criterion,
@@ -136,6 +158,7 @@ TASKS = {
         validate=_validate_classes,
         test=_test_classes,
         table=_class_table,
-        report=False,
+        report=classes.write_report,
+        labels=False,
     ),
 }

@@ -39,8 +39,11 @@ def load_tested(config, folder, dataset, log):
     # The run's best comes before PRETRAINED: a training command with --eval added tests what it trained.
     path = Path(config.MODEL.RESUME or folder / (checkpoint.EMA_BEST if config.TEST.EMA else checkpoint.BEST))
     if not config.MODEL.RESUME and config.MODEL.PRETRAINED and not path.exists():
-        return _load_foreign(model, config, folder, dataset, log)
+        return _load_foreign(model, config.MODEL.PRETRAINED, config, folder, dataset, log)
     state, sha256 = checkpoint.read_with_digest(path)
+    names = state.get("label_names") if isinstance(state, dict) else None
+    if dataset.task == "single_label" and (names is None or (len(names), config.MODEL.NUM_CLASSES) == (21841, 1000)):
+        return _load_foreign(model, path, config, folder, dataset, log)
     checkpoint.check_unit(state, path, config)
     checkpoint.load_weights(model, state, path, dataset.label_names, ema=config.TEST.EMA)
     refuse_known(state.get("patients", {}), dataset, config, path)
@@ -49,12 +52,12 @@ def load_tested(config, folder, dataset, log):
     return Tested(model, path, sha256, {key: value for key, value in state.items() if key not in weights})
 
 
-def _load_foreign(model, config, folder, dataset, log):
-    """The model with the weights of MODEL.PRETRAINED, head included."""
-    path = Path(config.MODEL.PRETRAINED)
+def _load_foreign(model, path, config, folder, dataset, log):
+    """The model with the weights of a file of another program, head included; its classes are in the data's order."""
+    path = Path(path)
     if config.TEST.EMA:
         raise UserError(
-            f"--ema: {folder / checkpoint.EMA_BEST} does not exist, and --pretrained {path} has none that are read; "
+            f"--ema: {folder / checkpoint.EMA_BEST} does not exist, and {path} has none that are read; "
             "leave out --ema, or name a checkpoint of main.py with --resume"
         )
     keys = checkpoint.load_pretrained(model, path, log)
@@ -72,12 +75,13 @@ def build_test_sets(config, log):
         (test_set,) = build_datasets(config, "test")  # if this is the empty split, that is an error
         log.warning(f"no thresholds and no scaling of probabilities, for want of a validation split: {error}")
         return test_set, None
-    return test_set, held_out if TASKS[test_set.task].report else None
+    return test_set, held_out if TASKS[test_set.task].labels else None
 
 
 def expected_bytes(*splits):
     """About what an evaluation of these splits (None: without) and its report take on the disk."""
-    return 4_000_000 + sum(len(split) * (250 + 60 * len(split.label_names)) for split in splits if split is not None)
+    counts = [(len(s), len(s.label_names) if TASKS[s.task].labels else 10) for s in splits if s is not None]
+    return 4_000_000 + sum(images * (250 + 60 * columns) for images, columns in counts)
 
 
 def warnings_of(tested, dataset, config):
@@ -108,7 +112,7 @@ def _augments(config, dataset):
 
 def describe(tested, dataset, config, world, *, seconds, found, warnings):
     """metrics.json: what was tested on what, and the metrics `found`, which took so many seconds."""
-    metrics = {k: v for k, v in found.items() if k not in ("logits", "probabilities", "targets", "rows")}
+    metrics = {k: v for k, v in found.items() if k not in ("logits", "probabilities", "targets", "rows", "columns")}
     processors = device_name(world.device) if world.size == 1 else f"{world.size} x {device_name(world.device)}"
     _, dtype = autocast(config, world.device)
     views = len(TTA) if _augments(config, dataset) else 1
@@ -133,7 +137,7 @@ def describe(tested, dataset, config, world, *, seconds, found, warnings):
         "training": describe_checkpoint(tested.origin, tested.path),
         "software": describe_software(),
     }
-    if TASKS[dataset.task].report:
+    if TASKS[dataset.task].labels:
         about["label_policy"] = {"uncertain": config.DATA.UNCERTAIN, "missing": config.DATA.MISSING}
         about["label_mapping"] = getattr(dataset, "label_mapping", {})
         about["cohort"] = getattr(dataset, "cohort", {})

@@ -140,6 +140,14 @@ def decode(data, name, *, recipe="window", window=0, shrink_to=0):
     return grey
 
 
+def decode_photo(data, name):
+    """Bytes of a photograph -> PIL image RGB; the errors are those of :func:`decode`."""
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except Exception as error:  # as above
+        raise ImageError(f"{name}: cannot be read as an image ({_reason(error, data)}); replace the file") from error
+
+
 def _reason(error, data):
     """One line, without what means nothing to the user, such as an object's address."""
     if isinstance(error, UnidentifiedImageError):

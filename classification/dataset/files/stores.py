@@ -33,6 +33,11 @@ class FileStore:
     def __init__(self, root):
         self.root = Path(root)
 
+    def names(self):
+        """Every file below the folder, sorted."""
+        found = os.walk(self.root, followlinks=True)
+        return sorted(os.path.relpath(os.path.join(folder, name), self.root) for folder, _, n in found for name in n)
+
     def missing(self, paths):
         """Which of an array of paths are no files."""
         return np.array([not os.path.isfile(os.path.join(self.root, path.decode())) for path in paths], bool)
@@ -63,7 +68,7 @@ class _Index:
 
 
 class ZipStore:
-    """Images in uncompressed zip files (`*.zip` in a folder), read by offset.
+    """Images in the uncompressed zip files of a folder that `pattern` names, read by offset.
 
     Member names are the paths of the release (`files/p10/...`). A parallel file system then sees a
     few large files instead of 377,110 small ones.
@@ -71,11 +76,13 @@ class ZipStore:
 
     place = "in the zip files"
 
-    def __init__(self, root):
+    def __init__(self, root, pattern="*.zip"):
         self.root = Path(root)
-        self.shards = sorted(self.root.glob("*.zip"))
+        self.shards = sorted(self.root.glob(pattern))
         if not self.shards:
-            raise UserError(f"DATA.ZIP_MODE: no *.zip in {root}; pack files/ uncompressed (zip -0 -r images.zip files)")
+            raise UserError(
+                f"DATA.ZIP_MODE: no {pattern} in {root}; pack the images uncompressed (zip -0 -r images.zip files)"
+            )
         names, places = [], []  # (shard, offset of the local header, size)
         for k, shard in enumerate(self.shards):
             try:
@@ -89,6 +96,10 @@ class ZipStore:
                 raise UserError(f"{shard}: not a whole zip file ({error})") from error
         self.index, self.places = _Index(np.array(names)), np.array(places)
         self._files = {}
+
+    def names(self):
+        """The members, sorted."""
+        return [name.decode() for name in self.index.paths.tolist()]
 
     def missing(self, paths):
         """Which of an array of paths have no member."""
