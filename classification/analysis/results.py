@@ -40,6 +40,7 @@ ONE_CLASS = "one class only"
 MEASURED = ("auc", "average_precision")  # metrics that Measured has, with intervals
 NO_VARIATION = "no test and no interval: the difference is the same in all resamples"
 TOO_FEW_TO_FIT = "chosen on fewer than {few} {units} of a class"
+ALONE = "one {unit} alone is positive for {labels}: in the mean's interval with the variance of a uniform number, 1/12"
 SEPARATED = "the scores separate the classes: a one-sided bound from {pairs} independent pairs of {units}"
 
 
@@ -124,11 +125,13 @@ class Measured:
             undefined_resamples=int(np.isnan(draws).any(0).sum()), se=statistics.mean_standard_error(placed),
         )  # fmt: skip
         found = {"auroc": auroc, "auprc": self._precision(k), "labels": len(k)}
+        alone = [self.names[i] for i in k if np.isnan(self.auprc_left_out[i]).any()]
         if found["auprc"]["low"] is None and self.patients > 1:
-            alone = [self.names[i] for i in k if np.isnan(self.auprc_left_out[i]).any()]
             found["auprc"]["left_out"] = "no interval: " + (
-                f"one {self.unit} alone is positive for {', '.join(alone)}" if alone else "it is the same in all parts"
+                f"one {self.unit} alone is positive for each label" if alone else "it is the same in all parts"
             )
+        elif alone:
+            found["auprc"]["remark"] = ALONE.format(unit=self.unit, labels=", ".join(alone))
         if separated := ", ".join(self.names[i] for i in k if self.placements[i].bound):
             found["remark"] = f"{separated} add no uncertainty to the mean's interval: the scores separate the classes"
         return found

@@ -125,8 +125,9 @@ def leave_out(patients):
 def precision_interval(values, left_out, positives):
     """(low, high, bias) of the mean of L average precisions; L is 1 for a single label.
 
-    values: [L]; left_out: [L, G], of :func:`leave_out`; positives: patients that have each label, [L]. (None, None,
-    None) where a group holds all positives of a label.
+    values: [L]; left_out: [L, G], of :func:`leave_out`; positives: patients that have each label, [L]. A label whose
+    positives are all in one group counts uncorrected, with the variance of a uniform number; (None, None, None) where
+    all labels are such.
 
     An average precision is too high, since each positive counts in its own precision. With m positives and an average
     precision p the bias is proportional to log(1 + x) / m, x = m / p (integrate 1 / (1 + m u / p) over the recall u).
@@ -137,13 +138,15 @@ def precision_interval(values, left_out, positives):
     benchmarks/README.md.
     """
     groups = left_out.shape[1]
-    if groups == 0 or np.isnan(left_out).any():
+    alone = np.isnan(left_out).any(1)
+    if groups == 0 or alone.all():
         return None, None, None
+    left_out = np.where(np.isnan(left_out), values[:, None], left_out)
     x = positives / values
     share = 1 - x / (1 + x) / np.log1p(x)
-    bias = float(((groups - 1) * (left_out.mean(1) - values) / share).mean())
+    bias = float(np.where(alone, 0, (groups - 1) * (left_out.mean(1) - values) / share).mean())
     value, deviations = float(values.mean()), left_out.mean(0) - left_out.mean()
-    error = math.sqrt((groups - 1) / groups * (deviations @ deviations))
+    error = math.sqrt((groups - 1) / groups * (deviations @ deviations) + alone.sum() / 12 / len(values) ** 2)
     if error < 1e-12:
         return None, None, None
     corrected = min(max(value - bias, value / 3), 1 - (1 - value) / 3)

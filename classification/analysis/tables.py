@@ -205,7 +205,8 @@ def _by_label(report, kind, section, **values):
         rows.append(row(name, found, [*counts, *(count(found["positive_patients"]) for _ in of_patients)]))
     if section["mean"]["auroc"]["value"] is not None:
         rows.append(row(f"mean of {section['mean']['labels']}", section["mean"], [Cell("")] * (3 + len(of_patients))))
-    remarks, resamples = label_remarks(section["labels"] | {"mean": section["mean"]}), report["bootstrap"]["resamples"]
+    mean, resamples = section["mean"], report["bootstrap"]["resamples"]
+    remarks = label_remarks(section["labels"] | {"mean": mean, "mean AUPRC": mean["auprc"]})
     defined = {n: f["auroc"] for n, f in section["labels"].items() if f["auroc"]["value"] is not None}
     few = ", ".join(f"{n} in {k:,}" for n, auroc in defined.items() if (k := auroc.get("undefined_resamples")))
     remarks.append(few and f"resamples (of {resamples:,}) with one class only, which do not count: {few}")

@@ -1,6 +1,6 @@
 """How often the report's 95% intervals hold the truth, on simulated images that are alike within a patient.
 
-    python benchmarks/coverage.py                    every interval at three shapes, some ten minutes on one core
+    python benchmarks/coverage.py                    every interval at four shapes, some ten minutes on one core
     python benchmarks/coverage.py --shape small --draws 100
 
 An image's score for a label is N(d, .7) if it is positive, else N(0, .7), plus its patient's N(0, .7), half of which
@@ -92,6 +92,7 @@ SETTINGS = {
     s.name: s
     for s in (
         Setting("small", 110, 225, (0.09,) * 14),
+        Setting("tail", 72, 362, tuple(np.geomspace(0.004, 0.25, 26))),
         Setting("official", 293, 5159, tuple(np.geomspace(0.02, 0.4, 14))),
         Setting("uneven", 293, 5159, tuple(np.geomspace(0.02, 0.4, 14)), evenness=0.7),
     )

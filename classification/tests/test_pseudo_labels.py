@@ -10,8 +10,12 @@ import torch
 
 import predict
 from common.errors import UserError
+from common.files import sha256
+from config import get_config, parse_args
 from conftest import write_checkpoint
 from dataset import nih
+from dataset.build import build_datasets, own_values
+from dataset.cxr_lt import TASKS
 from dataset.labels import LABELS
 from dataset.patients import patients_of
 from dataset.pseudo_labels import fill_unknown
@@ -39,8 +43,6 @@ def own_given(given, tmp_path):
     def change(**content):
         torch.save(torch.load(path, weights_only=True) | content, path)
         with open(path, "rb") as file:
-            from common.files import sha256
-
             digest = sha256(file)
         entry = json.loads(run.read_text())
         entry["p.csv"]["command"]["checkpoints"], entry["p.csv"]["checkpoint_paths"] = [digest], [str(path)]
@@ -133,9 +135,6 @@ def test_a_run_records_its_pseudo_labels_and_whom_the_model_saw(run_main, layout
     # A model that has seen the test patients, or was trained on those of validation.
     table, path, change = own_given
     options |= {"DATA__PSEUDO_LABELS": table, "out": "other"}
-    from config import get_config, parse_args
-    from dataset.build import build_datasets
-
     config = get_config(
         parse_args(["--cfg", str(run_main.cfg), "--dataset", "nih", "--data-path", str(layouts("nih"))])
     )
@@ -160,3 +159,38 @@ def test_a_run_records_its_pseudo_labels_and_whom_the_model_saw(run_main, layout
     torch.save({"other": 1}, path)
     with pytest.raises(UserError, match="teacher.pth has changed since"):
         run_main(**options)
+
+
+def test_a_source_learns_the_labels_of_the_first_from_a_model(run_main, layouts, tmp_path):
+    """NIH has none of most of CXR-LT's labels: all that it does not know comes from the table."""
+    labels = TASKS["2024-1"]
+    images = sorted(str(path) for path in layouts("nih").rglob("*.png"))
+    values = np.random.default_rng(1).random((len(images), len(labels))).round(4)
+    frame = pd.DataFrame({"path": images, "error": "", **dict(zip(labels, values.T))})
+    frame.to_csv(tmp_path / "p.csv", index=False)
+    entry = {"checkpoint_paths": ["a.pth"], "command": {"checkpoints": ["0"]}}
+    (tmp_path / "run.json").write_text(json.dumps({"p.csv": entry}))
+    sources = [
+        {"dataset": "cxr_lt", "path": str(layouts("cxr_lt"))},
+        {"dataset": "nih", "path": str(layouts("nih")), "pseudo_labels": str(tmp_path / "p.csv")},
+    ]
+
+    def build(*splits, **opts):
+        pairs = {"DATA.SOURCES": json.dumps(sources), "MODEL.NUM_CLASSES": "40", **opts}
+        args = ["--cfg", str(run_main.cfg), "--opts", *(text for pair in pairs.items() for text in pair)]
+        return build_datasets(get_config(parse_args(args), own_values), *splits)
+
+    train, validate = build("train", "validate")
+    assert train.label_names == labels and train.primary_metric == "average_precision"
+    part, rows = train.parts["nih"], {path.rsplit("/", 1)[-1]: row for path, row in zip(images, values)}
+    for name, own in {"Tortuous Aorta": None, "Support Devices": None, "Mass": "Mass", "Edema": "Edema"}.items():
+        k = labels.index(name)
+        expected = np.float32([rows[image][k] for image in part.ids()["dicom_id"]])
+        assert np.array_equal(part.targets[:, k], expected) == (own is None), name
+        assert set(part.targets[:, k]) <= {0, 1} or own is None
+        assert np.isnan(validate.parts["nih"].targets[:, k]).all() == (own is None)
+    assert part.pseudo_labels["filled"]["Tortuous Aorta"] == len(part)
+    with pytest.raises(UserError, match="p.csv: neither it nor the data has the label 'Aorta'"):
+        sources[0] |= {"dataset": "nih", "path": str(layouts("nih")), "pseudo_labels": str(tmp_path / "p.csv")}
+        sources.pop()
+        build("train", **{"DATA.LABELS": "[Aorta, Edema]", "MODEL.NUM_CLASSES": "2"})

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import expit, logit
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, log_loss, roc_auc_score, roc_curve
@@ -226,6 +227,21 @@ def test_precision_interval_equals_a_jackknife_in_loops():
     assert many.shape == (1000, statistics.GROUPS) and ((many == 0).sum(1) == 1).all()
     assert statistics.precision_interval(np.array([0.5]), np.array([[0.4, np.nan]]), np.array([1])) == (None,) * 3
     assert statistics.leave_out(1).shape == (1, 0)
+
+
+def test_a_label_of_one_patient_counts_with_the_variance_of_a_uniform_number():
+    """In the mean of two labels, of which the second has its positives in the last group alone."""
+    values, positives = np.array([0.6, 0.2]), np.array([30, 1])
+    left_out = np.array([[0.58, 0.61, 0.6, 0.63], [0.21, 0.2, 0.22, np.nan]])
+    low, high, bias = statistics.precision_interval(values, left_out, positives)
+    means = (left_out[0] + np.array([0.21, 0.2, 0.22, 0.2])) / 2  # without its positives it is as it is
+    _, _, of_first = statistics.precision_interval(values[:1], left_out[:1], positives[:1])
+    deviations = means - means.mean()
+    error = math.sqrt(3 / 4 * (deviations**2).sum() + (1 / 12) / 2**2)
+    middle = 0.4 - of_first / 2
+    half = stats.t.ppf(0.975, (deviations**2).sum() ** 2 / (deviations**4).sum()) * error / (middle * (1 - middle))
+    assert bias == pytest.approx(of_first / 2)
+    assert [low, high] == pytest.approx([expit(logit(middle) - half), expit(logit(middle) + half)])
 
 
 def test_the_interval_of_mean_precision_holds_the_truth():
