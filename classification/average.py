@@ -85,7 +85,7 @@ def read_members(args):
         checkpoint.check_labels(state, path, first.state.get("label_names", ()), f"{first.path} has")
         changed = config_module.differences(first.state["config"], state["config"])
         for key, (ours, theirs) in changed.items():
-            if key in checkpoint.SEEN or (key.startswith("MODEL.") and key not in FREE):
+            if key in (*checkpoint.SEEN, "DATA.UNIT") or (key.startswith("MODEL.") and key not in FREE):
                 raise UserError(f"{path} was trained with {key} {theirs}, {first.path} with {ours}: these have no mean")
         weights = state["model_ema" if args.ema else "model"]
         if weights is None:

@@ -28,10 +28,11 @@ def _rows(frame, paths, source):
     """Row of the predictions for each of `paths` [N], relative to the folder of the images; -1 where there is none."""
     wanted = [_stem(path.decode()) for path in paths.tolist()]
     depths, rows = {path.count("/") + 1 for path in wanted}, {}
-    for row, path in enumerate(map(_stem, frame["path"])):
-        parts = path.split("/")
-        for depth in depths:
-            rows.setdefault("/".join(parts[-depth:]), set()).add(row)
+    for row, text in enumerate(frame["path"]):
+        for path in text.split(";"):  # of a study those of its images
+            parts = _stem(path).split("/")
+            for depth in depths:
+                rows.setdefault("/".join(parts[-depth:]), set()).add(row)
     found = [rows.get(path, ()) for path in wanted]
     if twice := [path for path, here in zip(wanted, found) if len(here) > 1]:
         raise UserError(f"{KEY} {source}: the image {twice[0]} has several rows; predict one release a table")

@@ -35,7 +35,10 @@ class StudyDataset:
         if images.task != "multilabel":
             raise UserError(f"DATA.UNIT study is for X-rays; these data are {images.task}: set DATA.UNIT image")
         self.of_images, self.most, self.train, self.skip = images, most, train, skip
-        for name in ("domain", "root", "cohort", "label_mapping", "patients", "uses", "parts"):
+        carried = (
+            "domain root cohort label_mapping label_groups primary_metric population patients pseudo_labels uses parts"
+        )
+        for name in carried.split():
             if hasattr(images, name):
                 setattr(self, name, getattr(images, name))
         self.task, self.label_names, self.warnings = images.task, images.label_names, images.warnings

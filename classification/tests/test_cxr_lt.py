@@ -18,7 +18,7 @@ from conftest import SHARED
 from dataset import cxr_lt
 from dataset.build import build_datasets, own_values
 from dataset.cxr_lt import TASKS, load_table
-from dataset.patients import refuse_known, seen_by
+from dataset.patients import patients_of, refuse_known, seen_by
 from dataset.tables import SPLITS
 
 SAMPLE = SHARED / "cxr_lt_sample" / "cxr-lt-2024"
@@ -275,3 +275,12 @@ def test_the_sample_of_real_images():
         assert table.root == SHARED / "cxr_sample" and len(table.label_names) == count
         assert np.bincount(table.split).tolist() == [660, 115, 100]
     assert cxr_lt.RELEASE.learned_labels(SAMPLE) == TASKS["2024-1"]
+
+
+def test_studies_keep_what_the_release_says_of_its_images(layouts, run_main):
+    args = ["--cfg", str(run_main.cfg), "--dataset", "cxr_lt", "--data-path", str(layouts("cxr_lt"))]
+    config = get_config(parse_args([*args, "--opts", "DATA.UNIT", "study", "MODEL.NUM_CLASSES", "40"]))
+    (studies,) = build_datasets(config, "test")
+    assert (studies.population, studies.primary_metric) == ("mimic_cxr", "average_precision")
+    assert list(studies.label_groups) == ["head", "medium", "tail"]
+    assert list(patients_of(studies, config)) == ["mimic_cxr"]
