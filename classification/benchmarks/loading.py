@@ -153,42 +153,30 @@ def measure_table(folder):
     worker.join()
 
 
-HEADER = (
-    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
-    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
-)
 # Of NIH ChestX-ray14: (patients, images) of train_val_list.txt and of test_list.txt, none of them in both.
-TRAIN, TEST = (28_008, 86_524), (2_797, 25_596)
+NIH = {"train": (28_008, 86_524), "test": (2_797, 25_596)}
 
 
-def write_nih_tables(root, seed=0):
-    """The three tables of NIH ChestX-ray14 at its full size, made up; returns the names of its images."""
-    rng = np.random.default_rng(seed)
-    patients = rng.permutation(np.arange(1, TRAIN[0] + TEST[0] + 1))
-    names, lines = {}, []
-    for split, some, count in (("train", patients[: TRAIN[0]], TRAIN[1]), ("test", patients[TRAIN[0] :], TEST[1])):
-        more = rng.multinomial(count - len(some), rng.dirichlet(np.full(len(some), 0.5)))
-        rows = [(patient, k) for patient, n in zip(some.tolist(), more.tolist()) for k in range(n + 1)]
-        names[split] = [f"{patient:08d}_{k:03d}.png" for patient, k in rows]
-        found = [[] for _ in rows]
-        for row, column in np.argwhere(rng.random((count, len(nih.FINDINGS))) < 0.06).tolist():
-            found[row].append(nih.FINDINGS[column])
-        for (patient, k), name, here in zip(rows, names[split], found):
-            person = f"{patient},{20 + k % 60},{'FM'[k % 2]},{('PA', 'AP')[k % 2]}"
-            lines.append(f"{name},{'|'.join(here) or nih.NORMAL},{k},{person},2500,2048,0.1,0.1")
-    (root / "Data_Entry_2017.csv").write_text("\n".join([HEADER, *sorted(lines)]) + "\n")
-    (root / "train_val_list.txt").write_text("\n".join(names["train"]))
-    (root / "test_list.txt").write_text("\n".join(names["test"]))
-    return sorted(names["train"] + names["test"])
+def write_nih_tables(root):
+    """The three tables of NIH ChestX-ray14 at its full size, made up; returns the paths of its images."""
+    rng, parts, first = np.random.default_rng(0), [], 1
+    for split, (patients, images) in NIH.items():
+        counts = 1 + rng.multinomial(images - patients, rng.dirichlet(np.full(patients, 0.5)))
+        parts.append(pd.DataFrame({"patient": np.repeat(np.arange(patients) + first, counts), "split": split}))
+        first += patients
+    rows = pd.concat(parts, ignore_index=True).assign(view="PA", age=50, sex="F", Rows=2048, Columns=2500)
+    rows = rows.assign(study_seed=rows.index, **{label: rng.random(len(rows)) < 0.06 for label in LABELS})
+    rows, written = synthetic.LAYOUTS["nih"].write(rows, "png")
+    for name, table in written.items():
+        synthetic.write_table(root / name, table)
+    return rows["file"]
 
 
 def measure_nih(folder):
     """Start-up on NIH ChestX-ray14, its images in twelve folders as they are downloaded."""
-    for k, part in enumerate(np.array_split(write_nih_tables(folder), 12)):
-        place = folder / f"images_{k + 1:03d}/images"
-        place.mkdir(parents=True)
-        for name in part:
-            (place / name).touch()
+    for path in map(folder.joinpath, write_nih_tables(folder)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     looked, missing = [], stores.FileStore.missing
     stores.FileStore.missing = lambda store, paths: looked.append(len(paths)) or missing(store, paths)
     started = time.perf_counter()

@@ -5,11 +5,10 @@ Labels are CheXpert's, by its labeler, in another order.
 
 from dataset import tables
 from dataset.labels import LABELS
-from dataset.releases import Reading, Release, exact, views
+from dataset.releases import Reading, Release, views
 
 PATHS = ("PngPath", "DicomPath")
 SIGNS = {"master_spreadsheet*.csv": ("PatientID", "AccessionNumber")}
-MAPPING = {name: exact(name) for name in LABELS}
 
 
 def read(folder):
@@ -33,5 +32,5 @@ def read(folder):
     )
 
 
-RELEASE = Release("brax", SIGNS, MAPPING, read, uses=("DATA.SPLIT_SEED",))
+RELEASE = Release("brax", SIGNS, read, uses=("DATA.SPLIT_SEED",))
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

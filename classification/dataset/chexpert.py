@@ -3,7 +3,7 @@
 The full size is unpacked into four folders `CheXpert-v1.0 batch N (...)`, in some of which `train/` is missing.
 
 groundtruth.csv has one row a study of the test set, `CheXpert-v1.0/test/patient64741/study1`; which images a study has
-is told by its folder.
+is told by its folder. The labels are those of MIMIC-CXR, by the same labeler.
 """
 
 import itertools
@@ -14,11 +14,10 @@ import pandas as pd
 from common.errors import UserError
 from dataset import tables
 from dataset.labels import LABELS
-from dataset.releases import Folder, Reading, Release, exact, views
+from dataset.releases import Folder, Reading, Release, views
 
 COLUMNS = ("Path", "Frontal/Lateral", "AP/PA")
 SIGNS = {name: COLUMNS for name in ("train.csv", "valid.csv")}
-MAPPING = {name: exact(name) for name in LABELS}  # the labeler of both is CheXpert's
 
 
 def _below_top(frame, column, path):
@@ -79,9 +78,8 @@ def read(folder):
     }
     frames = {split: tables.read_csv(path, COLUMNS) for split, path in files.items()}
     tops = _tops(folder, frames["train"]["Path"].iloc[0])
-    test = folder.table("groundtruth.csv", "test/groundtruth.csv") or Folder(folder.root.parent).table(
-        "groundtruth.csv"
-    )
+    test = folder.table("groundtruth.csv", "test/groundtruth.csv")
+    test = test or Folder(folder.root.parent).table("groundtruth.csv")
     if test:
         files["test"], frames["test"] = test, _test_images(folder, test, tops)
     images = pd.concat([_below_top(frame, "Path", files[split]) for split, frame in frames.items()], ignore_index=True)
@@ -109,5 +107,5 @@ def read(folder):
     )
 
 
-RELEASE = Release("chexpert", SIGNS, MAPPING, read, parts=BATCHES)
+RELEASE = Release("chexpert", SIGNS, read, parts=BATCHES)
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

@@ -136,7 +136,7 @@ class CxrLt(Release):
 
 
 RELEASE = CxrLt(
-    "cxr_lt", SIGNS, {}, read, {"task": "DATA.CXR_LT", "images": "DATA.IMAGES"}, ("DATA.SPLIT_SEED",),
+    "cxr_lt", SIGNS, read, {"task": "DATA.CXR_LT", "images": "DATA.IMAGES"}, ("DATA.SPLIT_SEED",),
     all_images={"task": ""}, population="mimic_cxr", primary_metric="average_precision",
     label_groups={"head": 0.1, "medium": 0.01, "tail": 0.0},
 )  # fmt: skip

@@ -15,7 +15,7 @@ from common.errors import UserError
 from dataset import releases, tables
 from dataset.files.images import SUFFIXES, decode
 from dataset.labels import LABELS
-from dataset.releases import Folder, Reading, Release, exact
+from dataset.releases import Folder, Reading, Release
 from dataset.views import find_views
 from dataset.xrays import RadiographDataset
 
@@ -271,7 +271,7 @@ class MimicRelease(Release):
 
 
 RELEASE = MimicRelease(
-    "mimic_cxr", SIGNS, {name: exact(name) for name in LABELS}, read,
+    "mimic_cxr", SIGNS, read,
     {"csv": "DATA.CSV", "labeler": "DATA.LABELER", "test_labeler": "DATA.TEST_LABELER"}, all_images={"labeler": ""},
 )  # fmt: skip
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

@@ -8,7 +8,7 @@ import pandas as pd
 
 from common.errors import UserError, did_you_mean
 from dataset import tables
-from dataset.releases import Reading, Release, approximate, exact, views
+from dataset.releases import Reading, Release, views
 
 SIGNS = {"Data_Entry_2017*.csv": ("Image Index", "Finding Labels")}
 FINDINGS = (
@@ -16,19 +16,6 @@ FINDINGS = (
     "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
 )  # fmt: skip
 NORMAL = "No Finding"
-MAPPING = {
-    "Atelectasis": exact("Atelectasis"),
-    "Cardiomegaly": exact("Cardiomegaly"),
-    "Consolidation": exact("Consolidation"),
-    "Edema": exact("Edema"),
-    "Pleural Effusion": exact("Effusion"),
-    "Pneumonia": exact("Pneumonia"),
-    "Pneumothorax": exact("Pneumothorax"),
-    "Lung Lesion": approximate("Mass", "Nodule"),
-    "Lung Opacity": approximate("Infiltration"),
-    "No Finding": approximate(NORMAL),  # none of these fourteen; CheXpert's are others, and allow devices
-    "Pleural Other": approximate("Pleural_Thickening"),
-}
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 
 
@@ -87,5 +74,5 @@ def read(folder):
     )
 
 
-RELEASE = Release("nih", SIGNS, MAPPING, read, uses=("DATA.SPLIT_SEED",))
+RELEASE = Release("nih", SIGNS, read, uses=("DATA.SPLIT_SEED",))
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

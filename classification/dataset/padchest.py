@@ -4,22 +4,17 @@ Ids have up to 36 digits and are read as text. `Labels` is a Python list as text
 """
 
 import ast
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from common.errors import UserError
 from dataset import tables
 from dataset.labels import BLANK
-from dataset.releases import Reading, Release, approximate, exact, views
+from dataset.releases import Reading, Release, views
 
 COLUMNS = ("ImageID", "ImageDir", "StudyID", "PatientID", "Projection", "MethodLabel", "Labels")
 SIGNS = {"*.csv": ("ImageID", "ImageDir", "MethodLabel")}
-TERMS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-MAPPING = {label: exact(*terms) for label, terms in TERMS["exact"].items()}
-MAPPING |= {label: approximate(*terms) for label, terms in TERMS["approximate"].items()}
 PROJECTIONS = {"AP_horizontal": "AP", "UNK": "", "POSTEROANTERIOR": "PA", "ANTEROPOSTERIOR": "AP"}
 
 
@@ -77,6 +72,6 @@ def read(folder, labelled_by="physicians"):
     )
 
 
-RELEASE = Release("padchest", SIGNS, MAPPING, read, {"labelled_by": "DATA.LABELLED_BY"}, uses=("DATA.SPLIT_SEED",),
+RELEASE = Release("padchest", SIGNS, read, {"labelled_by": "DATA.LABELLED_BY"}, uses=("DATA.SPLIT_SEED",),
                   all_images={"labelled_by": None})  # fmt: skip
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

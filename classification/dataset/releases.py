@@ -1,8 +1,8 @@
 """What the readers of releases share: label mapping, splits by patient, finding folders and images.
 
-A release is a module with a :class:`Release`: the marks it is known by, how the labels of a model follow from its
-own, and a `read` that turns its tables into a :class:`Reading`. All that comes after is here and in `tables.py`.
-Runs without torch.
+A release is a module with a :class:`Release`: the marks it is known by, and a `read` that turns its tables into a
+:class:`Reading`. How a model's labels follow from its own says `mappings.yaml`; all that comes after is here and in
+`tables.py`. Runs without torch.
 """
 
 import fnmatch
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from common.errors import UserError, did_you_mean
 from common.folders import cannot_be_read
@@ -36,22 +37,15 @@ MOST_FOLDERS = 100  # in a folder of releases; one with more holds the images of
 
 
 # ------------------------------------------------------------------------------------------------ labels
+MAPPINGS = yaml.safe_load(Path(__file__).with_name("mappings.yaml").read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where a label of a model comes from: the release's labels of which any makes it positive."""
+    """Where a label of a model comes from: the release's labels of which any makes it positive, see mappings.yaml."""
 
     names: tuple
     exact: bool
-
-
-def exact(*names):
-    """The release's labels mean the same, taken together."""
-    return Source(names, True)
-
-
-def approximate(*names):
-    """The release's labels mean nearly the same, or a part of it."""
-    return Source(names, False)
 
 
 def _any_of(values):
@@ -68,7 +62,7 @@ def map_labels(reading, mapping, label_names, approximate_labels, release, forei
 
     UserError: a label that neither the 14 of CheXpert nor the release has; not with `foreign`: it is unknown then.
     """
-    own = {name: exact(name) for name in reading.names}
+    own = {name: Source((name,), True) for name in reading.names}
     values, mapped = np.full((len(reading.image), len(label_names)), UNKNOWN, np.float32), {}
     for k, label in enumerate(label_names):
         source = mapping.get(label) or own.get(label)
@@ -383,7 +377,6 @@ class Release:
 
     name: of its module, DATA.DATASET.
     signs: {name of a table: columns} by which its folder is known, the surest first.
-    mapping: {label of a model: :class:`Source`}; other labels of the 14 are unknown to it.
     read(folder, **options) -> :class:`Reading`; options: {its keyword: config key}.
     uses: further config keys that it uses.
     parts: pattern of the folders in which a download is unpacked; the folder above them is then the root.
@@ -393,7 +386,6 @@ class Release:
 
     name: str
     signs: dict
-    mapping: dict
     read: Callable
     options: dict = field(default_factory=dict)
     uses: tuple = ()
@@ -402,6 +394,12 @@ class Release:
     population: str = ""
     primary_metric: str = ""
     label_groups: dict = field(default_factory=dict)
+
+    @functools.cached_property
+    def mapping(self):
+        """{label of a model: :class:`Source`}."""
+        kinds = MAPPINGS.get(self.name, {}).items()
+        return {label: Source(tuple(names), kind == "exact") for kind, found in kinds for label, names in found.items()}
 
     def load_table(
         self,

@@ -43,9 +43,8 @@ class Sources:
         if all(hasattr(part, "labels") for part in datasets):
             self.labels = np.concatenate([part.labels for part in datasets])
         self.label_mapping = _joined_mapping(self.label_names, parts)
-        self.primary_metric, self.label_groups = (
-            getattr(datasets[0], k, "") for k in ("primary_metric", "label_groups")
-        )
+        self.primary_metric = getattr(datasets[0], "primary_metric", "")
+        self.label_groups = getattr(datasets[0], "label_groups", "")
         self.cohort = _joined_cohort(parts)
         domains = {kind for part in datasets for kind in getattr(part, "domain", "").split(" and ")}
         self.domain = " and ".join(sorted(domains - {""}))

@@ -10,7 +10,7 @@ import pandas as pd
 from common.errors import UserError
 from dataset import tables
 from dataset.files.images import SUFFIXES
-from dataset.releases import Reading, Release, approximate, exact
+from dataset.releases import Reading, Release
 
 FINDINGS = (
     "Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Clavicle fracture", "Consolidation", "Edema",
@@ -19,20 +19,6 @@ FINDINGS = (
     "Other lesion", "COPD", "Lung tumor", "Pneumonia", "Tuberculosis", "Other disease", "No finding",
 )  # fmt: skip
 ALSO = {"Other diseases": "Other disease"}  # so in some of the tables
-MAPPING = {
-    "Atelectasis": exact("Atelectasis"),
-    "Cardiomegaly": exact("Cardiomegaly"),
-    "Consolidation": exact("Consolidation"),
-    "Edema": exact("Edema"),
-    "Lung Opacity": exact("Lung Opacity"),
-    "Pleural Effusion": exact("Pleural effusion"),
-    "Pneumonia": exact("Pneumonia"),
-    "Pneumothorax": exact("Pneumothorax"),
-    "Fracture": approximate("Clavicle fracture", "Rib fracture"),
-    "Lung Lesion": approximate("Nodule/Mass", "Lung tumor"),
-    "No Finding": approximate("No finding"),
-    "Pleural Other": approximate("Pleural thickening"),
-}
 SIGNS = {
     "annotations/image_labels_train.csv": ("image_id", "rad_id"),
     "image_labels_train.csv": ("image_id", "rad_id"),
@@ -115,6 +101,6 @@ def read(folder, readers="majority", need_rows=True):
     )
 
 
-RELEASE = Release("vindr", SIGNS, MAPPING, read, {"readers": "DATA.READERS"}, ("DATA.SPLIT_SEED",),
+RELEASE = Release("vindr", SIGNS, read, {"readers": "DATA.READERS"}, ("DATA.SPLIT_SEED",),
                   all_images={"need_rows": False})  # fmt: skip
 load_table, table, build = RELEASE.load_table, RELEASE.table, RELEASE.build

@@ -479,7 +479,7 @@ def test_the_page_has_the_mapping():
     rows = {cells[1]: cells[2:5] for line in lines if len(cells := [c.strip() for c in line.split("|")]) == 6}
     for label in LABELS:
         for module, cell in zip((nih, padchest, vindr), rows[label]):
-            source = module.MAPPING.get(label)
+            source = module.RELEASE.mapping.get(label)
             names = ", ".join(source.names) if source else "–"
             assert cell == (names if source is None or source.exact else f"*{names}*"), (label, module.__name__)
 

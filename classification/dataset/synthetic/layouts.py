@@ -120,17 +120,6 @@ def chexpert(rows, _form):
 
 
 # ---------------------------------------------------------------------------------------------------------- CXR-LT
-# Label that MIMIC-CXR's tables do not have -> of which images: (those with all of these labels, one in so many).
-CXR_LT_SIGNS = {
-    "Clavicle Fracture": (("Fracture",), 4), "Fibrosis": (("Pleural Other",), 3), "Granuloma": (("Lung Lesion",), 12),
-    "Hydropneumothorax": (("Pneumothorax", "Pleural Effusion"), 1), "Infiltration": (("Lung Opacity",), 3),
-    "Lobar Atelectasis": (("Atelectasis",), 6), "Mass": (("Lung Lesion",), 2), "Nodule": (("Lung Lesion",), 3),
-    "Normal": (("No Finding",), 1), "Pleural Thickening": (("Pleural Other",), 2), "Rib Fracture": (("Fracture",), 2),
-    "Tortuous Aorta": (("Enlarged Cardiomediastinum",), 3),
-    "Tuberculosis": (("Lung Lesion", "Consolidation", "Pleural Effusion"), 1),
-}  # fmt: skip
-
-
 def cxr_lt(rows, form):
     """Images as in MIMIC-CXR; the tables of 2023 and 2024 beside them, with splits of their own, a leading s in
     study_id, 4% blank views, and 0 for what is not 1. Some rare labels have no positives."""
@@ -150,7 +139,7 @@ def cxr_lt(rows, form):
     )
 
     def value(name):
-        shown, one_in = CXR_LT_SIGNS.get(name, ((name,), 1))
+        shown, one_in = FINDINGS["cxr_lt"].get(name, [[name], 1])
         known = [rows[label].eq(1) if label in rows else pd.Series(False, rows.index) for label in shown]
         chosen = rows["study_seed"].map(lambda seed: int(_hex(8, name, seed), 16) % one_in == 0)
         return (np.logical_and.reduce(known) & chosen).astype(int)
@@ -232,8 +221,6 @@ def padchest(rows, _form):
 
 
 # ------------------------------------------------------------------------------------------------------- VinDr-CXR
-
-
 def vindr(rows, _form):
     """DICOM named .dicom, frontal views only, no patients. In train three readers an image, of whom two or three see
     what is there, and one what is uncertain; in test their consensus."""
@@ -272,7 +259,6 @@ BRAX_LABELS = (*CHEXPERT_LABELS[:3], "Lung Lesion", "Lung Opacity", *CHEXPERT_LA
 def brax(rows, _form):
     """PNG (the table has the paths of the DICOMs too), labels as in CheXpert in another order, no splits, an age of
     "85 or more"."""
-
     patient = "id_" + rows["subject_id"].map(lambda subject: str(uuid.UUID(_hex(32, "patient", subject))))
     accession = rows["study_id"].map(lambda study: _digits(16, "study", study))
     stem = patient + "/Study_" + accession + "/Series_" + accession + "/image-" + rows["dicom_id"]

@@ -194,10 +194,7 @@ def write_tree(
     if layout != FIRST:
         tables[OTHER_IDS] = rows[["file", "dicom_id"]].rename(columns={"file": "image"})
     for name, table in tables.items():
-        text = table if isinstance(table, str) else table.to_csv(index=False, lineterminator="\n")
-        (root / name).parent.mkdir(exist_ok=True)
-        # Without the time, which makes equal files differ.
-        (root / name).write_bytes(gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode())
+        write_table(root / name, table)
 
     def by_split(rows):
         return {split: int((rows["split"] == split).sum()) for split in SPLITS}
@@ -210,6 +207,14 @@ def write_tree(
     }
     _write_marker(root, {"parameters": parameters, "summary": summary})
     return {**summary, "reused": False}
+
+
+def write_table(path, table):
+    """A table, or text, of a layout."""
+    text = table if isinstance(table, str) else table.to_csv(index=False, lineterminator="\n")
+    path.parent.mkdir(exist_ok=True)
+    # Without the time, which makes equal files differ.
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
 
 
 def _remove(root, entries):

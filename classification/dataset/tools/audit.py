@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from PIL import Image
 
 from common.folders import output_folder, walk
@@ -21,31 +22,8 @@ from dataset.labels import BLANK, LABELS
 from dataset.tools.processes import in_processes
 from dataset.tools.readers import find_reader
 
-# Everything that can be found, in the order of the summary. A row of the table: problem, path, detail.
-PROBLEMS = {
-    "missing": "images of the table that are not there",
-    "extra": "images that no row of the table names",
-    "unreadable": "images that cannot be read",
-    "wrong suffix": "images of another format than their name says",
-    "colour": "colour images (training takes their luminance)",
-    "turned": "pictures that an EXIF orientation turns (training takes them upright)",
-    "odd header": "images that are read although something in them is odd",
-    "several frames": "pictures of several frames (training takes the first)",
-    "odd size": "images under 32 pixels, or with sides more than 4 : 1",
-    "other size than metadata": "full-size images whose rows and columns differ from the metadata file",
-    "constant": "images of one grey level",
-    "duplicate pixels": "images equal to an earlier one",
-    "wrong checksum": "images that differ from SHA256SUMS",
-    "duplicate row": "rows that repeat an image or a study",
-    "bad id": "rows whose ids are missing or, in the official tables, no whole numbers",
-    "bad label": "label values other than 1, 0, -1 and nothing",
-    "bad split": "splits other than train, validate and test",
-    "no label row": "studies with images and without a label row",
-    "no label": "studies whose label row is blank",
-    "no image": "studies with labels and without an image",
-    "two splits": "patients in two splits",
-    "outside": "paths that lead out of the data folder",
-}
+# Everything that can be found. A row of the table: problem, path, detail.
+PROBLEMS = yaml.safe_load(Path(__file__).with_name("problems.yaml").read_text(encoding="utf-8"))
 
 
 def _look(task):

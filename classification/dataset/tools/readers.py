@@ -27,7 +27,7 @@ class Built(Release):
     """A dataset whose module has only `build`; each image needs a `path` in `ids()` or `descriptions()`."""
 
     def __init__(self, name, module):
-        super().__init__(name, signs={}, mapping={}, read=module.build)
+        super().__init__(name, signs={}, read=module.build)
 
     def learned_labels(self, root, csv=""):
         self.find_own_csv(root, csv)
