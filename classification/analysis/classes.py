@@ -4,7 +4,6 @@ Its predictions.csv has a row per image: ids, `target`, `prediction_1`, `probabi
 most probable first; `acc1` and `acc5` are 1 if the target is among the first, 0 if not, a share if logits are equal.
 """
 
-import csv
 import json
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from analysis import page
 from analysis.statistics import wilson
 from analysis.tables import Cell, Table, count, figure, share
 from analysis.templates import fill, md
+from analysis.writing import write_files
 from common.errors import UserError
-from common.files import write_whole
 
 WORST = 20  # confusions that are listed
 NOTE = "95% intervals: Wilson's, of images that are independent of each other."
@@ -87,17 +86,12 @@ def write_report(evaluation, folder=None):
     facts = [(key, str(about[key])) for key in ("checkpoint", "backbone", "dataset") if about[key]]
     title = f"{about['backbone'] or evaluation.name} on {about['dataset'] or 'its test split'}"
     sections = [(t.key, t.title, [t], None) for t in shown]
-    summary = fill("summary.md.j2", title=title, lead=md(said), shared="", sections=sections)
-    classes = [(name, f["images"], f["value"], f["low"], f["high"]) for name, f in report["classes"].items()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "report.json", json.dumps({"headline": said, **report}, indent=1) + "\n")
-        write_whole(
-            folder / "report.html", page.render_classes(title, [said, *(about["warnings"] or [])], facts, sections)
-        )
-        write_whole(folder / "summary.md", summary)
-        with open(folder / "per_class.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("class", "images", "accuracy", "low", "high"), *classes])
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
+    texts = {
+        "report.json": json.dumps({"headline": said, **report}, indent=1) + "\n",
+        "report.html": page.render_classes(title, [said, *(about["warnings"] or [])], facts, sections),
+        "summary.md": fill("summary.md.j2", title=title, lead=md(said), shared="", sections=sections),
+    }
+    rows = [(name, f["images"], f["value"], f["low"], f["high"]) for name, f in report["classes"].items()]
+    rows.insert(0, ("class", "images", "accuracy", "low", "high"))
+    write_files(folder, texts, "per_class.csv", rows)
     return said

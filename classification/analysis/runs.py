@@ -266,5 +266,5 @@ def write_runs(root, folder=None):
         title = f"{len(runs):,} runs below {root}"
         texts["runs.html"] = page.render_runs(title, _states(runs), shown, folder / "runs.svg")
 
-    write_files(folder, texts, "runs.csv", _csv_rows(runs, unlike), draw, drawn="")
+    write_files(folder, texts, "runs.csv", _csv_rows(runs, unlike), draw)
     return folder, "\n\n".join(tables.plain_text(t) for t in shown)

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.files import write_whole
 
 
-def write_files(folder, texts, table, rows, draw, drawn="figures"):
+def write_files(folder, texts, table, rows, draw=lambda folder: None, drawn=""):
     """Texts by file name (None removes the file), the rows of the CSV `table`, figures by `draw(folder / drawn)`."""
     try:
         (folder / drawn).mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def _write_one(report, fitted, folder, pictures, no_pictures, model_card):
         "calibration.json": None if fitted is None else json.dumps(fitted, indent=1) + "\n",
     }
     rows = [tables.CSV_COLUMNS, *tables.per_label(report)]
-    write_files(folder, texts, "per_label.csv", rows, lambda drawn: figures.write_figures(report, drawn))
+    write_files(folder, texts, "per_label.csv", rows, lambda drawn: figures.write_figures(report, drawn), "figures")
 
 
 def write_report(evaluation, options, folder, against=(), seeds=(), *, with_images=True, share=False, stated=None):
@@ -80,7 +80,7 @@ def write_comparison(report, folder, evaluations, share=False):
         figures.write_forest(comparison_tables.panels(report), drawn)
         texts["report.html"] = page.render_comparison(report, drawn / "auroc.svg")  # the page holds the figure
 
-    write_files(folder, texts, "per_label.csv", comparison_tables.per_label(report), draw)
+    write_files(folder, texts, "per_label.csv", comparison_tables.per_label(report), draw, "figures")
 
 
 def _patients_tables(evaluation):
