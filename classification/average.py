@@ -71,8 +71,7 @@ class Member:
 def read_members(args):
     """The checkpoints as :class:`Member`, and the model of the first.
 
-    Raises:
-        UserError: not a checkpoint of main.py, one twice, or one of another model, other labels or another preparation.
+    UserError: not a checkpoint of main.py, one twice, or one of another model, other labels or another preparation.
     """
     saved = checkpoint.read_config(args.checkpoints[0])
     config = config_module.from_dict(saved, args.checkpoints[0])

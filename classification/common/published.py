@@ -76,8 +76,7 @@ def translate(pairs, known, source, notes):
 
     known: our keys. notes: a list to which a line is added for each of them that does something else here.
 
-    Raises:
-        UserError: a value that the published key does not have either.
+    UserError: a value that the published key does not have either.
     """
     for key, value in pairs:
         rows = TABLE.get(key, [])

@@ -35,9 +35,8 @@ class PhotoDataset:
         names: paths in the store [N]. targets: class indices [N]. label_names: the classes.
         on_memory: read all of them now.
 
-    Raises:
-        UserError: at construction, for images that do not exist; of folders an even sample is looked up.
-        ImageError: from an item, naming the file.
+    UserError: at construction, for images that do not exist; of folders an even sample is looked up.
+    ImageError: from an item, naming the file.
     """
 
     task = TASK

@@ -63,8 +63,7 @@ class FeatureFile:
     Args:
         table: path of the table. count: of the images. resumed: whether rows of it are there already.
 
-    Raises:
-        UserError: the file cannot be written, or does not belong to the table.
+    UserError: the file cannot be written, or does not belong to the table.
     """
 
     def __init__(self, table, count, resumed):

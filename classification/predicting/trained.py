@@ -15,7 +15,7 @@ import config as config_module
 from common import builders
 from common.errors import UserError
 from dataset.files.images import ImageError, decode, decode_photo
-from dataset.preparing import evaluation_transform, normalize, resized_side
+from dataset.preparing import decoding, evaluation_transform, normalize
 from models import build_model, own_values
 from training import checkpoint
 
@@ -54,12 +54,7 @@ class Trained:
 
 class _Reader:
     def __init__(self, config):
-        self.decoding = {
-            "recipe": config.DATA.DICOM_RECIPE,
-            "window": config.DATA.DICOM_WINDOW,
-            "shrink_to": 2 * resized_side(config.DATA.IMG_SIZE),
-        }
-        self.transform = evaluation_transform(config)
+        self.decoding, self.transform = decoding(config), evaluation_transform(config)
 
     def __call__(self, data, name):
         grayscale = decode(data, name, **self.decoding)
