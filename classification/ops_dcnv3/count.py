@@ -34,12 +34,15 @@ def find_cuobjdump():
 
 
 def kernel_of(symbol):
-    """(kernel, dtype, version) of a mangled name: version "3x3", "any", or "" where there is one only."""
-    name, dtype, points = re.search(
-        r"(forward|atomic|tiled|owning|ordered)_kernelI(d|f|N.*?\d(?:B?Float16)E)(?:Li(\d+))?", symbol
+    """(kernel, dtype, version) of a mangled name: version "3x3", "any", or "" where there is one only; of dense
+    kernels the channels."""
+    name, dtype, number, owns = re.search(
+        r"(forward|atomic|tiled|owning|ordered|dense)_kernelI(d|f|N.*?\d(?:B?Float16)E)(?:Li(\d+))?(?:ELb(\d))?", symbol
     ).groups()
     dtype = DTYPES[dtype if len(dtype) == 1 else re.search(r"B?Float16", dtype)[0]]
-    return name, dtype, {"9": "3x3", "0": "any", None: ""}[points]
+    if name == "dense":
+        return f"dense {'owning' if owns == '1' else 'tiled'}", dtype, number
+    return name, dtype, {"9": "3x3", "0": "any", None: ""}[number]
 
 
 def compile_kernels(architectures, folder, ptx=()):
@@ -77,21 +80,24 @@ def listings(folder, architecture):
 
 def launches(folder):
     """({(kernel, dtype): [(height, blocks, shared bytes), ...]} of the levels of InternImage-B, batch 32,
-    {(kernel, height, spread of the offsets): what tests/imitation/launches.cpp counted})."""
+    {(kernel, height, spread of the offsets): what tests/imitation/launches.cpp counted},
+    {(ms, owning fits, owning pays, tiled pays, owning is dense, tiled is dense, deterministic): kernel})."""
     program = Path(folder, "launches")
     compiler = os.environ.get("CXX", "c++").split()
     command = [*compiler, "-std=c++17", "-w", "-I", SOURCES, "-I", IMITATION, IMITATION / "launches.cpp", "-o", program]
     subprocess.run(command, check=True)
-    started, added = {}, {}
+    started, added, chosen = {}, {}, {}
     for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
         kernel, *rest = line.split("|")
-        if len(rest) == 4:
+        if len(rest) == 7:
+            chosen[(float(kernel), *(flag == "1" for flag in rest[:-1]))] = rest[-1]
+        elif len(rest) == 4:
             dtype, height, blocks, shared = rest
             started.setdefault((kernel, dtype), []).append((int(height), int(blocks), int(shared)))
         else:
             height, spread, rows = rest
             added[kernel, int(height), float(spread)] = float(rows)
-    return started, added
+    return started, added, chosen
 
 
 def blocks_of(architecture, registers, shared, threads=128):
@@ -111,7 +117,9 @@ def rows(started):
         usage = {a: compiled[a, kernel, dtype, version] for a in SHARED}
         length = {a: len(code[a].get((kernel, dtype, version), ())) or "?" for a in SHARED}
         # Shared memory as in InternImage-B; levels with the same of it share a row. float16 is as bfloat16.
-        shapes = started.get((kernel, "bfloat16" if dtype == "float16" else dtype), []) if version == "3x3" else []
+        shapes = (
+            started.get((kernel, "bfloat16" if dtype == "float16" else dtype), []) if version in ("3x3", "16") else []
+        )
         levels = {}
         for height, _, shared in shapes:
             levels.setdefault(shared, []).append(f"{height}x{height}")
@@ -137,7 +145,7 @@ def main():
     header = ["kernel", "points", "dtype", "level", "instructions", "registers", "spilled bytes", "shared bytes"]
     header += ["blocks a multiprocessor"]
     with tempfile.TemporaryDirectory() as folder:
-        started, added = launches(folder)
+        started, added, _ = launches(folder)
     table(header, rows(started))
     print("\nRows of channels added to memory for an output pixel and group, by the spread of the offsets in pixels\n")
     spreads = sorted({spread for *_, spread in added})

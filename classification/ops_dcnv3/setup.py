@@ -29,7 +29,7 @@ from nvcc import find_nvcc  # noqa: E402
 
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 CPU_SOURCES = ["csrc/binding.cpp", "csrc/cpu.cpp", *sorted(map(str, Path("csrc").glob("cpu_*.cpp")))]
-CUDA_SOURCES = ["csrc/cuda_forward.cu", "csrc/cuda_backward.cu", "csrc/cuda_owning.cu", "csrc/cuda_tiled.cu"]
+CUDA_SOURCES = sorted(map(str, Path("csrc").glob("cuda_*.cu")))
 # No fast mathematics: NaN and infinity keep their meaning. But no code reads errno or floating-point
 # exceptions, and loops vectorise only without them.
 CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-DAT_PER_OPERATOR_HEADERS"]

@@ -88,24 +88,26 @@ const char* backward(const Problem& whole, BackwardKernel kernel, void* stream) 
   });
 }
 
-// Fewer blocks than two a multiprocessor of an A100 or H100 would leave some of them idle.
-#ifdef DCNV3_TEST_OWNING_BLOCKS
-constexpr int64_t kOwningBlocks = DCNV3_TEST_OWNING_BLOCKS;
-#else
-constexpr int64_t kOwningBlocks = 256;
-#endif
+// Where a million rows are added to memory in less, the atomic kernel is faster than the sparse tiled or owning one, by
+// counted instructions (README.md). Dense products issue fewer instructions than the atomic kernel's other steps.
+constexpr double kTiledFromMs = 0.016, kOwningFromMs = 0.021;
 
 }  // namespace
 
+const double kAddedRowsMs = INFINITY;
+
+BackwardKernel suited_kernel(const Shape& shape, bool deterministic, double added_rows_ms) {
+  const bool owning = shape.owning_pays && (shape.owning_is_dense || added_rows_ms >= kOwningFromMs);
+  const bool tiled = shape.tiled_pays && (shape.tiled_is_dense || added_rows_ms >= kTiledFromMs);
+  if (owning || (deterministic && shape.owning_fits)) return BackwardKernel::owning;
+  return deterministic ? BackwardKernel::ordered : tiled ? BackwardKernel::tiled : BackwardKernel::atomic;
+}
+
 const char* cuda_backward_kernel(const Problem& p, const char* asked, bool deterministic, BackwardKernel* kernel) {
-  const int tiles = owning_tiles(p);
   const auto is = [asked](const char* name) { return strcmp(asked, name) == 0; };
   if (!asked || is("")) {
-    const bool pays = tiles == kOwningTiles && p.batch * p.group >= kOwningBlocks;
-    *kernel = pays || (deterministic && tiles > 0) ? BackwardKernel::owning
-              : deterministic                      ? BackwardKernel::ordered
-              : tiled_pays(p)                      ? BackwardKernel::tiled
-                                                   : BackwardKernel::atomic;
+    const Shape shape{owning_fits(p), owning_pays(p), tiled_pays(p), dense_fits(p, true), dense_fits(p, false)};
+    *kernel = suited_kernel(shape, deterministic, kAddedRowsMs);
   } else if (is("atomic") || is("tiled")) {
     if (deterministic) return "its sums are in no fixed order, and torch.use_deterministic_algorithms asks for one";
     if (is("tiled") && !tiled_fits(p)) return "8x8 output pixels of a group do not fit in the shared memory of a block";
@@ -113,7 +115,7 @@ const char* cuda_backward_kernel(const Problem& p, const char* asked, bool deter
   } else if (is("ordered")) {
     *kernel = BackwardKernel::ordered;
   } else if (is("owning")) {
-    if (tiles == 0) return "a group of one image does not fit in the shared memory of a block";
+    if (!owning_fits(p)) return "a group of one image does not fit in the shared memory of a block";
     *kernel = BackwardKernel::owning;
   } else {
     return "there is no such kernel";

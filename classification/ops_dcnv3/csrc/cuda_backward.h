@@ -6,6 +6,7 @@
 //    - tiled (cuda_tiled.cu): a block takes a tile of output pixels, sums up what they give to each pixel near
 //      the tile, and adds that to memory once;
 //    - owning (cuda_owning.cu): a block owns an image's group, and adds in shared memory, where that fits;
+//    - of 16-bit numbers and 16 or 32 channels, tiled and owning do steps 2 and 3 by matrix products (cuda_dense.cu);
 //    - ordered (cuda_backward.cu) is atomic without this step, and a second kernel, in which one thread
 //      owns a channel of an image and takes its points in order. Slow, for determinism where nothing else fits.
 // 3. Of every point, the output gradient's dot products with the four corners.
@@ -18,11 +19,9 @@
 #include "cuda_common.h"
 
 namespace dcnv3 {
-constexpr int kOwningTiles = kThreads / 32;  // a tile for every warp
-
-// Starts the owning kernel, and says whether it fits: how many tiles of an image's group, at most
-// kOwningTiles, shared memory holds beside the points. cuda_owning.cu.
-int owning_tiles(const Problem& problem);
+// Starts the owning kernel, and says whether it fits and whether it pays. cuda_owning.cu.
+bool owning_fits(const Problem& problem);
+bool owning_pays(const Problem& problem);
 const char* owning_backward(const Problem& problem, void* stream);
 
 // Starts the tiled kernel, and says whether it fits and whether it pays. cuda_tiled.cu.
@@ -30,7 +29,76 @@ bool tiled_fits(const Problem& problem);
 bool tiled_pays(const Problem& problem);
 const char* tiled_backward(const Problem& problem, void* stream);
 
+// What the choice between them depends on. Both pay in their shape: enough blocks, whose threads all work.
+struct Shape {
+  bool owning_fits, owning_pays, tiled_pays;
+  bool owning_is_dense, tiled_is_dense;
+};
+// Milliseconds for a million rows of 16 float32 numbers added to memory at random: the fastest row of atomics.cu on the
+// device. Not measured yet: infinitely many, by which the other kernels are taken wherever they pay. cuda_backward.cu.
+extern const double kAddedRowsMs;
+BackwardKernel suited_kernel(const Shape& shape, bool deterministic, double added_rows_ms);
+
+// Starts the kernel of dense products that stands for the owning or the tiled one, and says whether it fits a problem
+// for which version for 3x3 points of that one does. cuda_dense.cu.
+bool dense_fits(const Problem& problem, bool owns);
+const char* dense_backward(const Problem& problem, bool owns, void* stream);
+
 namespace {
+
+// What the choice of a kernel depends on, of the current device.
+struct Device {
+  int major, shared_bytes;  // compute capability; of a multiprocessor
+};
+inline Device device() {
+  int number = 0;
+  Device device{};
+  cudaGetDevice(&number);
+  cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, number);
+  cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, number);
+  return device;
+}
+
+// The cut of the output into tiles of one group, and the input pixels around one, its window.
+constexpr int kTile = 8, kWindow = 16;  // pixels of a side
+static_assert(kTile * kTile == kPairs, "a tile is what a block's points have room for");
+
+// block = ((image * down + tile row) * across + tile column) * groups + group: blocks that run together share
+// lines of memory.
+struct Tiling {
+  Divisor groups, across, down;
+  int64_t blocks;
+  explicit Tiling(const Problem& p)
+      : groups(p.group), across((p.out_width + kTile - 1) / kTile), down((p.out_height + kTile - 1) / kTile),
+        blocks(p.batch * p.group * across.value * down.value) {}
+};
+
+// The output pixels of a block, in place of a Span.
+template <typename Index>
+struct Tile {
+  Index image, group;
+  int row, column;
+};
+template <typename Index>
+__device__ inline Tile<Index> tile_of(const Tiling& a, uint32_t block) {
+  const uint32_t tile = a.groups.quotient(block), row = a.across.quotient(tile), image = a.down.quotient(row);
+  return {Index(image), Index(block - tile * a.groups.value), int(row - image * a.down.value) * kTile,
+          int(tile - row * a.across.value) * kTile};
+}
+template <typename Index>
+__device__ inline Pair<Index> pair_of(const Cut& cut, const Tile<Index>& tile, uint32_t i) {
+  const uint32_t row = tile.row + i / kTile, column = tile.column + i % kTile;
+  Pair<Index> pair;
+  pair.pixel = (tile.image * Index(cut.height.value) + Index(row)) * Index(cut.width.value) + Index(column);
+  pair.group = tile.group;
+  pair.valid = row < cut.height.value && column < cut.width.value;
+  return pair;
+}
+
+// Along one axis, the first input pixel of the window. Its middle is where that of the tile samples.
+__device__ inline int window_of(int first, int kernel, int stride, int padding, int dilation) {
+  return (first + kTile / 2) * stride - padding + dilation * (kernel - 1) / 2 - kWindow / 2;
+}
 
 // Numbers that one instruction adds to memory: since sm_90 four float32.
 #if defined(DCNV3_TEST_ATOMIC_VECTOR)
@@ -158,12 +226,21 @@ __device__ inline void multiply(const Problem& p, const Cut& cut, const Pixels& 
     multiply_by<T, size, 0>(p, cut, span, shared);
 }
 
+// The gradients of x, y and mask of one point, in this order, from the dot products with its corners.
+template <typename A>
+DCNV3_INLINE Corners<A> gradients_of(const Axis<A>& h, const Axis<A>& v, const A* dot, A by_offset) {
+  const A low = h.low_weight * dot[0] + h.high_weight * dot[1], high = h.low_weight * dot[2] + h.high_weight * dot[3];
+  const A low_x = h.low_slope * dot[0] + h.high_slope * dot[1], high_x = h.low_slope * dot[2] + h.high_slope * dot[3];
+  return {{(v.low_weight * low_x + v.high_weight * high_x) * by_offset,
+           (v.low_slope * low + v.high_slope * high) * by_offset, v.low_weight * low + v.high_weight * high, A(0)}};
+}
+
 // Step 4. The gradients of x, y and mask take the place of the dot products.
 template <typename T, typename Pixels, int kPoints, typename Index>
 __device__ inline void combine(const Problem& p, const Cut& cut, const Pixels& span,
                                const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
   using A = Accumulator<T>;
-  for (int i = threadIdx.x; i < cut.pairs; i += kThreads) {
+  for (int i = first_pair(); i < cut.pairs; i += kThreads) {
     const Pair<Index> pair = pair_of(cut, span, i);
     if (!pair.valid) continue;
     const Points<T, kPoints, Index> at(p, cut, pair);
@@ -173,15 +250,10 @@ __device__ inline void combine(const Problem& p, const Cut& cut, const Pixels& s
       Axis<A> h, v;
       at.axes(k, &h, &v);
       const Corners<A> dot = shared.corners[shared.at(k, i)];
-      const A mask = shared.masks[shared.at(k, i)], by_offset = mask * A(p.offset_scale);
-      const A low = h.low_weight * dot.weight[0] + h.high_weight * dot.weight[1];
-      const A high = h.low_weight * dot.weight[2] + h.high_weight * dot.weight[3];
-      const A low_x = h.low_slope * dot.weight[0] + h.high_slope * dot.weight[1];
-      const A high_x = h.low_slope * dot.weight[2] + h.high_slope * dot.weight[3];
-      const A by_mask = v.low_weight * low + v.high_weight * high;
-      mean += mask * by_mask;
-      shared.corners[shared.at(k, i)] = {{(v.low_weight * low_x + v.high_weight * high_x) * by_offset,
-                                         (v.low_slope * low + v.high_slope * high) * by_offset, by_mask, A(0)}};
+      const A mask = shared.masks[shared.at(k, i)];
+      const Corners<A> gradients = gradients_of(h, v, dot.weight, mask * A(p.offset_scale));
+      mean += mask * gradients.weight[2];
+      shared.corners[shared.at(k, i)] = gradients;
     }
     if (!p.softmax) continue;
 #pragma unroll

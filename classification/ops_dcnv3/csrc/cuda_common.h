@@ -31,6 +31,7 @@ constexpr int kPairs = 64;  // of a block; in InternImage two threads or more wo
 constexpr int kSharedBytes = 48 * 1024;  // what a block may use without asking
 constexpr int kMostSharedBytes = 64 * 1024;  // what every GPU since sm_75 grants
 constexpr int kPadding = 8;              // of which, to bring an array to its border
+constexpr int kReserved = 1024;          // besides, CUDA's own part of a block
 constexpr int kVectorBytes = 16;
 // Elements of a tensor that the 32-bit version reaches: their offsets in bytes fit 32 bits as float32.
 #ifdef DCNV3_TEST_REACH
@@ -253,7 +254,7 @@ struct Points {
 };
 
 // The masks of one pair, after the softmax where there is one.
-template <typename T, int kPoints, typename Index>
+template <typename T, int kPoints>
 struct Masks {
   using A = Accumulator<T>;
   const T* from;
@@ -261,9 +262,7 @@ struct Masks {
   A highest, factor;
   A kept[kPoints ? kPoints : 1];
 
-  __device__ Masks(const Problem& p, const Cut& cut, const Pair<Index>& pair) : softmax(p.softmax) {
-    const int points = kPoints ? kPoints : cut.points;
-    from = static_cast<const T*>(p.mask) + (pair.pixel * Index(p.mask_stride) + pair.group * Index(points));
+  __device__ Masks(const T* masks, int points, bool logits) : from(masks), softmax(logits) {
     if (kPoints) {
 #pragma unroll
       for (int k = 0; k < kPoints; ++k) kept[k] = widen(from[k]);
@@ -322,30 +321,44 @@ struct Shared {
   __device__ int at(int k, int i) const { return k * stride + i; }  // point k of pair i
 };
 
+// The pair that a thread begins with where only half of a block's threads get one: in half of the blocks, drawn by
+// their number, the upper half works, so that all four schedulers of a multiprocessor have as much to do.
+__device__ inline int first_pair() {
+  return int(threadIdx.x ^ ((blockIdx.x * 2654435761u >> 31) * (kThreads / 2)));
+}
+
+// In an input of one row or column there are no high corners, and no mask, NaN or infinite, makes them any.
+template <typename A>
+DCNV3_INLINE Corners<A> corners_of(const Axis<A>& h, const Axis<A>& v, A mask) {
+  const A low = v.low_weight * mask, high = v.high_weight * mask;
+  const bool right = h.high > h.low, below = v.high > v.low;
+  return {{low * h.low_weight, right ? low * h.high_weight : A(0), below ? high * h.low_weight : A(0),
+           right && below ? high * h.high_weight : A(0)}};
+}
+
 // The first step: the points of a span's pairs. Pixels: a Span, or whatever else pair_of takes.
 template <typename T, typename Pixels, int kPoints, typename Index, bool kMasks>
 __device__ inline void locate(const Problem& p, const Cut& cut, const Pixels& span,
                               const Shared<Accumulator<T>, kPoints, Index, kMasks>& shared) {
   using A = Accumulator<T>;
-  for (int i = threadIdx.x; i < cut.pairs; i += kThreads) {
+  for (int i = first_pair(); i < cut.pairs; i += kThreads) {
     const Pair<Index> pair = pair_of(cut, span, i);
     if (!pair.valid) {
       for (int k = 0; k < shared.points; ++k) shared.places[shared.at(k, i)] = 0;  // somewhere that may be read
       continue;
     }
     const Points<T, kPoints, Index> at(p, cut, pair);
-    const Masks<T, kPoints, Index> masks(p, cut, pair);
+    const int points = kPoints ? kPoints : cut.points;
+    const Index first_mask = pair.pixel * Index(p.mask_stride) + pair.group * Index(points);
+    const Masks<T, kPoints> masks(static_cast<const T*>(p.mask) + first_mask, points, p.softmax);
     const Index first_row = at.image * Index(p.height);
 #pragma unroll
     for (int k = 0; k < shared.points; ++k) {
       Axis<A> h, v;
       at.axes(k, &h, &v);
-      const A mask = masks.at(k), low = v.low_weight * mask, high = v.high_weight * mask;
+      const A mask = masks.at(k);
       const int to = shared.at(k, i);
-      // In an input of one row or column there are no high corners, and no mask, NaN or infinite, makes them any.
-      const bool right = h.high > h.low, below = v.high > v.low;
-      shared.corners[to] = {{low * h.low_weight, right ? low * h.high_weight : A(0), below ? high * h.low_weight : A(0),
-                             right && below ? high * h.high_weight : A(0)}};
+      shared.corners[to] = corners_of(h, v, mask);
       shared.places[to] = (first_row + Index(v.low)) * Index(p.width) + Index(h.low);
       if (kMasks) shared.masks[to] = mask;
     }

@@ -114,6 +114,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T> / 2) owning_kernel(Owning
   }
 }
 
+// A tile for every warp, unless a multiprocessor then holds one block only, as with 100 KB of shared memory.
+int most_tiles() {
+  constexpr int of_warps = kThreads / 32;
+  return 2 * (kMostSharedBytes + kReserved) <= device().shared_bytes ? of_warps : of_warps / 2;
+}
+
 // How the kernel of these types would take the problem; tiles = 0: not at all.
 template <typename T, int kPoints, int size, typename Index>
 Owning plan(const Problem& p) {
@@ -123,7 +129,7 @@ Owning plan(const Problem& p) {
   const int64_t tile_bytes = (p.height * p.width * p.channels * int64_t(sizeof(Accumulator<T>)) + 15) / 16 * 16;
   if (tile_bytes > kMostSharedBytes) return a;
   a.tile_bytes = int(tile_bytes);
-  for (int tiles = kOwningTiles; tiles > 0; tiles /= 2) {
+  for (int tiles = most_tiles(); tiles > 0; tiles /= 2) {
     const int64_t room = kMostSharedBytes - tiles * tile_bytes;
     a.cut = cut_of(p, size, InShared::kPointBytes, 1, room);
     if (a.cut.pairs == 0) continue;
@@ -150,8 +156,8 @@ const char* own(const Problem& whole, void* stream) {
   constexpr int vector = kVectorBytes / sizeof(T);
   return in_parts(whole, sizeof(T), sizeof(T), [&](const Problem& p, bool reached) {
     const void* tensors[] = {p.input, p.grad_output, p.grad_input};
-    if (reached && fits_vectors(p, vector, sizeof(T), tensors, 3)) return start<T, 9, vector, uint32_t>(p, stream);
-    return start<T, 0, 1, int64_t>(p, stream);
+    if (!reached || !fits_vectors(p, vector, sizeof(T), tensors, 3)) return start<T, 0, 1, int64_t>(p, stream);
+    return dense_fits(p, true) ? dense_backward(p, true, stream) : start<T, 9, vector, uint32_t>(p, stream);
   });
 }
 
@@ -164,9 +170,7 @@ int tiles_of(const Problem& p) {
   return fits_vectors(p, vector, sizeof(T), tensors, 2) ? smaller_of(plan<T, 9, vector, uint32_t>(p).tiles, general) : general;
 }
 
-}  // namespace
-
-int owning_tiles(const Problem& p) {
+int tiles_of(const Problem& p) {
   switch (p.dtype) {
     case Dtype::float64: return tiles_of<double>(p);
     case Dtype::float32: return tiles_of<float>(p);
@@ -174,6 +178,21 @@ int owning_tiles(const Problem& p) {
     case Dtype::bfloat16: return tiles_of<BFloat16>(p);
   }
   return 0;
+}
+
+// Fewer blocks than two a multiprocessor of an A100 or H100 would leave some of them idle.
+#ifdef DCNV3_TEST_OWNING_BLOCKS
+constexpr int64_t kOwningBlocks = DCNV3_TEST_OWNING_BLOCKS;
+#else
+constexpr int64_t kOwningBlocks = 256;
+#endif
+
+}  // namespace
+
+bool owning_fits(const Problem& p) { return tiles_of(p) > 0; }
+
+bool owning_pays(const Problem& p) {
+  return p.batch * p.group >= kOwningBlocks && (dense_fits(p, true) || tiles_of(p) == most_tiles());
 }
 
 const char* owning_backward(const Problem& p, void* stream) {

@@ -13,46 +13,14 @@
 namespace dcnv3 {
 namespace {
 
-constexpr int kTile = 8, kWindow = 16;  // pixels of a side
-static_assert(kTile * kTile == kPairs, "a tile is what a block's points have room for");
-
 struct Tiled {
   Problem problem;  // grad_input: the sums, of type Accumulator<T>
   Cut cut;          // one group a block
-  // block = ((image * down + tile row) * across + tile column) * groups + group: blocks that run together share
-  // lines of memory.
-  Divisor groups, across, down;
+  Tiling tiling;
   Divisor width;  // of the input
   Divisor lanes;  // threads of a pixel of the window
-  int64_t blocks, list_bytes, bytes;
+  int64_t list_bytes, bytes;
 };
-
-// The output pixels of a block, in place of a Span.
-template <typename Index>
-struct Tile {
-  Index image, group;
-  int row, column;
-};
-template <typename Index>
-__device__ inline Tile<Index> tile_of(const Tiled& a, uint32_t block) {
-  const uint32_t tile = a.groups.quotient(block), row = a.across.quotient(tile), image = a.down.quotient(row);
-  return {Index(image), Index(block - tile * a.groups.value), int(row - image * a.down.value) * kTile,
-          int(tile - row * a.across.value) * kTile};
-}
-template <typename Index>
-__device__ inline Pair<Index> pair_of(const Cut& cut, const Tile<Index>& tile, uint32_t i) {
-  const uint32_t row = tile.row + i / kTile, column = tile.column + i % kTile;
-  Pair<Index> pair;
-  pair.pixel = (tile.image * Index(cut.height.value) + Index(row)) * Index(cut.width.value) + Index(column);
-  pair.group = tile.group;
-  pair.valid = row < cut.height.value && column < cut.width.value;
-  return pair;
-}
-
-// Along one axis, the first input pixel of the window. Its middle is where that of the tile samples.
-__device__ inline int window_of(int first, int kernel, int stride, int padding, int dilation) {
-  return (first + kTile / 2) * stride - padding + dilation * (kernel - 1) / 2 - kWindow / 2;
-}
 
 // Shared memory beside the points. Corner q of point k of pair i has the number (k * kPairs + i) * 4 + q.
 constexpr uint16_t kEnd = 0xffff, kOutside = 0xfffe;
@@ -122,7 +90,7 @@ __device__ inline void gather(const Tiled& a, const Tile<Index>& tile, int top, 
   for (int item = threadIdx.x; item < kWindow * kWindow * lanes; item += kThreads) {
     const int number = int(a.lanes.quotient(uint32_t(item))), lane = item - number * lanes;
     // Pixels by 2x4, which a warp takes together: their lists are about as long.
-    const int y = number / 32 * 2 + number % 8 / 4, x = number % 32 / 8 * 4 + number % 4;
+    const int y = number / 32 * 2 + number % 8 / 4, x = (number / 8 + number / 32) % 4 * 4 + number % 4;
     uint32_t corner = lists.first[y * kWindow + x];
     if (corner == kEnd) continue;  // perhaps no pixel of the image
     A sum[size] = {};
@@ -149,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T> - 1) tiled_kernel(Tiled a
   DCNV3_SHARED(memory);
   const Lists<A> lists(memory, int(p.channels));
   const Shared<A, kPoints, Index, true> shared(reinterpret_cast<char*>(memory) + a.list_bytes, cut);
-  const Tile<Index> tile = tile_of<Index>(a, blockIdx.x);
+  const Tile<Index> tile = tile_of<Index>(a.tiling, blockIdx.x);
   const int top = window_of(tile.row, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
   const int left = window_of(tile.column, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
   for (int i = threadIdx.x; i < kWindow * kWindow; i += kThreads) lists.first[i] = kEnd;
@@ -169,29 +137,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T> - 1) tiled_kernel(Tiled a
   write<T>(p, cut, tile, shared);
 }
 
-// How the kernel of these types would take the problem; blocks = 0: not at all.
+// How the kernel of these types would take the problem; bytes = 0: not at all.
 template <typename T, int kPoints, int size, typename Index>
 Tiled tiling_of(const Problem& p) {
   using A = Accumulator<T>;
   using InShared = Shared<A, kPoints, Index, true>;
-  const int64_t across = (p.out_width + kTile - 1) / kTile, down = (p.out_height + kTile - 1) / kTile;
-  Tiled a;
-  a.problem = p, a.blocks = 0;
-  a.list_bytes = Lists<A>::bytes(p.channels, point_count(p.kernel_h, p.kernel_w, p.remove_center));
-  a.cut = cut_of(p, size, InShared::kPointBytes, 1, kMostSharedBytes - a.list_bytes);
-  a.bytes = a.list_bytes + InShared::bytes(a.cut);
-  if (a.cut.pairs < kPairs || a.bytes > kMostSharedBytes) return a;
-  a.groups = Divisor(p.group), a.across = Divisor(across), a.down = Divisor(down), a.width = Divisor(p.width);
-  a.lanes = Divisor(kPoints ? p.channels * int64_t(sizeof(A)) / kVectorBytes : p.channels);
-  a.blocks = p.batch * p.group * across * down;
+  const int64_t list_bytes = Lists<A>::bytes(p.channels, point_count(p.kernel_h, p.kernel_w, p.remove_center));
+  Tiled a{p, cut_of(p, size, InShared::kPointBytes, 1, kMostSharedBytes - list_bytes), Tiling(p), Divisor(p.width),
+          Divisor(kPoints ? p.channels * int64_t(sizeof(A)) / kVectorBytes : p.channels), list_bytes, 0};
+  const int64_t bytes = list_bytes + InShared::bytes(a.cut);
+  if (a.cut.pairs == kPairs && bytes <= kMostSharedBytes) a.bytes = bytes;
   return a;
 }
 
 template <typename T, int kPoints, int size, typename Index>
 const char* start_tiled(const Problem& p, void* stream) {
   const Tiled a = tiling_of<T, kPoints, size, Index>(p);
-  if (a.blocks == 0) return "the tiled kernel does not fit";
-  return launch(tiled_kernel<T, kPoints, size, Index>, a, a.blocks, a.bytes, stream);
+  if (a.bytes == 0) return "the tiled kernel does not fit";
+  return launch(tiled_kernel<T, kPoints, size, Index>, a, a.tiling.blocks, a.bytes, stream);
 }
 
 template <typename T>
@@ -199,15 +162,15 @@ const char* by_tiles(const Problem& whole, void* stream) {
   constexpr int vector = kVectorBytes / sizeof(T);
   return in_parts(whole, sizeof(T), sizeof(Accumulator<T>), [&](const Problem& p, bool reached) {
     const void* tensors[] = {p.input, p.grad_output, p.grad_input};
-    if (reached && fits_vectors(p, vector, sizeof(T), tensors, 3)) return start_tiled<T, 9, vector, uint32_t>(p, stream);
-    return start_tiled<T, 0, 1, int64_t>(p, stream);
+    if (!reached || !fits_vectors(p, vector, sizeof(T), tensors, 3)) return start_tiled<T, 0, 1, int64_t>(p, stream);
+    return dense_fits(p, false) ? dense_backward(p, false, stream) : start_tiled<T, 9, vector, uint32_t>(p, stream);
   });
 }
 
 // Of a block. The version for any problem needs the most.
 int64_t shared_bytes_of(const Problem& p) {
   const Tiled a = p.dtype == Dtype::float64 ? tiling_of<double, 0, 1, int64_t>(p) : tiling_of<float, 0, 1, int64_t>(p);
-  return a.blocks > 0 ? a.bytes : kMostSharedBytes + 1;
+  return a.bytes ? a.bytes : kMostSharedBytes + 1;
 }
 
 }  // namespace

@@ -93,7 +93,18 @@ static size_t granted;
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
   emulated::asked_for = reinterpret_cast<const void*>(kernel), emulated::granted = size_t(bytes);
-  return bytes <= 64 * 1024 ? cudaSuccess : 1;  // what every GPU since sm_75 has
+  return bytes <= 99 * 1024 ? cudaSuccess : 1;  // what every GPU since sm_80 has
+}
+
+// What the kernels ask of a device: an A100, where a test says nothing else.
+constexpr int cudaDevAttrComputeCapabilityMajor = 0, cudaDevAttrMaxSharedMemoryPerMultiprocessor = 1;
+namespace emulated {
+static int attributes[2] = {8, 164 * 1024};
+}  // namespace emulated
+inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = emulated::attributes[attribute];
+  return cudaSuccess;
 }
 
 static dim3 threadIdx, blockIdx;
@@ -146,7 +157,10 @@ inline void begin(Fiber& fiber, char* stack, size_t size, void (*function)()) {
 static char* shared;
 static std::vector<Fiber> fibers;
 static std::vector<bool> done;
-static std::vector<double> slots;  // what a thread offers to its warp, in turn by one of two
+struct Slot {
+  double numbers[3];
+};
+static std::vector<Slot> slots;    // what a thread offers to its warp, in turn by one of two
 static long steps;                 // of all fibers together
 static Fiber scheduler;
 
@@ -173,14 +187,87 @@ inline Barrier& warp_barrier() { return warp_barriers[threadIdx.x / 32]; }
 
 inline void __syncthreads() { emulated::block_barrier.wait(); }
 inline void __syncwarp() { emulated::warp_barrier().wait(); }
-template <typename A>
-A __shfl_xor_sync(unsigned, A value, int mask) {
-  // Two places a thread: a quick one offers its next value while a slow one still reads.
-  const long turn = emulated::warp_barrier().turn % 2;
-  emulated::slots[2 * threadIdx.x + turn] = value;
-  __syncwarp();
-  return A(emulated::slots[2 * (threadIdx.x ^ unsigned(mask)) + turn]);
+inline int __syncthreads_or(int value) {
+  static bool any[2];  // the next barrier may have begun before a slow thread reads
+  bool& mine = any[emulated::block_barrier.turn % 2];
+  mine = value || (emulated::block_barrier.arrived > 0 && mine);
+  __syncthreads();
+  return mine;
 }
+namespace emulated {
+// Offers `value` to the warp, and returns by lane what all its threads offer. Two places a thread: a quick one offers
+// its next value while a slow one still reads.
+template <typename A>
+auto exchanged(A value) {
+  const long turn = warp_barrier().turn % 2;
+  static_assert(sizeof(A) <= sizeof(Slot), "");
+  memcpy(&slots[2 * threadIdx.x + turn], &value, sizeof(A));
+  __syncwarp();
+  return [turn](int lane) -> const A& {
+    return reinterpret_cast<const A&>(slots[2 * (threadIdx.x / 32 * 32 + lane) + turn]);
+  };
+}
+}  // namespace emulated
+template <typename A>
+A __shfl_sync(unsigned, A value, int lane) {
+  return emulated::exchanged(value)(lane);
+}
+template <typename A>
+A __shfl_xor_sync(unsigned all, A value, int mask) {
+  return __shfl_sync(all, value, int(threadIdx.x % 32) ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const auto of = emulated::exchanged(value);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= unsigned(of(lane)) << lane;
+  return bits;
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+// Products of a warp (csrc/cuda_products.h): exact, and their sum cut off behind 24 bits, as tensor cores do.
+namespace dcnv3 {
+namespace {
+template <int per, typename Number>  // numbers of a register
+void add_product(float* sums, const uint32_t* a, const uint32_t* b, Number number) {
+  struct Registers {
+    uint32_t a[4], b[2];
+  };
+  const auto of = emulated::exchanged(Registers{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+  const int lane = threadIdx.x % 32;
+  for (int j = 0; j < 4; ++j) {
+    const int row = lane / 4 + j / 2 * 8, column = lane % 4 * 2 + j % 2;
+    double sum = sums[j];
+    for (int k = 0; k < 8 * per; ++k) {
+      const int t = k / per % 4, half = k / per / 4, part = k % per;
+      sum += double(number(of(row % 8 * 4 + t).a[row / 8 + 2 * half], part)) * number(of(column * 4 + t).b[half], part);
+    }
+    sums[j] = float(sum);
+    if (fabs(double(sums[j])) > fabs(sum)) sums[j] = nextafterf(sums[j], 0.0f);
+  }
+}
+inline void add_product_tf32(float* sums, const float* a, const float* b) {
+  uint32_t of_a[4], of_b[2];
+  memcpy(of_a, a, sizeof(of_a)), memcpy(of_b, b, sizeof(of_b));
+  add_product<1>(sums, of_a, of_b, [](uint32_t bits, int) {
+    float number;
+    bits &= 0xffffe000u;
+    memcpy(&number, &bits, sizeof(number));
+    return number;
+  });
+}
+inline void add_product_half(float* sums, const uint32_t* a, const uint32_t* b) {
+  add_product<2>(sums, a, b, [](uint32_t bits, int part) { return float_of_half_bits(uint16_t(bits >> 16 * part)); });
+}
+inline void add_product_bfloat(float* sums, const uint32_t* a, const uint32_t* b) {
+  add_product<2>(sums, a, b, [](uint32_t bits, int part) {
+    float number;
+    bits = part ? bits & 0xffff0000u : bits << 16;
+    memcpy(&number, &bits, sizeof(number));
+    return number;
+  });
+}
+}  // namespace
+}  // namespace dcnv3
 namespace emulated {
 static long added;  // numbers, by atomicAdd
 }  // namespace emulated
@@ -237,7 +324,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, v
     block_barrier = {block.x};
     warp_barriers.assign(block.x / 32, {32});
     done.assign(block.x, false);
-    slots.assign(2 * block.x, 0);
+    slots.assign(2 * block.x, Slot());
     for (unsigned i = 0; i < block.x; ++i) begin(fibers[i], stacks.data() + stack * i, stack, run);
     // A warp at a time for as long as it gets on, or all threads once, in any order.
     const unsigned together = seed ? block.x : 32;

@@ -51,8 +51,26 @@ int main() {
       dcnv3::BackwardKernel suits;
       dcnv3::cuda_backward_kernel(p, nullptr, false, &suits);
       tell("by shape"), dcnv3::cuda_backward(p, suits, nullptr);
-      tell("tiled"), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::tiled, nullptr);
-      if (dcnv3::owning_tiles(p) > 0) tell("owning"), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::owning, nullptr);
+      const auto both = [&](const char* tiled, const char* owning) {
+        tell(tiled), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::tiled, nullptr);
+        if (owning && dcnv3::owning_fits(p)) tell(owning), dcnv3::cuda_backward(p, dcnv3::BackwardKernel::owning, nullptr);
+      };
+      if (dcnv3::dense_fits(p, false)) both("dense tiled", dcnv3::dense_fits(p, true) ? "dense owning" : nullptr);
+      emulated::attributes[0] = 7;  // without the tensor cores of sm_80
+      both("tiled", "owning");
+      emulated::attributes[1] = 100 * 1024;
+      both("tiled, 100 KB", "owning, 100 KB");
+      emulated::attributes[0] = 8, emulated::attributes[1] = 164 * 1024;
+    }
+  }
+  // The choice of a kernel for every shape, deterministic or not, by what an addition costs.
+  for (double ms : {0.01, 0.02, 0.03}) {
+    for (int bits = 0; bits < 64; ++bits) {
+      const auto bit = [bits](int i) { return bits >> i & 1; };
+      const dcnv3::Shape shape{bit(0) || bit(1), bit(1) != 0, bit(2) != 0, bit(3) != 0, bit(4) != 0};
+      const char* const names[] = {"atomic", "tiled", "owning", "ordered"};
+      printf("%g|%d|%d|%d|%d|%d|%d|%s\n", ms, shape.owning_fits, shape.owning_pays, shape.tiled_pays, bit(3), bit(4),
+             bit(5), names[int(dcnv3::suited_kernel(shape, bit(5), ms))]);
     }
   }
   emulated::told = nullptr;

@@ -1,0 +1,471 @@
+// The backward pass of bfloat16 and float16 by dense products; cuda_backward.h says how the kernels differ. Where a
+// group has 16 or 32 channels, as in all of InternImage, these kernels stand for the owning and the tiled one.
+//
+// A strip is up to 64 output pixels of a group, a row each; a window up to 256 input pixels, a column each: of the
+// owning kernel the image, which it goes through in strips, of the tiled one the 16x16 pixels around its 8x8.
+// One matrix in shared memory holds first the dot products of every row's output gradient with every column's input,
+// then the rows of weights W. Three steps of a strip are products of a warp on tensor cores:
+//   dots = grad_output input^T, in 16 bits;    grad_input += W^T grad_output, in tf32, W in two parts: 22 bits.
+// Between them a thread has a row for itself: it finds its points, reads their dot products, and adds their weights,
+// without a barrier and without atomic adds. What bounds the sparse kernels, 36 corners a row times channels, is gone.
+//
+// In a product everything meets everything. A corner of weight 0 must get nothing of an infinite gradient all the
+// same: a strip with a number that is not finite is multiplied number by number, skipping zeros.
+#include "cuda_backward.h"
+#ifndef DCNV3_EMULATED
+#include "cuda_products.h"
+#endif
+
+namespace dcnv3 {
+namespace {
+
+constexpr int kColumns = 256;  // of a window, at most
+constexpr int kWarps = kThreads / 32;
+constexpr int kTilesOfWarp = kColumns / 16 / kWarps;  // of 16 columns: all sums stay in registers
+
+struct Dense {
+  Problem problem;  // grad_input: of type T where a block owns it, otherwise the sums
+  Cut cut;          // one group a block
+  Tiling tiling;
+  int rows, stride;  // of the matrix: a multiple of 8; floats from one row to the next
+  int window_w;
+  int64_t bytes;  // of a Strip
+};
+
+template <typename T, int kChannels>
+struct Strip {
+  float* const matrix;  // [rows][stride]
+  T* const grads;       // [kPairs][kChannels], of rows without a pair 0
+  T* const offsets;     // [rows][9][2], then their gradients
+  T* const masks;       // [rows][9], then their gradients
+  const int stride;
+  __device__ Strip(void* memory, const Dense& a)
+      : matrix(static_cast<float*>(memory)), grads(reinterpret_cast<T*>(matrix + a.rows * a.stride)),
+        offsets(grads + kPairs * kChannels), masks(offsets + a.rows * 18), stride(a.stride) {}
+};
+
+// Whether one of two 16-bit numbers is infinite or NaN: one more in a full exponent carries into the sign.
+DCNV3_INLINE uint32_t not_finite(uint32_t two, BFloat16) { return ((two & 0x7f807f80u) + 0x00800080u) & 0x80008000u; }
+DCNV3_INLINE uint32_t not_finite(uint32_t two, Float16) { return ((two & 0x7c007c00u) + 0x04000400u) & 0x80008000u; }
+
+__device__ inline void add_product_of(BFloat16, float* sums, const uint32_t* a, const uint32_t* b) {
+  add_product_bfloat(sums, a, b);
+}
+__device__ inline void add_product_of(Float16, float* sums, const uint32_t* a, const uint32_t* b) {
+  add_product_half(sums, a, b);
+}
+
+// The channels of thread t = lane % 4 in a product's result, columns 2t and 2t + 1 of its kChannels / 8 tiles: those
+// of a column are neighbours. Four neighbouring threads have neighbouring ones where a thread stores or adds them all
+// at once; where one at a time, two times four in one sector of memory each.
+template <int kChannels, bool together>
+DCNV3_INLINE int channels_of(int column) {
+  return (together ? column : column % 2 * 4 + column / 2) * (kChannels / 8);
+}
+
+// The rows of a block that owns an image's group, in place of a Span.
+struct Rows {
+  uint32_t first, end, group;
+};
+__device__ inline Pair<uint32_t> pair_of(const Cut&, const Rows& rows, uint32_t i) {
+  return {rows.first + i < rows.end, rows.first + i, rows.group};
+}
+
+// Neighbouring threads take neighbouring points, always the k-th of a row.
+template <typename Pixels, typename Each>
+__device__ inline void for_points(const Dense& a, const Pixels& span, const Each& each) {
+  constexpr int rows = kThreads / 9;  // at a time
+  const int k = threadIdx.x % 9;
+  if (threadIdx.x >= rows * 9) return;
+  for (int i = threadIdx.x / 9; i < a.rows; i += rows) {
+    const Pair<uint32_t> pair = pair_of(a.cut, span, i);
+    if (pair.valid) each(i, pair, k);
+  }
+}
+
+// Loads a strip. Whether this thread has seen a number that is not finite.
+template <typename T, int kChannels, typename Pixels>
+__device__ inline bool fetch(const Dense& a, const Pixels& span, const Strip<T, kChannels>& strip) {
+  const Problem& p = a.problem;
+  constexpr int size = kVectorBytes / sizeof(T), vectors = kChannels / size;
+  uint32_t bad = 0;
+#pragma unroll
+  for (int j = 0; j < kPairs * vectors / kThreads; ++j) {
+    const int item = j * kThreads + threadIdx.x;
+    const Pair<uint32_t> pair = pair_of(a.cut, span, item / vectors);
+    Pack<uint32_t, 4> words = {};
+    if (pair.valid)
+      words = bits_as<Pack<uint32_t, 4>>(load<size>(static_cast<const T*>(p.grad_output) + first_channel(p, pair) +
+                                                    item % vectors * size));
+#pragma unroll
+    for (int word = 0; word < 4; ++word) bad |= not_finite(words.numbers[word], T());
+    reinterpret_cast<Pack<uint32_t, 4>*>(strip.grads)[item] = words;
+  }
+  for_points(a, span, [&](int i, const Pair<uint32_t>& pair, int k) {
+    const uint32_t of_pixel = pair.group * 9 + k;
+    reinterpret_cast<Pack<T, 2>*>(strip.offsets)[i * 9 + k] =
+        load<2>(static_cast<const T*>(p.offset) + (pair.pixel * uint32_t(p.offset_stride) + 2 * of_pixel));
+    strip.masks[i * 9 + k] = static_cast<const T*>(p.mask)[pair.pixel * uint32_t(p.mask_stride) + of_pixel];
+  });
+  return bad;
+}
+
+// The window: the image's first pixel of the batch, and the window's first row and column.
+struct Window {
+  uint32_t image;
+  int top, left;
+};
+// The pixels of a column of the matrix and of every 32nd after it. The owning kernel counts both alike.
+template <bool kOwns>
+struct Columns {
+  const Problem& p;
+  int y, x;
+  uint32_t pixel, step;  // of the batch; from one to the next
+  __device__ Columns(const Problem& problem, const Window& window, int column) : p(problem) {
+    y = kOwns ? 0 : window.top + column / kWindow, x = kOwns ? column : window.left + column % kWindow;
+    pixel = window.image + uint32_t(y * int(p.width) + x);
+    step = kOwns ? 32 : 32 / kWindow * uint32_t(p.width);
+  }
+  __device__ bool exists(int n) const {  // may be beyond the image
+    if (kOwns) return x + 32 * n < int(p.height * p.width);
+    return uint32_t(y + 32 / kWindow * n) < uint32_t(p.height) && uint32_t(x) < uint32_t(p.width);
+  }
+};
+
+// All dot products of a strip with the window. A warp takes every fourth eight columns, whose pixels stay in registers.
+template <bool kOwns, typename T, int kChannels>
+__device__ inline void multiply_rows(const Dense& a, const Window& window, uint32_t group, const Strip<T, kChannels>& strip) {
+  const Problem& p = a.problem;
+  constexpr int words = kChannels / 8, tiles = kColumns / 8 / kWarps;  // a thread has a quarter of a row's channels
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  static_assert(kWarps * 8 == 32, "as Columns steps");
+  const Columns<kOwns> columns(p, window, warp * 8 + g);
+  const uint32_t from = (columns.pixel * uint32_t(p.group) + group) * (kChannels / 2) + t * words;
+  const uint32_t step = columns.step * uint32_t(p.group) * (kChannels / 2);
+  Pack<uint32_t, words> input[tiles];
+#pragma unroll
+  for (int n = 0; n < tiles; ++n) {
+    const uint32_t at = columns.exists(n) ? from + n * step : 0;  // no point has a corner there: any pixel will do
+    input[n] = load<words>(static_cast<const uint32_t*>(p.input) + at);
+  }
+  const int eights = strip.stride / 8 - warp;  // of this warp, times kWarps
+#pragma unroll 1
+  for (int next = 0; next < a.rows; next += 16) {
+    const int row = smaller_of(next, a.rows - 16);  // the last eight perhaps a second time
+    uint32_t grads[words][2];
+#pragma unroll
+    for (int i = 0; i < words; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        grads[i][h] = reinterpret_cast<const uint32_t*>(strip.grads + (row + g + 8 * h) * kChannels)[t * words + i];
+    }
+    float *const to = strip.matrix + (row + g) * strip.stride + warp * 8 + 2 * t, *const below = to + 8 * strip.stride;
+#pragma unroll
+    for (int n = 0; n < tiles; ++n) {
+      float dots[4] = {};
+#pragma unroll
+      for (int i = 0; i < words; i += 2) add_product_of(T(), dots, grads[i], input[n].numbers + i);
+      if (n * kWarps < eights) {
+        *reinterpret_cast<Pack<float, 2>*>(to + n * kWarps * 8) = {{dots[0], dots[1]}};
+        *reinterpret_cast<Pack<float, 2>*>(below + n * kWarps * 8) = {{dots[2], dots[3]}};
+      }
+    }
+  }
+}
+
+// A point that the window does not hold is taken by the thread's whole warp: half of it a row of two corners, a thread
+// every 16th channel. Adds to memory what `mine` points give to the input's gradient, and sets their dot products.
+// place: of the low corner among all pixels of the batch. grads: the output gradients of the warp's rows.
+template <typename T, int kChannels>
+__device__ inline void take_outside(const Problem& p, bool mine, const Corners<float>& corners, uint32_t place,
+                                    uint32_t group, const T* grads, float* dots) {
+  const int lane = threadIdx.x % 32, half = lane / 16;
+  for (unsigned left = __ballot_sync(~0u, mine); left; left &= left - 1) {
+    const int owner = __ffs(int(left)) - 1;
+    const uint32_t from = __shfl_sync(~0u, place, owner) + uint32_t(half * p.width);
+    float weights[2], sums[2] = {};
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const float low = __shfl_sync(~0u, corners.weight[q], owner), high = __shfl_sync(~0u, corners.weight[q + 2], owner);
+      weights[q] = half ? high : low;
+    }
+#pragma unroll
+    for (int c = lane % 16; c < kChannels; c += 16) {
+      const float grad = widen(grads[owner * kChannels + c]);
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        const uint32_t at = ((from + q) * uint32_t(p.group) + group) * kChannels + c;
+        sums[q] += grad * widen(static_cast<const T*>(p.input)[at]);
+        if (weights[q] != 0) atomicAdd(static_cast<float*>(p.grad_input) + at, grad * weights[q]);
+      }
+    }
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) {
+#pragma unroll
+      for (int q = 0; q < 2; ++q) sums[q] += __shfl_xor_sync(~0u, sums[q], step);
+    }
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const float dot = __shfl_sync(~0u, sums[q % 2], q / 2 * 16);
+      if (lane == owner) dots[q] = dot;
+    }
+  }
+}
+
+// A thread a row: gradients of offsets and masks from the dot products, whose place its row of W takes. Whether a mask
+// is not finite.
+template <bool kOwns, typename T, int kChannels, typename Pixels>
+__device__ inline bool combine_and_weigh(const Dense& a, const Window& window, const Pixels& span,
+                                         const Strip<T, kChannels>& strip) {
+  const Problem& p = a.problem;
+  const int i = first_pair();
+  if (i >= a.rows) return false;
+  const Pair<uint32_t> pair = pair_of(a.cut, span, i);
+  float* const row = strip.matrix + i * strip.stride;
+  Corners<float> corners[9];
+  uint32_t places[3] = {};  // columns of the low corners, a byte each: registers are what is scarce here
+  bool listed[9];
+  bool bad = false;
+  if (!kOwns || pair.valid) {  // whole warps, where they take points together
+    T *const offsets = strip.offsets + i * 18, *const to_masks = strip.masks + i * 9;
+    Points<T, 9, uint32_t> at(p, a.cut, pair);
+    at.offset = offsets;
+    const Masks<T, 9> masks(to_masks, 9, p.softmax);
+    float by_mask[9], mean = 0;
+#pragma unroll
+    for (int k = 0; k < 9; ++k) {
+      Axis<float> h, v;
+      at.axes(k, &h, &v);
+      const float mask = masks.at(k);
+      bad = bad || !(magnitude_of(mask) < INFINITY);
+      corners[k] = corners_of(h, v, mask);
+      const int y = v.low - window.top, x = h.low - window.left;
+      const int place = y * a.window_w + x;
+      const bool outside = !kOwns && !(y >= 0 && y < kWindow - 1 && x >= 0 && x < kWindow - 1);
+      float dots[4];
+      if (!outside) {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) dots[q] = row[place + q / 2 * a.window_w + q % 2];
+      }
+      if (!kOwns) {
+        const uint32_t pixel = window.image + uint32_t(v.low) * uint32_t(p.width) + uint32_t(h.low);
+        take_outside<T, kChannels>(p, outside && pair.valid, corners[k], pixel, pair.group,
+                                   strip.grads + i / 32 * 32 * kChannels, dots);
+      }
+      places[k / 4] |= uint32_t(outside ? 0 : place) << k % 4 * 8;
+      listed[k] = !outside;
+      const Corners<float> gradient = gradients_of(h, v, dots, mask * float(p.offset_scale));
+      narrow(gradient.weight[0], offsets + 2 * k), narrow(gradient.weight[1], offsets + 2 * k + 1);
+      by_mask[k] = gradient.weight[2];
+      mean += mask * by_mask[k];
+    }
+#pragma unroll
+    for (int k = 0; k < 9; ++k)
+      narrow(p.softmax ? masks.at(k) * (by_mask[k] - mean) : by_mask[k], to_masks + k);
+  }
+  // Rows lie an odd number of eights apart: every other four threads begin with the second four, in other banks.
+#pragma unroll 4
+  for (int c = 0; c < strip.stride; c += 8) {
+    *reinterpret_cast<Pack<float, 4>*>(row + (i & 4) + c) = {};
+    *reinterpret_cast<Pack<float, 4>*>(row + (~i & 4) + c) = {};
+  }
+  if (!pair.valid) return false;
+#pragma unroll
+  for (int k = 0; k < 9; ++k) {
+    if (!listed[k]) continue;
+    float *const low = row + (places[k / 4] >> k % 4 * 8 & 255), *const high = low + a.window_w;
+    const float sums[4] = {low[0] + corners[k].weight[0], low[1] + corners[k].weight[1],
+                           high[0] + corners[k].weight[2], high[1] + corners[k].weight[3]};
+    low[0] = sums[0], low[1] = sums[1], high[0] = sums[2], high[1] = sums[3];
+  }
+  return bad;
+}
+
+// The columns of a thread in a tile of the sums: 16 * tile + 2 * (lane / 4) and the next one. Of both the channels of
+// columns 2t and 2t + 1, each n: sums[tile of the warp][n][2 * which + t's column].
+template <int kChannels>
+using Sums = float[kTilesOfWarp][kChannels / 8][4];
+
+// sums += W^T grads.
+template <bool together, typename T, int kChannels>
+__device__ inline void add_columns(const Dense& a, const Strip<T, kChannels>& strip, bool finite, Sums<kChannels>& sums) {
+  constexpr int n_tiles = kChannels / 8;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  if (!finite) {
+#pragma unroll 1
+    for (int row = 0; row < a.rows; ++row) {
+#pragma unroll
+      for (int m = 0; m < kTilesOfWarp; ++m) {
+#pragma unroll
+        for (int j = 0; j < 8 * n_tiles / 2; ++j) {
+          const int which = j / (2 * n_tiles), column = j / n_tiles % 2, n = j % n_tiles;
+          const int to = warp * 16 + m * 16 * kWarps + 2 * g + which;
+          if (to >= strip.stride) continue;
+          const float weight = strip.matrix[row * strip.stride + to];
+          const float grad = widen(strip.grads[row * kChannels + channels_of<kChannels, together>(2 * t + column) + n]);
+          if (weight != 0) sums[m][n][2 * which + column] += weight * grad;
+        }
+      }
+    }
+    return;
+  }
+  const float* low = strip.matrix + t * strip.stride + warp * 16 + 2 * g;
+  const T* from = strip.grads + t * kChannels + channels_of<kChannels, together>(g);
+#pragma unroll 1
+  for (int row = 0; row < a.rows; row += 8, low += 8 * strip.stride, from += 8 * kChannels) {
+    float grads[n_tiles][2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float numbers[n_tiles];
+      widen(load<n_tiles>(from + 4 * h * kChannels), numbers);
+#pragma unroll
+      for (int n = 0; n < n_tiles; ++n) grads[n][h] = numbers[n];
+    }
+#pragma unroll
+    for (int m = 0; m < kTilesOfWarp; ++m) {
+      // Reading on into the next row would do no harm, but cost time.
+      if (m % 2 && warp * 16 + m * 16 * kWarps >= strip.stride) break;
+      float high[4], rest[4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const Pack<float, 2> weights = load<2>(low + 4 * h * strip.stride + m * 16 * kWarps);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          high[2 * h + j] = bits_as<float>(bits_as<uint32_t>(weights.numbers[j]) & 0xffffe000u);
+          rest[2 * h + j] = weights.numbers[j] - high[2 * h + j];
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < n_tiles; ++n) add_product_tf32(sums[m][n], high, grads[n]);
+#pragma unroll
+      for (int n = 0; n < n_tiles; ++n) add_product_tf32(sums[m][n], rest, grads[n]);
+    }
+  }
+}
+
+// Writes the gradients of offsets and masks, neighbouring threads to neighbouring numbers.
+template <typename T, int kChannels, typename Pixels>
+__device__ inline void put(const Dense& a, const Pixels& span, const Strip<T, kChannels>& strip) {
+  const Problem& p = a.problem;
+  for_points(a, span, [&](int i, const Pair<uint32_t>& pair, int k) {
+    const uint32_t to = (pair.pixel * uint32_t(p.group) + pair.group) * 9 + k;
+    static_cast<Pack<T, 2>*>(p.grad_offset)[to] = reinterpret_cast<const Pack<T, 2>*>(strip.offsets)[i * 9 + k];
+    static_cast<T*>(p.grad_mask)[to] = strip.masks[i * 9 + k];
+  });
+}
+
+// The sums of a thread go to the input's gradient: `each(pixel of the batch, first channel, numbers)` for neighbouring
+// ones.
+template <bool kOwns, int kChannels, typename Each>
+__device__ inline void for_sums(const Dense& a, const Window& window, const Sums<kChannels>& sums, const Each& each) {
+  constexpr int n_tiles = kChannels / 8;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    const Columns<kOwns> columns(a.problem, window, warp * 16 + 2 * g + which);
+#pragma unroll
+    for (int m = 0; m < kTilesOfWarp; ++m) {
+      if (!columns.exists(2 * m)) continue;
+      float numbers[2 * n_tiles];
+#pragma unroll
+      for (int j = 0; j < 2 * n_tiles; ++j) numbers[j] = sums[m][j % n_tiles][2 * which + j / n_tiles];
+      each(columns.pixel + 2 * m * columns.step, t, numbers);
+    }
+  }
+}
+
+// Blocks of a multiprocessor at once.
+template <int kChannels, bool kOwns>
+constexpr int kDenseBlocks = kChannels > 16 ? 2 : kOwns ? 4 : 3;
+
+template <typename T, int kChannels, bool kOwns>
+__global__ void __launch_bounds__(kThreads, kDenseBlocks<kChannels, kOwns>) dense_kernel(Dense a) {
+  const Problem& p = a.problem;
+  DCNV3_SHARED(memory);
+  const Strip<T, kChannels> strip(memory, a);
+  constexpr bool together = kOwns || kAtomicVector == 4;
+  Sums<kChannels> sums = {};
+  const auto run = [&](const auto& span, const Window& window) {
+    bool bad = fetch(a, span, strip);
+    __syncthreads();
+    multiply_rows<kOwns>(a, window, span.group, strip);
+    __syncthreads();
+    bad = combine_and_weigh<kOwns>(a, window, span, strip) || bad;
+    bad = __syncthreads_or(bad);
+    add_columns<together>(a, strip, !bad, sums);
+    put(a, span, strip);
+  };
+  if constexpr (kOwns) {
+    const uint32_t image = a.tiling.groups.quotient(blockIdx.x), group = blockIdx.x - image * a.tiling.groups.value;
+    const uint32_t out_pixels = uint32_t(p.out_height * p.out_width), first = image * out_pixels;
+    const Window window{image * uint32_t(p.height * p.width), 0, 0};
+    for (uint32_t done = 0; done < out_pixels; done += uint32_t(a.cut.pairs)) {
+      if (done) __syncthreads();
+      run(Rows{first + done, first + smaller_of(done + uint32_t(a.cut.pairs), out_pixels), group}, window);
+    }
+    for_sums<kOwns, kChannels>(a, window, sums, [&](uint32_t pixel, int t, const float* numbers) {
+      constexpr int size = kChannels / 4;
+      Pack<T, size> result;
+#pragma unroll
+      for (int j = 0; j < size; ++j) narrow(numbers[j], &result.numbers[j]);
+      static_cast<Pack<T, size>*>(p.grad_input)[(pixel * uint32_t(p.group) + group) * 4 + t] = result;
+    });
+  } else {
+    const Tile<uint32_t> tile = tile_of<uint32_t>(a.tiling, blockIdx.x);
+    const Window window{tile.image * uint32_t(p.height * p.width),
+                        window_of(tile.row, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h),
+                        window_of(tile.column, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w)};
+    run(tile, window);
+    for_sums<kOwns, kChannels>(a, window, sums, [&](uint32_t pixel, int t, const float* numbers) {
+      float* const to = static_cast<float*>(p.grad_input) + (pixel * uint32_t(p.group) + tile.group) * kChannels;
+      constexpr int size = together ? kAtomicVector : 1;
+#pragma unroll
+      for (int j = 0; j < kChannels / 4; j += size) {
+        bool some = false;  // most pixels at the window's border get nothing
+#pragma unroll
+        for (int m = 0; m < size; ++m) some = some || numbers[j + m] != 0;
+        constexpr int of_column = kChannels / 8;
+        if (some) add_to<size>(to + channels_of<kChannels, together>(2 * t + j / of_column) + j % of_column, numbers + j);
+      }
+    });
+  }
+}
+
+Dense dense_of(const Problem& p, bool owns) {
+  Dense a{p, cut_of(p, 8, 1, 1), Tiling(p), 0, 0, owns ? int(p.width) : kWindow, 0};
+  if (owns) {  // strips of like length: four of 49 pixels in an image of 14x14
+    const int64_t pixels = p.out_height * p.out_width, strips = (pixels + kPairs - 1) / kPairs;
+    a.cut.pairs = int((pixels + strips - 1) / strips);
+  }
+  const int eights = owns ? int(p.height * p.width + 7) / 8 : kColumns / 8;
+  a.rows = larger_of((a.cut.pairs + 7) / 8 * 8, 16);
+  a.stride = 8 * (eights + (eights + 1) % 2);  // of an odd number of eights: threads meet in no bank
+  a.bytes = int64_t(a.rows) * a.stride * sizeof(float) + (kPairs * p.channels + a.rows * 27) * 2;
+  return a;
+}
+
+template <typename T, int kChannels>
+const char* start(const Problem& p, bool owns, void* stream) {
+  const Dense a = dense_of(p, owns);
+  if (owns) return launch(dense_kernel<T, kChannels, true>, a, p.batch * p.group, a.bytes, stream);
+  return launch(dense_kernel<T, kChannels, false>, a, a.tiling.blocks, a.bytes, stream);
+}
+
+}  // namespace
+
+// With one block a multiprocessor would wait for memory most of the time.
+bool dense_fits(const Problem& p, bool owns) {
+  const void* tensors[] = {p.input, p.grad_output};
+  return (p.dtype == Dtype::bfloat16 || p.dtype == Dtype::float16) && (p.channels == 16 || p.channels == 32) &&
+         fits_vectors(p, 8, 2, tensors, 2) && elements_of_an_image(p) <= kReach &&
+         (!owns || p.height * p.width <= kColumns) && device().major >= 8 &&
+         2 * (dense_of(p, owns).bytes + kReserved) <= device().shared_bytes;
+}
+
+const char* dense_backward(const Problem& p, bool owns, void* stream) {
+  if (p.dtype == Dtype::bfloat16)
+    return p.channels == 16 ? start<BFloat16, 16>(p, owns, stream) : start<BFloat16, 32>(p, owns, stream);
+  return p.channels == 16 ? start<Float16, 16>(p, owns, stream) : start<Float16, 32>(p, owns, stream);
+}
+
+}  // namespace dcnv3
