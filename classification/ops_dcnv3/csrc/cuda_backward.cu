@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) atomic_kernel(Backward a
 // Step 2 alone, in a fixed order of sums: a block takes one group of one image, a thread owns channels and
 // goes through all output pixels in order.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) ordered_kernel(Backward a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) ordered_kernel(Backward a) {
   using A = Accumulator<T>;
   const Problem& p = a.problem;
   const Cut& cut = a.cut;  // one group a block
