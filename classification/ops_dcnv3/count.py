@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nvcc import find_nvcc
@@ -51,10 +52,15 @@ def compile_kernels(architectures, folder, ptx=()):
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (a.removeprefix("sm_") for a in architectures)]
     targets += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in ptx]
     found = {}
-    for source in sorted(SOURCES.glob("*.cu")):
+
+    def compile_source(source):
         command = [find_nvcc(), "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", *targets]
         command += ["-c", source, "-o", Path(folder, source.stem + ".o")]
-        run = subprocess.run(command, capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = list(pool.map(compile_source, sorted(SOURCES.glob("*.cu"))))
+    for run in runs:
         if run.returncode:
             raise RuntimeError(run.stderr)
         pattern = r"entry function '(\S+)' for '(sm_\d+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
