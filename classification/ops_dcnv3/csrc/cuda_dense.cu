@@ -7,7 +7,7 @@
 // then the rows of weights W. Three steps of a strip are products of a warp on tensor cores:
 //   dots = grad_output input^T, in 16 bits;    grad_input += W^T grad_output, in tf32, W in two parts: 22 bits.
 // Between them a thread has a row for itself: it finds its points, reads their dot products, and adds their weights,
-// without a barrier and without atomic adds. What bounds the sparse kernels, 36 corners a row times channels, is gone.
+// without a barrier and without atomic adds. The sparse kernels do that for 36 corners a row times the channels.
 //
 // In a product everything meets everything. A corner of weight 0 must get nothing of an infinite gradient all the
 // same: a strip with a number that is not finite is multiplied number by number, skipping zeros.
@@ -134,7 +134,8 @@ struct Columns {
 
 // All dot products of a strip with the window. A warp takes every fourth eight columns, whose pixels stay in registers.
 template <bool kOwns, typename T, int kChannels>
-__device__ inline void multiply_rows(const Dense& a, const Window& window, uint32_t group, const Strip<T, kChannels>& strip) {
+__device__ inline void multiply_rows(const Dense& a, const Window& window, uint32_t group,
+                                     const Strip<T, kChannels>& strip) {
   const Problem& p = a.problem;
   constexpr int words = kChannels / 8, tiles = kColumns / 8 / kWarps;  // a thread has a quarter of a row's channels
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -186,7 +187,8 @@ __device__ inline void take_outside(const Problem& p, bool mine, const Corners<f
     float weights[2], sums[2] = {};
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-      const float low = __shfl_sync(~0u, corners.weight[q], owner), high = __shfl_sync(~0u, corners.weight[q + 2], owner);
+      const float low = __shfl_sync(~0u, corners.weight[q], owner);
+      const float high = __shfl_sync(~0u, corners.weight[q + 2], owner);
       weights[q] = half ? high : low;
     }
 #pragma unroll
@@ -242,7 +244,7 @@ __device__ inline bool combine_and_weigh(const Dense& a, const Window& window, c
       const int y = v.low - window.top, x = h.low - window.left;
       const int place = y * a.window_w + x;
       const bool outside = !kOwns && !(y >= 0 && y < kWindow - 1 && x >= 0 && x < kWindow - 1);
-      float dots[4];
+      float dots[4] = {};
       if (!outside) {
 #pragma unroll
         for (int q = 0; q < 4; ++q) dots[q] = row[place + q / 2 * a.window_w + q % 2];
@@ -288,7 +290,8 @@ using Sums = float[kTilesOfWarp][kChannels / 8][4];
 
 // sums += W^T grads.
 template <bool together, typename T, int kChannels>
-__device__ inline void add_columns(const Dense& a, const Strip<T, kChannels>& strip, bool finite, Sums<kChannels>& sums) {
+__device__ inline void add_columns(const Dense& a, const Strip<T, kChannels>& strip, bool finite,
+                                   Sums<kChannels>& sums) {
   constexpr int n_tiles = kChannels / 8;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   if (!finite) {
@@ -354,8 +357,7 @@ __device__ inline void put(const Dense& a, const Pixels& span, const Strip<T, kC
   });
 }
 
-// The sums of a thread go to the input's gradient: `each(pixel of the batch, first channel, numbers)` for neighbouring
-// ones.
+// Calls each(pixel of the batch, t, the sums of columns 2t and 2t + 1) for the pixels of a thread's sums.
 template <bool kOwns, int kChannels, typename Each>
 __device__ inline void for_sums(const Dense& a, const Window& window, const Sums<kChannels>& sums, const Each& each) {
   constexpr int n_tiles = kChannels / 8;
@@ -425,7 +427,8 @@ __global__ void __launch_bounds__(kThreads, kDenseBlocks<kChannels, kOwns>) dens
 #pragma unroll
         for (int m = 0; m < size; ++m) some = some || numbers[j + m] != 0;
         constexpr int of_column = kChannels / 8;
-        if (some) add_to<size>(to + channels_of<kChannels, together>(2 * t + j / of_column) + j % of_column, numbers + j);
+        const int channel = channels_of<kChannels, together>(2 * t + j / of_column) + j % of_column;
+        if (some) add_to<size>(to + channel, numbers + j);
       }
     });
   }

@@ -26,12 +26,16 @@ __device__ inline void add_product(float* sums, const uint32_t* a, const uint32_
 }
 // Of a number the lower 13 bits are not read.
 __device__ inline void add_product_tf32(float* sums, const float* a, const float* b) {
-  const uint32_t of_a[4] = {bits_as<uint32_t>(a[0]), bits_as<uint32_t>(a[1]), bits_as<uint32_t>(a[2]), bits_as<uint32_t>(a[3])};
-  const uint32_t of_b[2] = {bits_as<uint32_t>(b[0]), bits_as<uint32_t>(b[1])};
+  uint32_t of_a[4], of_b[2];
+  memcpy(of_a, a, sizeof(of_a)), memcpy(of_b, b, sizeof(of_b));
   add_product(sums, of_a, of_b, 0);
 }
-__device__ inline void add_product_bfloat(float* sums, const uint32_t* a, const uint32_t* b) { add_product(sums, a, b, 1); }
-__device__ inline void add_product_half(float* sums, const uint32_t* a, const uint32_t* b) { add_product(sums, a, b, 2); }
+__device__ inline void add_product_bfloat(float* sums, const uint32_t* a, const uint32_t* b) {
+  add_product(sums, a, b, 1);
+}
+__device__ inline void add_product_half(float* sums, const uint32_t* a, const uint32_t* b) {
+  add_product(sums, a, b, 2);
+}
 
 }  // namespace
 }  // namespace dcnv3
