@@ -28,19 +28,23 @@ class LabelAttention(nn.Module):
     """Query2Label (Liu et al. 2021) without attention among the queries, as ML-Decoder (Ridnik et al. 2023) without
     groups; with `layers` a transformer over the positions of all images of a study before it (CheXFusion, Kim 2023).
 
-    Maps [R, features, h, w] -> logits [B, labels].
+    Maps [R, features, h, w] -> logits [B, labels]. At first the transformer changes nothing: a study model that starts
+    from the head of an image model attends to all images of a study as that one did to one.
     """
 
     def __init__(self, features, labels, *, width, layers=0, drop=0.0):
         super().__init__()
         heads = width // HEAD_WIDTH
-        self.project = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width))
+        self.project, self.norm0 = nn.Linear(features, width), nn.LayerNorm(width)
         if layers:
             self.view = nn.Embedding(len(VIEWS), width)
+            nn.init.zeros_(self.view.weight)
             layer = nn.TransformerEncoderLayer(width, heads, 4 * width, drop, "gelu", batch_first=True, norm_first=True)
-            self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
-            for parameter in self.encoder.parameters():  # its layers are copies of one
-                if parameter.ndim > 1:
+            self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+            for name, parameter in self.encoder.named_parameters():  # its layers are copies of one
+                if name.endswith(("out_proj.weight", "linear2.weight", "linear2.bias")):
+                    nn.init.zeros_(parameter)
+                elif parameter.ndim > 1:
                     nn.init.xavier_uniform_(parameter)
         self.layers = layers
         self.attention = nn.MultiheadAttention(width, heads, drop, batch_first=True)
@@ -52,10 +56,10 @@ class LabelAttention(nn.Module):
         """(tokens of each study [B, T, width], where they are padding [B, T] or None)."""
         tokens = self.project(maps.flatten(2).transpose(1, 2))
         if not self.layers:
-            return tokens, None
+            return self.norm0(tokens), None
         tokens = (tokens + self.view(view)[:, None])[rows.clamp(min=0)].flatten(1, 2)
         padding = (rows < 0).repeat_interleave(maps.shape[2] * maps.shape[3], 1)
-        return self.encoder(tokens, src_key_padding_mask=padding), padding
+        return self.norm0(self.encoder(tokens, src_key_padding_mask=padding)), padding
 
     def _answers(self, tokens, padding, **keywords):
         query = self.labels.query.to(tokens.dtype).repeat(len(tokens), 1, 1)

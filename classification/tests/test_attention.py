@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from common.errors import UserError
 from common.studies import Studies, join
@@ -30,7 +31,11 @@ def config_of(unit="image", train=None, **model):
 
 def model_of(unit="image", **model):
     torch.manual_seed(3)
-    return build_model(config_of(unit, **model)).eval()
+    found = build_model(config_of(unit, **model)).eval()
+    for name, parameter in found.named_parameters():  # what begins as zeros
+        if "label_attention" in name and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def test_a_query_per_label_by_its_formula(images):
     model = model_of(HEAD="label_attention")
     head, maps = model.label_attention, model.feature_maps(images)
     with torch.no_grad():
-        tokens = head.project(maps.flatten(2).transpose(1, 2))
+        tokens = head.norm0(head.project(maps.flatten(2).transpose(1, 2)))
         wq, wk, wv = head.attention.in_proj_weight.chunk(3)
         bq, bk, bv = head.attention.in_proj_bias.chunk(3)
         query, key, value = head.labels.query @ wq.T + bq, tokens @ wk.T + bk, tokens @ wv.T + bv
@@ -153,7 +158,7 @@ def test_two_stages(tmp_path, caplog, studies):
     assert all(torch.equal(v, trained.state_dict()[k]) for k, v in model.backbone.state_dict().items())
     assert torch.equal(model.label_attention.labels.query, before)
     assert found["replaced"] == found["unexpected"] == [] and found["missing"] == model.own_keys()
-    assert "missing: label_attention.project.0.weight, " in caplog.text
+    assert "missing: label_attention.project.weight, " in caplog.text
     # A mean has nothing else: it is the image model.
     mean = model_of("study")
     assert checkpoint.load_pretrained(mean, path, LOG)["missing"] == []
@@ -195,6 +200,18 @@ def test_a_whole_checkpoint_is_loaded_whole_and_its_backbone_elsewhere(unit, mod
     few = model_of(unit, **model | {"NUM_CLASSES": 3})
     replaced = checkpoint.load_pretrained(few, tmp_path / "w.pth", LOG)["replaced"]
     assert {k.split(".")[-2] for k in replaced} <= {"labels", "head"} and replaced
+
+
+def test_a_study_model_starts_as_the_image_model_with_its_head(tmp_path, images, studies):
+    """Of one image its logits are the same; of several its queries attend to all locations, by its own formula."""
+    alone, study = model_of(HEAD="label_attention"), build_model(config_of("study", FUSION="attention")).eval()
+    torch.save({"model": alone.state_dict()}, tmp_path / "w.pth")
+    missing = checkpoint.load_pretrained(study, tmp_path / "w.pth", LOG)["missing"]
+    assert {name.split(".")[1] for name in missing} == {"view", "encoder"}
+    with torch.no_grad():
+        torch.testing.assert_close(study(images), alone(images), rtol=0, atol=1e-5)
+        beside = alone.feature_maps(images[3:]).permute(1, 2, 0, 3).flatten(2)[None]  # one map of both images
+        torch.testing.assert_close(study(studies)[1:], alone.classify(beside), rtol=0, atol=1e-5)
 
 
 def test_layer_decay_reaches_the_backbone():

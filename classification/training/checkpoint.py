@@ -341,11 +341,6 @@ def _weights(content, path):
     return weights
 
 
-def _holds(weights, names):
-    """Whether there are names, and all of them in a file, behind whatever prefix."""
-    return bool(names) and all(any(f".{key}".endswith(f".{name}") for key in weights) for name in names)
-
-
 def _state_dict(content, path, ours):
     """:func:`_weights` with the published names."""
     weights = {re.sub(r"\blayer_scale([12])$", r"gamma\1", k): v for k, v in _weights(content, path).items()}
@@ -375,12 +370,17 @@ def load_pretrained(model, path, log, small_head=False):
         UserError: the file is of another architecture.
     """
     content, sha256 = read_with_digest(path)
-    part, beside = model, []
-    while isinstance(part, Around) and not _holds(_weights(content, path), own := part.own_keys()):
-        part, beside = part.backbone, beside + own  # the file is of the backbone alone
+    part, lacking, keys = model, [], _weights(content, path)
+    while isinstance(part, Around):
+        own = part.own_keys()
+        absent = [name for name in own if not any(f".{key}".endswith(f".{name}") for key in keys)]
+        lacking += absent
+        if len(absent) < len(own):  # such as the head of an image model, without what fuses images
+            break
+        part = part.backbone  # of it alone is the file
     # What wraps all of our own names is not in the file's either.
     wrapped = _WRAPPED.match(os.path.commonprefix([*part.state_dict()]))[0]
-    ours = {k.removeprefix(wrapped): v for k, v in part.state_dict().items()}
+    ours = {k.removeprefix(wrapped): v for k, v in part.state_dict().items() if k not in lacking}
     theirs = _state_dict(content, path, ours.keys())
     if hasattr(part, "fitted"):
         theirs = part.fitted(theirs)
@@ -394,7 +394,7 @@ def load_pretrained(model, path, log, small_head=False):
         for key in found["replaced"]:
             ours[key].mul_(0.001)
     part.load_state_dict({wrapped + k: theirs[k] for k in found["loaded"]}, strict=False)
-    found["missing"] += beside
+    found["missing"] += lacking
     count = f"{len(found['loaded'])} of {len(model.state_dict())}"
     log.info(f"pretrained weights from {path}: {count} keys loaded, all but these")
     for what in ("replaced", "missing", "unexpected"):
