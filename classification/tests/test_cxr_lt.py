@@ -13,7 +13,7 @@ import predict
 import prepare_mimic
 from analysis import tables as report_tables
 from common.errors import UserError
-from config import get_config, parse_args
+from config import get_config, parse_args, source_configs
 from conftest import SHARED
 from dataset import cxr_lt
 from dataset.build import build_datasets, own_values
@@ -160,7 +160,9 @@ def test_options_of_the_release(run_main, layouts, tiny, capsys):
     args = parse_args(["--cfg", str(tiny), "--dataset", "cxr_lt"])
     assert get_config(args, own_values).TRAIN.BEST_BY == "mean_average_precision"
     mixed = parse_args(["--cfg", str(tiny), "--opts", "DATA.SOURCES", "[{dataset: cxr_lt, path: a, cxr_lt: 2023}]"])
-    assert get_config(mixed, own_values).TRAIN.BEST_BY == "mean_average_precision"
+    config = get_config(mixed, own_values)
+    assert config.TRAIN.BEST_BY == "mean_average_precision"
+    assert source_configs(config)["cxr_lt"].DATA.CXR_LT == "2023"  # which YAML reads as a number
     with pytest.raises(
         UserError, match="MODEL.NUM_CLASSES is 14, but the data has 40 labels .*set MODEL.NUM_CLASSES 40"
     ):
