@@ -68,10 +68,10 @@ def test_messages_of_the_troubleshooting_exist():
     files = [
         *ROOT.glob("*.py"),
         *ROOT.glob("[a-mp]*/**/*.py"),
-        *ROOT.glob("training/*.py"),
+        *ROOT.glob("training/*"),
         *ROOT.glob("ops_dcnv3/**/*.*"),
     ]
-    code = "\n".join(path.read_text() for path in files if path.suffix in (".py", ".cpp", ".h", ".cu"))
+    code = "\n".join(path.read_text() for path in files if path.suffix in (".py", ".yaml", ".cpp", ".h", ".cu"))
     code = re.sub(r'"\s*\n\s*f?"', "", code)
     rows = re.findall(
         r"^\| (`.*?) \|", (ROOT / "README_MIMIC.md").read_text().split("## Troubleshooting")[1], re.MULTILINE
