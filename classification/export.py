@@ -3,6 +3,8 @@
     python export.py output/.../best_ckpt.pth --output model.onnx
     python export.py output/.../best_ckpt.pth --output model.pt2 --format torch
     python export.py output/.../best_ckpt.pth --output shared.pth --format weights
+    python export.py output/.../best_ckpt.pth --page FOLDER --evaluation EVALUATION  # a page that asks it in a browser
+    python export.py --serve FOLDER               # shows that page, for browsers that refuse files of a local disk
 
 Input: `images`, float32 [B, 3, S, S], the X-ray resized to S x S, as gray / 255 three times, less `mean`, by `std`
 (a photograph: as RGB / 255).
@@ -23,11 +25,14 @@ from PIL import Image
 
 from common.errors import UserError, run_command
 from config import Parser
+from dataset.files.domain import domain_warning
 from dataset.synthetic.drawing import draw
 from dataset.tools.listing import list_images
-from models.exporting import Probabilities, require, save_onnx, save_torch, save_weights
+from models.exporting import Mapped, Probabilities, pools_linearly, require, save_onnx, save_torch, save_weights
 from models.inference import device_name
-from predicting import trained
+from page import folder as page
+from page.packages import take_packages
+from predicting import explain, trained
 
 TOLERANCE = 1e-4  # of a probability, against PyTorch in float32
 HALF_TOLERANCE = 2e-2
@@ -36,8 +41,17 @@ HALF_TOLERANCE = 2e-2
 def parse_args(argv):
     parser = Parser(prog="export.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a checkpoint of main.py")
-    add("--output", required=True, metavar="FILE", help="the file to write, model.onnx say")
+    add("checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint of main.py")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", metavar="FILE", help="the file to write, model.onnx say")
+    target.add_argument("--page", metavar="FOLDER", help="a new folder with a page that asks the model in a browser")
+    target.add_argument("--serve", metavar="FOLDER", help="show such a page at http://127.0.0.1, to this machine alone")
+    add("--evaluation", metavar="FOLDER", help="of report.py: AUROC, thresholds, calibration and limits for --page")
+    add(
+        "--runtime", nargs="+", metavar="PATH",
+        help="folders or tarballs with the packages of --page, such as a node_modules (they are downloaded by npm)",
+    )  # fmt: skip
+    add("--port", type=int, default=8000, help="of --serve (8000); 0: a free one")
     add(
         "--format", choices=list(FORMATS), default="onnx",
         help="torch: a program of torch.export; weights: a checkpoint to share, without patients, paths and optimizer",
@@ -47,8 +61,23 @@ def parse_args(argv):
     add("--half", action="store_true", help="ONNX or torch: compute in float16; images and probabilities stay float32")
     add("--cfg", metavar="FILE", help="published weights as CHECKPOINT: the configuration that they belong to")
     add("--ema", action="store_true", help="the EMA weights that the checkpoint holds")
+    add(
+        "--dicom-recipe",
+        choices=["window", "mimic_jpg"],
+        help="how DICOM is to become grayscale (that of the training)",
+    )
     add("--images", nargs="+", metavar="PATH", help="images to compare on: files, folders, a CSV (two synthetic ones)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.checkpoint) == bool(args.serve):
+        parser.error("--serve takes no CHECKPOINT" if args.serve else "CHECKPOINT is missing")
+    for flag, value in (("--evaluation", args.evaluation), ("--runtime", args.runtime)):
+        if value and not args.page:
+            parser.error(f"{flag} is an option of --page")
+    return args
+
+
+def _load(args):
+    return trained.load(args.checkpoint, ema=args.ema, dicom_recipe=args.dicom_recipe, cfg=args.cfg)
 
 
 def _images(model, names):
@@ -148,15 +177,16 @@ def _metadata(model, args):
 
 
 @torch.no_grad()
-def export(args):
-    """Write, compare and measure; prints a few lines."""
+def export(args, model=None, written=None):
+    """Write, compare and measure; prints a few lines. model: loaded already; written: the network to write, if it is
+    another than its probabilities."""
     for flag in ("decompose", "half"):
         if getattr(args, flag) and args.format not in (("onnx",) if flag == "decompose" else ("onnx", "torch")):
             raise UserError(f"--{flag} does not go with --format {args.format}; leave it out")
     target = Path(args.output)
     if target.suffix != (ending := ENDINGS.get(args.format, target.suffix)):
         raise UserError(f"--output {target}: a file of --format {args.format} must end in {ending}; name it so")
-    model = trained.load(args.checkpoint, ema=args.ema, cfg=args.cfg)
+    model = model or _load(args)
     if model.config.DATA.UNIT == "study" and args.format != "weights":
         raise UserError(
             f"{args.checkpoint} is a model of studies (DATA.UNIT study); a file of --format {args.format} takes images "
@@ -169,7 +199,8 @@ def export(args):
         # Under its own name, as weights beyond 2 GB are beside it and are found by name; but elsewhere until checked.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export") as folder:
             path = Path(folder) / target.name
-            written = Probabilities(model.model, half=True, classes=model.classes) if args.half else network
+            half = Probabilities(model.model, half=True, classes=model.classes) if args.half else network
+            written = written or half
             if args.format == "onnx":
                 save_onnx(written, size, path, metadata=metadata, opset=args.opset, decompose=args.decompose)
             elif args.format == "torch":
@@ -213,9 +244,56 @@ def _compare(network, run, images, path, tolerance):
     return difference
 
 
+def export_page(args):
+    """The folder of --page: what can be wrong is looked at first."""
+    folder = Path(args.page)
+    if args.half or args.format != "onnx":
+        raise UserError("--page writes ONNX in float32, which browsers run; leave --half and --format out")
+    page.check_folder(folder)
+    packages, missing = take_packages(args.runtime)
+    model = _load(args)
+    if model.classes:
+        raise UserError(f"--page shows X-rays; {args.checkpoint} is a model of photographs: leave --page out")
+    network, size = model.model, model.config.DATA.IMG_SIZE
+    if (weights := 4 * sum(p.numel() for p in network.parameters())) > page.LARGEST:
+        raise UserError(
+            f"--page: the weights take {weights / 1e9:.1f} GB, browsers can use 2 GB; choose a smaller model"
+        )
+    mapped = pools_linearly(network, size)
+    first = explain.last_position(network, size) if mapped else None
+    about = page.describe(model, missing, args.evaluation, ema=args.ema, mapped=mapped)
+    args.output = str(folder / "model.onnx")
+    export(args, model, Mapped(network) if mapped else None)
+    try:
+        whole, local = page.write_page(folder, about, packages, _metadata(model, args), first)
+    except OSError as error:
+        raise UserError(f"--page {folder} cannot be written ({error.strerror or error}); choose another") from error
+    notes = about["limits"][: len(missing) + (not mapped)]
+    if text := domain_warning(model.domain, f"dicom {model.config.DATA.DICOM_RECIPE}"):
+        notes.append("DICOM: " + text.replace("DATA.DICOM_RECIPE", "--dicom-recipe"))
+    for line in notes:
+        print(f"note: {line}")
+    print(
+        f"{whole:.1f} MB; {local:.1f} MB of them are local/, for opening index.html from a disk, not for a web server"
+    )
+
+
+def serve(args):
+    server = page.open_server(args.serve, args.port)
+    print(f"http://127.0.0.1:{server.server_port}/ shows {args.serve} to this machine; Ctrl-C ends it", flush=True)
+    with server:
+        server.serve_forever()
+
+
 def main(argv=None):
     args = parse_args(argv)
-    export(args)
+    if args.serve:
+        return serve(args)
+    if args.page:
+        export_page(args)
+        args.output = f"{args.page}; open index.html in it, or run export.py --serve {args.page}"
+    else:
+        export(args)
     print(f"written: {args.output}")
     return 0
 

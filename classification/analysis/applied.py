@@ -9,7 +9,8 @@ from common.files import read_json
 from dataset.files.domain import kinds
 
 
-def _read(evaluation, name):
+def read_content(evaluation, name):
+    """(path, dictionary) of a file that report.py wrote into an evaluation."""
     path = Path(evaluation)
     path = path / name if path.is_dir() else path
     if not path.exists():
@@ -31,7 +32,7 @@ def read_calibration(evaluation, label_names):
     """
     from analysis.calibration import scale
 
-    path, content = _read(evaluation, "calibration.json")
+    path, content = read_content(evaluation, "calibration.json")
     chosen = content.get("chosen")
 
     def adjust(probabilities):
@@ -56,7 +57,7 @@ def read_thresholds(evaluation, rule, label_names):
 
     UserError: no such file, rule or label.
     """
-    path, content = _read(evaluation, "report.json")
+    path, content = read_content(evaluation, "report.json")
     rules = content.get("thresholds") or {}
     if not isinstance(rules.get(rule), dict) or not isinstance(rules[rule].get("labels"), dict):
         why = rules.get("left_out") or f"choose one of {', '.join(k for k in rules if isinstance(rules[k], dict))}"

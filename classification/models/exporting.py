@@ -36,6 +36,31 @@ class Probabilities(nn.Module):
         return logits.softmax(1) if self.classes else logits.sigmoid()
 
 
+class Mapped(nn.Module):
+    """Probabilities [B, labels], and what each position adds to each logit, [B, labels, h, w]; see `pools_linearly`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        features = self.model.feature_maps(images)
+        weight = self.model.get_submodule(self.model.classifier).weight[:, :, None, None]
+        maps = nn.functional.conv2d(features, weight) / (features.shape[2] * features.shape[3])
+        return self.model.classify(features).float().sigmoid(), maps
+
+
+@torch.no_grad()
+def pools_linearly(model, size):
+    """Whether the logits are linear in the mean of the last feature maps: then they are a sum over the positions."""
+    try:
+        features = torch.randn_like(model.feature_maps(torch.zeros(1, 3, size, size)))
+        expected = model.get_submodule(model.classifier)(features.mean((2, 3)))
+        return torch.allclose(model.classify(features), expected, atol=1e-4)
+    except (AttributeError, RuntimeError, UserError):  # no feature maps, or not those that the classifier takes
+        return False
+
+
 def _deform_conv(
     input, offset, mask, group, kernel, stride, padding, dilation, offset_scale, remove_center, mask_is_logits
 ):
@@ -164,7 +189,7 @@ def save_onnx(model, size, path, *, metadata, opset=20, decompose=False):
         with _quiet():
             program = torch.onnx.export(
                 model.eval(), images, dynamo=True, opset_version=opset, dynamic_shapes=batch, verbose=False,
-                input_names=["images"], output_names=["probabilities"],
+                input_names=["images"], output_names=["probabilities", "maps"][: 1 + isinstance(model, Mapped)],
                 custom_translation_table={torch.ops.dcnv3.forward.default: _grid_sample if decompose else _deform_conv},
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:

@@ -130,6 +130,12 @@ def first_positions(model, size):
     return found
 
 
+def last_position(model, size):
+    """x (= y) of the first position of the last feature maps as a part of the image's side, see `first_positions`."""
+    positions = first_positions(model, size)
+    return positions[min(positions)]
+
+
 @torch.no_grad()
 def sampling_points(model, images, positions):
     """Where the last DCNv3 layer of each resolution looks, seen from one position of each image.
