@@ -393,6 +393,8 @@ KNOBS = {
     "EVAL_MODE": Knob(False, "evaluate on the test split instead of training", flag="--eval"),
     "THROUGHPUT_MODE": Knob(False, "measure the training step, and the loading of --data-path, and stop",
                             flag="--throughput"),
+    "THROUGHPUT_PLAN": Knob(False, "(new) compute instead what training needs in the memory of a GPU; needs none",
+                            takes_effect={"THROUGHPUT_MODE": True}, flag="--plan"),
 }
 # fmt: on
 
@@ -799,10 +801,11 @@ def _obstacle(config, key, condition, wanted, task, uses, device):
     return f"{' and '.join(wrong)}; {needed}"
 
 
-def doubtful(config, updates, workers):
+def doubtful(config, updates, workers, ranks):
     """A line for each setting that this run cannot make use of.
 
     updates: of the whole run. workers: loading processes per process of training, as many as there are CPUs for.
+    ranks: processes of training.
     """
     t = config.TRAIN
     if t.WARMUP_EPOCHS >= t.EPOCHS:
@@ -818,6 +821,8 @@ def doubtful(config, updates, workers):
             f"TRAIN.EMA.DECAY {t.EMA.DECAY} is too slow for a run of {updates} updates: {left:.0%} of the EMA will be "
             "the weights it started from; use a smaller one, or TRAIN.EMA.WARMUP True"
         )
+    if t.GRADIENT_DTYPE != "float32" and ranks == 1:
+        yield f"TRAIN.GRADIENT_DTYPE {t.GRADIENT_DTYPE} has no effect: one process adds no gradients of others"
     if workers < config.DATA.NUM_WORKERS:
         yield (
             f"DATA.NUM_WORKERS {config.DATA.NUM_WORKERS}: only {workers} loading processes per training process are "

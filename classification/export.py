@@ -1,8 +1,9 @@
-"""A checkpoint as a file to use elsewhere: ONNX of standard operators, a torch.export program, or weights to share.
+"""A checkpoint as a file to use elsewhere: ONNX, a torch.export program, weights to share, or one file of its shards.
 
     python export.py output/.../best_ckpt.pth --output model.onnx
     python export.py output/.../best_ckpt.pth --output model.pt2 --format torch
     python export.py output/.../best_ckpt.pth --output shared.pth --format weights
+    python export.py output/.../best_ckpt.pth --output whole.pth --format checkpoint
     python export.py output/.../best_ckpt.pth --page FOLDER --evaluation EVALUATION  # a page that asks it in a browser
     python export.py --serve FOLDER               # shows that page, for browsers that refuse files of a local disk
 
@@ -33,6 +34,7 @@ from models.inference import device_name
 from page import folder as page
 from page.packages import take_packages
 from predicting import explain, trained
+from training import checkpoint
 
 TOLERANCE = 1e-4  # of a probability, against PyTorch in float32
 HALF_TOLERANCE = 2e-2
@@ -54,7 +56,8 @@ def parse_args(argv):
     add("--port", type=int, default=8000, help="of --serve (8000); 0: a free one")
     add(
         "--format", choices=list(FORMATS), default="onnx",
-        help="torch: a program of torch.export; weights: a checkpoint to share, without patients, paths and optimizer",
+        help="torch: a program of torch.export; weights: a checkpoint to share, without patients, paths and optimizer; "
+        "checkpoint: all of a sharded one (TRAIN.FSDP) in one file",
     )  # fmt: skip
     add("--opset", type=int, default=20, help="of ONNX, 19 or later (20)")
     add("--decompose", action="store_true", help="ONNX without DeformConv, which OpenVINO lacks: GridSample instead")
@@ -128,8 +131,14 @@ def _open_weights(path):
     return lambda images: model(torch.from_numpy(images)).numpy(), "a checkpoint without patients, paths and optimizer"
 
 
-FORMATS = {"onnx": _open_onnx, "torch": _open_torch, "weights": _open_weights}
-ENDINGS = {"torch": ".pt2", "weights": ".pth"}  # by which these files are opened
+def _open_checkpoint(path):
+    return _open_weights(path)[0], "a checkpoint in one file"
+
+
+FORMATS = {"onnx": _open_onnx, "torch": _open_torch, "weights": _open_weights, "checkpoint": _open_checkpoint}
+ENDINGS = {"torch": ".pt2", "weights": ".pth", "checkpoint": ".pth"}  # by which these files are opened
+# Formats that each flag goes with.
+FLAGS = {"decompose": ("onnx",), "half": ("onnx", "torch"), "ema": ("onnx", "torch", "weights")}
 
 
 def _preparation(model):
@@ -180,14 +189,14 @@ def _metadata(model, args):
 def export(args, model=None, written=None):
     """Write, compare and measure; prints a few lines. model: loaded already; written: the network to write, if it is
     another than its probabilities."""
-    for flag in ("decompose", "half"):
-        if getattr(args, flag) and args.format not in (("onnx",) if flag == "decompose" else ("onnx", "torch")):
+    for flag, formats in FLAGS.items():
+        if getattr(args, flag) and args.format not in formats:
             raise UserError(f"--{flag} does not go with --format {args.format}; leave it out")
     target = Path(args.output)
     if target.suffix != (ending := ENDINGS.get(args.format, target.suffix)):
         raise UserError(f"--output {target}: a file of --format {args.format} must end in {ending}; name it so")
     model = model or _load(args)
-    if model.config.DATA.UNIT == "study" and args.format != "weights":
+    if model.config.DATA.UNIT == "study" and args.format not in ("weights", "checkpoint"):
         raise UserError(
             f"{args.checkpoint} is a model of studies (DATA.UNIT study); a file of --format {args.format} takes images "
             "one by one: export the model of images, or share the weights with --format weights"
@@ -205,6 +214,8 @@ def export(args, model=None, written=None):
                 save_onnx(written, size, path, metadata=metadata, opset=args.opset, decompose=args.decompose)
             elif args.format == "torch":
                 save_torch(written, size, path, metadata=metadata)
+            elif args.format == "checkpoint":
+                torch.save(checkpoint.read(args.checkpoint), path)
             else:
                 save_weights(
                     model.model.state_dict(),

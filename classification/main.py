@@ -32,7 +32,7 @@ from dataset.build import build_datasets, build_loader, worker_count
 from dataset.build import own_values as data_values
 from models import own_values
 from models.inference import device_name, peak_memory, progress, set_up_device
-from training import checkpoint, compiling, faults, testing, throughput
+from training import checkpoint, compiling, faults, plan, sharding, testing, throughput
 from training.log import log_datasets, log_without_effect
 from training.optimizer import ema_decay
 from training.run import build_run, limit_threads
@@ -133,9 +133,7 @@ def finish_epoch(run):
     names = [checkpoint.BEST] if is_best else []
     if done % config.SAVE_FREQ == 0 or run.end_reason():
         names.append(f"ckpt_epoch_{done}.pth")
-    if is_ema_best:
-        run.save([checkpoint.EMA_BEST], weights="model_ema")
-    run.save([*names, checkpoint.LAST])
+    run.save([*names, checkpoint.LAST], ema_names=[checkpoint.EMA_BEST] if is_ema_best else [])
     if run.world.is_main:
         checkpoint.remove_old(run.folder, config.SAVE_KEEP)
 
@@ -182,10 +180,12 @@ def record_epoch(run):
 def validate(run, model):
     """What metrics.jsonl has of `model` on the validation split, the same on all ranks."""
     distributed.share_buffers(model, run.world)
-    return run.task.validate(
+    found = run.task.validate(
         model, run.val_loader, run.world, run.step.amp,
         label_names=run.label_names, metric=run.metric, sources=run.val_sources,
-    ).record  # fmt: skip
+    )  # fmt: skip
+    sharding.end_forward(model)
+    return found.record
 
 
 def end_stopped(run, number, world, log):
@@ -249,13 +249,16 @@ def evaluate(config, world, folder, log):
 
 def measure_throughput(config, world, log):
     """The training step of this configuration, and its parts: on random images, and on those of DATA_PATH, if given."""
+    if config.THROUGHPUT_PLAN:
+        log.info(plan.describe(config, world.device))
+        return
     torch.manual_seed(config.SEED)
     loader = None
     if config.DATA.DATA_PATH or config.DATA.SOURCES:
         (dataset,) = build_datasets(config, "train")
         loader = build_loader(config, dataset, train=True, world=world, log=log)
         limit_threads(config, world)
-    step = throughput.RandomStep(config, world.device)
+    step = throughput.RandomStep(config, world.device, world)
     product = throughput.Product(world.device, step.step.dtype)
     seconds, of_product = throughput.step_seconds({"step": step, "product": product}, rounds=10).values()
     images = len(images_of(step.images))

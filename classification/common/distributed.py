@@ -181,11 +181,12 @@ def session():
         torch.cuda.set_device(device)
     elif local_rank == 0:
         warn_of_missing_gpus(int(os.environ.get("SLURM_GPUS_ON_NODE", 0)))
-    if size > 1:
+    launched = size > 1 or "RANK" in os.environ  # torchrun may start one process: TRAIN.FSDP_OFFLOAD on one GPU
+    if launched:
         store = None if "RANK" in os.environ else meet(rank, size)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
-        yield World(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
+        yield World(rank, size, device, dist.new_group(backend="gloo") if launched else None)
     except RuntimeError as error:
         if not is_loss_of_peer(error):
             raise
@@ -194,7 +195,7 @@ def session():
             raise SystemExit(1) from None
         raise UserError(LOSS_OF_PEER) from None
     finally:
-        if size > 1:
+        if launched:
             dist.destroy_process_group()
 
 

@@ -290,9 +290,9 @@ class Loader(DataLoader):
     DATA.PREFETCH batches are on their way to a GPU, on a stream of their own, while it computes with the one before.
 
     An unreadable image is an error. With DATA.ON_BAD_IMAGE skip it is logged and left out: no other image takes its
-    place, and the batch is smaller. Where no image of a batch can be read, evaluation has one batch less; training,
-    whose ranks must take as many steps, gets black images with unknown labels and the indices -1. What is odd about
-    images that are read is logged once a kind.
+    place, and the batch is smaller. Where no image of a batch can be read, training gets black images with unknown
+    labels and the indices -1; so does evaluation where another rank has a batch more: all take as many steps. What is
+    odd about images that are read is logged once a kind.
 
     check(): called before each batch of an EvalSampler, as often on every rank. while_waiting(seconds): called every
     few seconds while no batch comes, and where a loading process has ended. Either may raise to end the work.
@@ -340,8 +340,10 @@ class Loader(DataLoader):
             checks -= 1
             self.check()
             yield with_images(images, normalize(images_of(images), self.mean, self.std)), targets, indices
-        for _ in range(checks):  # another rank has one more
+        for _ in range(checks):  # another rank has one more, and a sharded model is gathered by all
             self.check()
+            images, targets, indices = self._stand_ins(1)
+            yield normalize(images.to(self.device), self.mean, self.std), targets, indices
 
     def _send(self, batch, stream):
         """(images, targets, indices, the event of their arrival): a batch under way to the device on `stream`."""
@@ -362,15 +364,15 @@ class Loader(DataLoader):
             for error in errors:
                 self.log.warning(f"skipped (DATA.ON_BAD_IMAGE): {error}")
             if batch or isinstance(self.batch_sampler, TrainSampler):
-                yield batch or self._stand_ins(errors)
+                if not batch and self.task != "multilabel":  # a class is never unknown
+                    raise errors[0]
+                yield batch or self._stand_ins(len(errors))
 
-    def _stand_ins(self, errors):
-        """A batch of black images whose labels are all unknown."""
-        _, labels = np.shape(self.dataset.dataset.targets) if self.task == "multilabel" else (0, 0)
-        if not labels:  # a class is never unknown
-            raise errors[0]
-        images = torch.zeros(len(errors), 1, self.size, self.size, dtype=torch.uint8)
-        return images, torch.full((len(errors), labels), torch.nan), torch.full((len(errors),), -1)
+    def _stand_ins(self, count):
+        """A batch of black images of no row, whose labels are unknown, or whose class is 0."""
+        shape = (count, *np.shape(self.dataset.dataset.targets)[1:])
+        targets = torch.full(shape, torch.nan) if self.task == "multilabel" else torch.zeros(shape, dtype=torch.long)
+        return torch.zeros(count, 1, self.size, self.size, dtype=torch.uint8), targets, torch.full((count,), -1)
 
     def _loaded(self):
         """What `_collate` made of each batch, in order."""

@@ -86,6 +86,10 @@ class Around(nn.Module):
         self.backbone, self.uses = backbone, backbone.uses | {*uses}
         self.classifier = f"backbone.{backbone.classifier}"
 
+    @property
+    def blocks(self):  # none where the backbone has none
+        return self.backbone.blocks
+
     def own_keys(self):
         """Names of its state that are not the backbone's."""
         return [name for name in self.state_dict() if not name.startswith("backbone.")]

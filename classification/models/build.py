@@ -10,6 +10,7 @@ It returns an nn.Module from images [N, 3, S, S] to logits [N, MODEL.NUM_CLASSES
     undecayed     optional: names of parameters without weight decay, beside all norms and biases
     feature_maps(images), classify(maps)    optional, for predict.py --explain and MODEL.HEAD label_attention: the last
                   feature maps [N, C, H, W], and the logits of such maps
+    blocks()    optional, for TRAIN.FSDP: the modules that are gathered one at a time; without it the whole model is
     fitted(weights)    optional: weights of a file -> the same in the shapes of this image size
 
 The file may have beside `build`:

@@ -114,10 +114,11 @@ def predict(model, loader, world, amp):
     for images, targets, rows in progress(loader, world, desc="evaluate", unit="batch"):
         with amp():
             logits = model(images)
-        parts.append((logits.float().cpu().numpy(), targets.cpu().numpy(), rows.numpy()))
+        real = rows.numpy() >= 0  # a rank that has a batch less than another gets one of a black image
+        parts.append([part[real] for part in (logits.float().cpu().numpy(), targets.cpu().numpy(), rows.numpy())])
     model.train(was_training)
     parts = [part for of_rank in distributed.gather(parts, world) for part in of_rank]
-    if not parts:
+    if not sum(len(rows) for *_, rows in parts):
         raise UserError("none of the images to evaluate can be read; see the lines above, `DATA.ON_BAD_IMAGE`")
     logits, targets, rows = (np.concatenate(column) for column in zip(*parts))
     if not np.isfinite(logits).all():

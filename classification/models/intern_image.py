@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from common.errors import UserError
 from dcnv3 import DCNv3
 from dcnv3.module import ToChannelsFirst, ToChannelsLast
+from models.batch_norm import BatchNorm
 from models.classifier import Classifier
 from models.clip_head import AttentionPool
 
@@ -215,7 +216,7 @@ class InternImage(nn.Module):
             self.fc_norm = _norm_sequential(features)
         else:
             features = int(last * self.CLS_SCALE)
-            norm = nn.Sequential(nn.BatchNorm2d(features))
+            norm = nn.Sequential(BatchNorm(features))
             self.conv_head = nn.Sequential(nn.Conv2d(last, features, 1, bias=False), norm, nn.GELU())
         self.head = Classifier(features, num_classes)
         self._init_weights()
@@ -256,6 +257,10 @@ class InternImage(nn.Module):
 
     def forward(self, x):
         return self.classify(self.feature_maps(x))
+
+    def blocks(self):
+        """What TRAIN.FSDP gathers one at a time."""
+        return [part for level in self.levels for part in (*level.blocks, level.downsample) if part is not None]
 
     def lr_scales(self, decay):
         """Layer-wise learning rate decay: prefix of parameter names -> factor.

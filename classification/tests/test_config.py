@@ -321,12 +321,13 @@ def test_a_policy_that_timm_does_not_have_is_named(policy):
 
 def test_what_a_run_is_too_short_for():
     def named(*opts, updates=100000, workers=8):
-        return [line.split()[0] for line in doubtful(load("--opts", *opts), updates, workers)]
+        return [line.split()[0] for line in doubtful(load("--opts", *opts), updates, workers, 1)]
 
     assert named("SEED", "1") == []
     assert named("SEED", "1", updates=72) == ["TRAIN.EMA.DECAY"]
     assert named("TRAIN.EMA.WARMUP", "True", updates=72) == []
     assert named("TRAIN.EMA.ENABLE", "False", updates=72) == []
+    assert named("TRAIN.GRADIENT_DTYPE", "bfloat16") == ["TRAIN.GRADIENT_DTYPE"]
     assert named("TRAIN.EPOCHS", "5", "TRAIN.MIN_LR", "1", workers=1) == [
         "TRAIN.WARMUP_EPOCHS", "TRAIN.MIN_LR", "DATA.NUM_WORKERS",
     ]  # fmt: skip

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import types
 from functools import partial
 
 import pandas as pd
 import pytest
 import torch
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as config_module
@@ -17,7 +19,7 @@ from common.errors import UserError
 from conftest import TINY, epochs
 from dataset.build import Loader, build_datasets, build_loader, taken_ahead
 from models.intern_image import InternImage
-from training import checkpoint, compiling, faults, run
+from training import checkpoint, compiling, faults, plan, run, throughput
 from training.step import Step
 from utils_multilabel import LOSSES, build_loss
 
@@ -271,3 +273,52 @@ def test_a_kernel_asked_for_by_name_is_told_in_its_own_words(tiny):
     config = config_module.get_config(config_module.parse_args(["--cfg", str(tiny)]))
     error = ValueError(text + "\nException raised from backward_kernel at binding.cpp:173")
     assert faults.explain(error, config, distributed.World(0, 1, torch.device("cpu"))) == text
+
+
+# ------------------------------------------------------------------------------------------- plan
+def test_a_plan_counts_what_a_step_holds(tiny):
+    def config(*opts):
+        given = types.SimpleNamespace(cfg=str(tiny), opts=["AMP_OPT_LEVEL", "O0", "DATA.BATCH_SIZE", "4", *opts])
+        return config_module.get_config(given)
+
+    computed = plan.measure(config("TRAIN.FREEZE", "[patch_embed]"))
+    step = throughput.RandomStep(config("TRAIN.FREEZE", "[patch_embed]"), torch.device("cpu"))
+    step()
+    model, states = step.step.model, step.step.optimizer.state.values()
+    weights = sum(p.nbytes for p in model.parameters())
+    assert computed["weights"] == computed["ema"] == weights
+    assert computed["trained"] == sum(p.nbytes for p in model.parameters() if p.requires_grad) < weights
+    assert computed["moments"] == sum(t.nbytes for state in states for key, t in state.items() if key != "step")
+
+    # The activations by torch's own tracker of memory, of real tensors.
+    for parameter in model.parameters():
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        model(step.images).square().mean().backward()
+    taken = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    kept, twice = plan.measure(config())["kept"]
+    buffers = sum(b.nbytes for b in model.buffers())
+    assert kept == pytest.approx(taken["Total"] - weights - buffers, rel=0.02)
+    assert twice == pytest.approx(plan.measure(config("DATA.BATCH_SIZE", "8"))["kept"][0])
+    deep = ("MODEL.INTERN_IMAGE.DEPTHS", "[4, 4, 4, 4]", "AMP_OPT_LEVEL", "O1", "DATA.BATCH_SIZE", "16")
+    whole, again = (plan.measure(config(*deep, "TRAIN.USE_CHECKPOINT", use))["kept"][0] for use in ("False", "True"))
+    assert again < 0.6 * whole
+
+
+def test_a_plan_says_which_card_holds_which_batch(run_main, capsys):
+    run_main("--throughput", "--plan", TRAIN__EMA__ENABLE=False)
+    lines = capsys.readouterr().out.splitlines()
+    table = [re.split(r"\s{2,}", line.strip()) for line in lines if re.match(r" *(GPUs  |DDP, |FSDP, )", line)]
+    assert [row[0] for row in table] == ["GPUs", "DDP, 1 to 4", *(f"FSDP, {n}" for n in (1, 2, 3, 4))]
+    assert all(
+        len(row) == 10 and int(row[-1].replace(",", "")) > int(row[-2].replace(",", "")) > 0 for row in table[1:]
+    )
+    assert any(line.startswith("a step of the largest block on one image: computed 0.00") for line in lines)
+    # H on four A100, by hand: 1.09 billion numbers of 4 bytes four times (weights, gradients, two moments of Adam).
+    state = {"weights": 4 * 1.09e9, "trained": 4 * 1.09e9, "moments": 8 * 1.09e9, "ema": 0, "low": 2}
+    found = plan.rows(state | {"largest": 4 * 71e6, "rest": 4 * 20e6, "kept": 0, "kept_low": 0})
+    found = {name: sum(parts) for name, parts, _ in found}
+    assert found["DDP, 1 to 4"] == pytest.approx(17.44e9)
+    assert found["FSDP, 4"] == pytest.approx(17.44e9 / 4 + 2 * 20e6 + 8 * 71e6 + 4 * 71e6)

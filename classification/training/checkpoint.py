@@ -22,6 +22,7 @@ from common.errors import UserError, reason
 from common.files import rename, sha256
 from dataset.patients import seen_by
 from models.attention import Around
+from training import sharding
 
 LAST = "last_ckpt.pth"  # after every epoch, or where a signal stopped the run
 PREVIOUS = "last_ckpt.previous.pth"
@@ -105,20 +106,20 @@ class _Inert:
         return OrderedDict()
 
 
-def read(path):
-    """Content of a checkpoint file, on the CPU.
+def read(path, mesh=None):
+    """Content of a checkpoint file, on the CPU; mesh: what is in shards is sharded over it, on its device.
 
     Objects of unknown classes become plain dictionaries; their code is never run.
 
     Raises:
         UserError: missing, truncated, damaged, or not a checkpoint.
     """
-    return _read(path, lambda file: None)[0]
+    return _read(path, lambda file: None, mesh)[0]
 
 
 def read_config(path):
     """The config in one of our checkpoints, a dictionary."""
-    state = read(path)
+    state = _read(path, lambda file: None, shards=False)[0]
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise UserError(f"{path} is not a checkpoint of this project: it has no config; name the experiment with --cfg")
     _refuse_foreign_modules(state["config"], path)
@@ -144,7 +145,7 @@ def read_with_digest(path):
     return _read(path, sha256)
 
 
-def _read(path, digest):
+def _read(path, digest, mesh=None, shards=True):
     path = Path(path)
     try:
         if not path.is_file():
@@ -164,7 +165,10 @@ def _read(path, digest):
             inert = torch.serialization.safe_globals([(_Inert, name) for name in unknown])
             with inert, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the pickle protocol of foreign files
-                return torch.load(file, map_location="cpu", weights_only=True), found
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            if shards and isinstance(state, dict) and "shards" in state:
+                state = sharding.read(state, path, mesh)
+            return state, found
     except UserError:
         raise
     except PermissionError as error:  # of the file, or of a folder above it
@@ -204,8 +208,8 @@ def _what_is_wrong(path, error):
     return f"{path} is not a whole checkpoint ({why}); use another one"
 
 
-def find_last(folder, log):
-    """(path, state) of the newest whole checkpoint of a run, or None.
+def find_last(folder, log, mesh=None):
+    """(path, state) of the newest whole checkpoint of a run, or None; mesh: as for `read`.
 
     A file that cannot be read is named in a warning, and the next one is tried.
     """
@@ -214,7 +218,7 @@ def find_last(folder, log):
     there = [path for path in candidates if path.is_file()]
     for path in there:
         try:
-            return path, read(path)
+            return path, read(path, mesh)
         except UserError as error:
             log.warning(f"{error} - falling back to the one before")
     if there:  # to begin anew here would overwrite what may still be saved
@@ -255,7 +259,8 @@ def check_weights(module, weights, path):
 
 def load_strictly(module, weights, path):
     check_weights(module, weights, path)
-    module.load_state_dict(weights)
+    ours = module.state_dict()
+    module.load_state_dict({key: sharding.like(value, ours[key]) for key, value in weights.items()})
 
 
 def check_unit(state, path, config):

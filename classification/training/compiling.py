@@ -32,12 +32,15 @@ def prepare(folder, device):
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).absolute())
 
 
-def compile_model(model):
+def compile_model(model, blocks=()):
     """`model` compiled as one graph for the shape of its first batch; the parameters are those of `model`.
 
+    blocks: modules of a sharded model, each of which is compiled instead: they are gathered between two graphs.
     A graph break is an error: what falls out of the graph would cost time at every step without a word.
     """
-    return torch.compile(model, fullgraph=True, dynamic=False)
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    return model if blocks else torch.compile(model, fullgraph=True, dynamic=False)
 
 
 def uncompiled(when):

@@ -17,7 +17,7 @@ from dataset.build import Loader, build_datasets, build_loader, fingerprint, wor
 from dataset.mixing import build_mixing
 from dataset.patients import patients_of, together
 from models import build_model, pretrained_file
-from training import checkpoint
+from training import checkpoint, sharding
 from training.log import log_datasets, log_without_effect
 from training.lr_scheduler import Schedule, build_schedule
 from training.state import Best, Loss, Moments, Origin, Position, RandomNumbers, Rate, Scaler, Weights, collect, restore
@@ -80,15 +80,14 @@ class Run:
             yield images, targets
             asked = time.time()
 
-    def save(self, names, weights="model"):
-        """Checkpoint under each of `names`.
-
-        weights: what a reader of `model` gets: the model's own, or the EMA's ("model_ema").
-        """
-        state = collect(self.parts)
+    def save(self, names, ema_names=()):
+        """Checkpoint under each of `ema_names`, where a reader of `model` gets the EMA, then under each of `names`."""
+        state = sharding.write(collect(self.parts), self.folder, self.world)
         if self.world.is_main:
-            state |= {"model": state[weights], "weights": weights}
+            if ema_names:
+                checkpoint.save(state | {"model": state["model_ema"], "weights": "model_ema"}, self.folder, ema_names)
             checkpoint.save(state, self.folder, names)
+            sharding.remove_unused(self.folder)
         # A rank that ended before rank 0 has written would have the launcher kill it.
         distributed.gather(None, self.world)
         self.position.saved_at = self.position.epoch, self.position.update
@@ -110,16 +109,17 @@ def build_run(config, world, folder, log, stop):
     trained = together(patients_of(train_set, config), learnt)
     patients = together(trained, seen, patients_of(val_set, config))
     # 2. A checkpoint before the model, which then needs no foreign weights.
-    found = find_checkpoint(config, folder, log)
+    mesh = sharding.build_mesh(config, world)
+    found = find_checkpoint(config, folder, log, mesh)
     model = build_model(config)
     log_without_effect(log, config, train_set, model, world.device)
     if found is None:
         start = start_weights(config, model, log)
         patients, trained = together(patients, start["patients"]), together(trained, start["trained"])
-    # 3. The step, over the parameters as they lie on the device.
+    # 3. The step, over the parameters as they are on the device.
     limit_threads(config, world)
     criterion = task.build_criterion(config, train_set.targets, sampler.expected, world.device)
-    step = build_step(config, model.to(world.device), criterion, task.known, world, build_mixing(config))
+    step = build_step(config, model, criterion, task.known, world, build_mixing(config), mesh)
     schedule = build_schedule(config, sampler.updates, world.size)
     # 4. What a checkpoint holds, in the order in which it is taken back.
     metric = task.best_metric(config.TRAIN.BEST_BY)
@@ -172,13 +172,13 @@ def limit_threads(config, world):
         torch.set_num_threads(max(1, min(torch.get_num_threads(), free)))
 
 
-def find_checkpoint(config, folder, log):
+def find_checkpoint(config, folder, log, mesh=None):
     """(path, content) of the checkpoint to continue from, or None."""
     if not config.TRAIN.AUTO_RESUME:
         checkpoint.refuse_to_overwrite(folder)
-    found = checkpoint.find_last(folder, log) if config.TRAIN.AUTO_RESUME else None
+    found = checkpoint.find_last(folder, log, mesh) if config.TRAIN.AUTO_RESUME else None
     if found is None:
-        return (config.MODEL.RESUME, checkpoint.read(config.MODEL.RESUME)) if config.MODEL.RESUME else None
+        return (config.MODEL.RESUME, checkpoint.read(config.MODEL.RESUME, mesh)) if config.MODEL.RESUME else None
     if Path(config.MODEL.RESUME).absolute() == Path(found[0]).absolute():
         return found
     config_module.refuse_another_file(found[1]["config"], config, found[0])
@@ -217,7 +217,8 @@ def _log_start(run):
         f"{images} / TRAIN.LR_REFERENCE_BATCH {config.TRAIN.LR_REFERENCE_BATCH}"
     )
     log.info(f"the best checkpoint is chosen by {run.metric.key}, {run.metric.direction} (TRAIN.BEST_BY)")
-    for line in config_module.doubtful(config, config.TRAIN.EPOCHS * run.position.updates, worker_count(config)):
+    updates = config.TRAIN.EPOCHS * run.position.updates
+    for line in config_module.doubtful(config, updates, worker_count(config), run.world.size):
         log.warning(line)
     if run.world.is_main:
         checkpoint.check_space(config, run.folder, step.saved_bytes(), log)

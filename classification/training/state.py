@@ -18,7 +18,7 @@ from common import distributed
 from common.errors import UserError
 from dataset.files.domain import domain_warning
 from dataset.patients import seen_by, together
-from training import checkpoint
+from training import checkpoint, sharding
 
 
 @dataclass
@@ -163,7 +163,12 @@ class Moments:
         ours, saved = self.optimizer.state_dict()["param_groups"], state["optimizer"]
         index = {n: i for g in saved["param_groups"] for n, i in zip(g["names"], g["params"])}
         pairs = [(i, index[n]) for g in ours for n, i in zip(g["names"], g["params"]) if n in index]
-        moments = {i: saved["state"][k] for i, k in pairs if k in saved["state"]}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            i: {name: sharding.like(moment, parameters[i]) for name, moment in saved["state"][k].items()}
+            for i, k in pairs
+            if k in saved["state"]
+        }
         kept = {name for moment in moments.values() for name in moment}
         if not kept <= self._own_names():
             self.log.warning(f"{path} was trained by another TRAIN.OPTIMIZER.NAME: its moments restart at zero")

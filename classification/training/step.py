@@ -1,23 +1,42 @@
 """One update of the weights: what training takes, and what `throughput.py` and the benchmarks measure."""
 
 import contextlib
+import copy
 import math
 from dataclasses import dataclass
 
 import torch
-from timm.utils import ModelEmaV3
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from common import distributed
 from common.errors import UserError, did_you_mean
 from common.studies import size
 from models.inference import autocast
-from training import compiling
+from training import compiling, sharding
 from training.optimizer import build_optimizer, set_lr
 
 
 def unmarked():
     """Nothing is measured."""
+
+
+class Ema:
+    """The exponential moving average of a model, buffers included; decay: per update."""
+
+    def __init__(self, model, decay):
+        self.module, self.decay = copy.deepcopy(model).eval(), decay
+
+    @torch.no_grad()
+    def update(self, model):
+        pairs = [*zip(*(sharding.local(m.state_dict().values()) for m in (self.module, model)))]
+        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+        torch._foreach_lerp_(averages, values, 1 - self.decay)
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)
 
 
 @dataclass
@@ -26,6 +45,7 @@ class Step:
 
     model: what validation, the EMA and checkpoints use.
     trained: what is called, the same parameters, perhaps compiled and wrapped for several ranks.
+    silent(): a context in which gradients do not cross the network.
     criterion(logits, targets) -> mean over the known terms.
     known(targets, batch_size) -> their share of those of a full batch.
     batch_size: of a full batch; a compiled model runs smaller ones uncompiled.
@@ -39,11 +59,12 @@ class Step:
     criterion: nn.Module
     known: object
     optimizer: torch.optim.Optimizer
-    ema: ModelEmaV3
+    ema: Ema
     amp: object
     dtype: torch.dtype
     world: distributed.World
     batch_size: int
+    silent: object = contextlib.nullcontext
     accumulation: int = 1
     clip: float = 0.0
     compiled: bool = False
@@ -81,8 +102,7 @@ class Step:
                 images, targets = self.mix(images, targets)
             share = self.known(targets, self.batch_size)
             # Gradients cross the network once per update, with the last forward pass.
-            silent = self.world.size > 1 and k < self.accumulation - 1
-            with self.trained.no_sync() if silent else contextlib.nullcontext():
+            with self.silent() if k < self.accumulation - 1 else contextlib.nullcontext():
                 with self.amp(), compiling.uncompiled(self.compiled and small):
                     loss = self.criterion(self.trained(images), targets)
                 mark()
@@ -94,8 +114,11 @@ class Step:
         # The mean over the known terms of the whole update: all its batches on all ranks.
         whole = 1 / distributed.mean_tensor(known / self.accumulation, self.world).clamp(min=1e-12)
         parameters = [*self.model.parameters(), *self.criterion.parameters()]
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], whole)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        sharding.multiply(sharding.local(gradients), whole)
+        norm = sharding.total_norm(gradients, self.world)
+        # As torch.nn.utils.clip_grad_norm_, which takes no shards beside whole gradients.
+        sharding.multiply(sharding.local(gradients), ((self.clip or math.inf) / (norm + 1e-6)).clamp(max=1.0))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -123,23 +146,39 @@ def freeze(model, names):
     return [modules[name] for name in names]
 
 
-def build_step(config, model, criterion, known, world, mix=None):
-    """The step of a configuration over `model`, which is on its device."""
-    if config.TRAIN.COMPILE and config.DATA.UNIT == "study":
+def _data_parallel(model, world, *, gradient_dtype, static):
+    """The model whose gradients are averaged over the ranks; static: each backward pass is followed by that."""
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, static_graph=static)
+    if gradient_dtype == torch.bfloat16:
+        wrapped.register_comm_hook(dist.group.WORLD, bf16_compress_hook)
+    return wrapped
+
+
+def build_step(config, model, criterion, known, world, mix=None, mesh=None):
+    """The step of a configuration over `model`, which moves to its device; mesh: over which it is sharded, if any."""
+    t = config.TRAIN
+    if t.COMPILE and config.DATA.UNIT == "study":
         raise UserError(
             "TRAIN.COMPILE True is for batches of one shape, and studies have different numbers of images (DATA.UNIT "
             "study); set TRAIN.COMPILE False"
         )
-    frozen = freeze(model, config.TRAIN.FREEZE)
-    trained = compiling.compile_model(model) if config.TRAIN.COMPILE else model
-    if world.size > 1:
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        trained = torch.nn.parallel.DistributedDataParallel(trained, device_ids=ids)
+    frozen = freeze(model, t.FREEZE)
     amp, dtype = autocast(config, world.device)
+    gradient_dtype, silent = getattr(torch, t.GRADIENT_DTYPE), contextlib.nullcontext
+    if mesh is None:
+        model.to(world.device)
+    ema = Ema(model, t.EMA.DECAY) if t.EMA.ENABLE else None
+    trained = compiling.compile_model(model, sharding.blocks(model) if mesh else ()) if t.COMPILE else model
+    if mesh is not None:  # from CPU memory: no GPU ever holds the whole
+        for module in (model, *([ema.module] if ema else [])):
+            sharding.shard(module, mesh, dtype=dtype, gradient_dtype=gradient_dtype, offload=t.FSDP_OFFLOAD)
+    elif world.size > 1:
+        static = t.ACCUMULATION_STEPS == 1  # torch has no static graph with passes that average nothing
+        trained = _data_parallel(trained, world, gradient_dtype=gradient_dtype, static=static)
+        silent = trained.no_sync
     optimizer = build_optimizer(config, model, criterion)
-    ema = ModelEmaV3(model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
     return Step(
-        model, trained, criterion, known, optimizer, ema, amp, dtype, world, config.DATA.BATCH_SIZE,
-        accumulation=config.TRAIN.ACCUMULATION_STEPS, clip=config.TRAIN.CLIP_GRAD, compiled=config.TRAIN.COMPILE,
-        mix=mix, frozen=frozen,
+        model, trained, criterion, known, optimizer, ema, amp, dtype, world, config.DATA.BATCH_SIZE, silent=silent,
+        accumulation=t.ACCUMULATION_STEPS, clip=t.CLIP_GRAD, compiled=t.COMPILE, mix=mix, frozen=frozen,
     )  # fmt: skip

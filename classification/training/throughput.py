@@ -12,6 +12,7 @@ from common.distributed import World
 from common.studies import VIEWS, Studies, images_of, size
 from models import build_model
 from models.cost import count_gmacs
+from training import sharding
 from training.step import build_step, unmarked
 from utils_multilabel import Criterion
 
@@ -43,27 +44,31 @@ class Marks:
         return [after - before for before, after in pairs]
 
 
+def random_batch(config, device, times=1):
+    """`times` DATA.BATCH_SIZE random images, or as many studies, each of as many images as it may have."""
+    count, most = times * config.DATA.BATCH_SIZE, config.DATA.MAX_VIEWS if config.DATA.UNIT == "study" else 1
+    images = torch.randn(count * most, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=device)
+    numbers = torch.arange(len(images), device=device)
+    studies = Studies(images, numbers % len(VIEWS), numbers.view(count, most))
+    return studies if config.DATA.UNIT == "study" else images
+
+
 class RandomStep:
     """The training step of a configuration on random images, with a loss that costs nothing.
 
-    `step` is the one that training takes (:class:`training.step.Step`); its parts may be replaced.
+    `step` is the one that training takes (:class:`training.step.Step`); its parts may be replaced. world: the ranks
+    that take it together; without it this process alone.
     """
 
-    def __init__(self, config, device):
-        side = config.DATA.IMG_SIZE
+    def __init__(self, config, device, world=None):
+        world = world or World(0, 1, device)
         model = build_model(config).to(device).train()
-        self.device, self.gmacs = device, count_gmacs(model, side)
+        self.device, self.gmacs = device, count_gmacs(model, config.DATA.IMG_SIZE)
         loss = Criterion("square", lambda logits, _: logits.square().mean(), {}, {})
-        world, share = World(0, 1, device), torch.ones((), device=device)
-        self.step = build_step(config, model, loss, lambda targets, batch_size: share, world)
+        share, mesh = torch.ones((), device=device), sharding.build_mesh(config, world)
+        self.step = build_step(config, model, loss, lambda targets, batch_size: share, world, mesh=mesh)
         self.step.accumulation = 1
-        count, most = config.DATA.BATCH_SIZE, config.DATA.MAX_VIEWS if config.DATA.UNIT == "study" else 1
-        images = torch.randn(count * most, 3, side, side, device=device)
-        numbers = torch.arange(len(images), device=device)
-        studies = Studies(
-            images, numbers % len(VIEWS), numbers.view(count, most)
-        )  # each of as many images as it may have
-        self.images = studies if config.DATA.UNIT == "study" else images
+        self.images = random_batch(config, device)
 
     def __call__(self, images=None, mark=unmarked):
         """One step; `mark` is called before it and after each of PARTS."""
