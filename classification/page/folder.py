@@ -101,10 +101,7 @@ def describe(model, missing, evaluation, *, ema, mapped):
     limits += [] if mapped else ["There is no map: this model does not take the mean of its last features."]
     if evaluation is None:
         answers = "Probabilities, not calibrated: the page was made without an evaluation of the model."
-        limits += [
-            "How good this model is, this page does not show: it was made without an evaluation.",
-            NO_DEVICE,
-        ]
+        limits += ["How good this model is, this page does not show: it was made without an evaluation.", NO_DEVICE]
         return {**shown, "facts": facts, "limits": limits, "answers": answers, "evaluation": None}
     path, report = applied.read_content(evaluation, "report.json")
     names = model.label_names
@@ -136,10 +133,8 @@ def describe(model, missing, evaluation, *, ema, mapped):
         }
         for name, cut, zero, one in zip(names, cut_at, *at)
     ]
-    answers = (
-        f"Probabilities{', calibrated' if calibrated else ', not calibrated'}. Thresholds (Youden's) and calibration"
-    )
-    answers += f" are fitted on the validation split, AUROC is that of {images:,} test images."
+    state = "Calibrated probabilities" if calibrated else "Probabilities, not calibrated"
+    answers = f"{state}. Thresholds (Youden's) are chosen on the validation split; AUROC on {images:,} test images."
     limits += [*(note[0].upper() + note[1:] + "." for note in notes), *known]
     return {**shown, "facts": facts, "limits": limits, "answers": answers, "evaluation": labels}
 
