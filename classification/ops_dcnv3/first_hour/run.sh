@@ -43,7 +43,7 @@ if [ "$1" = 1 ]; then
   check atomics 30
 else
   look=(python3 ops_dcnv3/first_hour/kernels.py)
-  counters=(ncu --target-processes all --clock-control none --set full --kernel-name regex:'(forward|atomic|tiled|owning|ordered)_kernel' --force-overwrite)
+  counters=(ncu --target-processes all --clock-control none --set full --kernel-name regex:'(forward|atomic|tiled|owning|ordered|dense)_kernel' --force-overwrite)
   metrics=gpu__time_duration.sum,sm__inst_executed.avg.per_cycle_active,smsp__inst_executed.max,smsp__inst_executed.min
   metrics+=,l1tex__data_bank_conflicts_pipe_lsu.sum,sm__warps_active.avg.pct_of_peak_sustained_active
   step ncu 70 "${counters[@]}" -o "$OUT/by_shape" "${look[@]}"
