@@ -28,9 +28,7 @@ from utils_multilabel import LOSSES, bce
 
 FSDP = ("TRAIN.FSDP", "True")
 # Without random numbers in the model, which differ between ranks, and with as many known labels on no two ranks.
-SAME = "MODEL.DROP_PATH_RATE 0 DATA.UNCERTAIN ignore DATA.MISSING ignore DATA.LIMIT 60 SAVE_FREQ 2 TEST.REPORT False"
-
-
+SAME = "MODEL.DROP_PATH_RATE 0 DATA.UNCERTAIN ignore DATA.MISSING ignore DATA.LIMIT 60 EVAL_FREQ 2 SAVE_FREQ 2"
 TIMM = ("MODEL.TYPE", "timm", "MODEL.TIMM.NAME", "test_resnet")
 
 
