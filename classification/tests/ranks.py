@@ -74,6 +74,6 @@ def run_job(job):
 
 
 if __name__ == "__main__":
-    signal.alarm(280)
+    signal.alarm(900)  # ranks that wait for each other for good
     jobs = json.loads(Path(sys.argv[1]).read_text())
     Path(sys.argv[1]).write_text(json.dumps([run_job(job) for job in jobs]))
