@@ -151,6 +151,8 @@ def _data_parallel(model, world, *, gradient_dtype, static):
     ids = [world.device.index] if world.device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, static_graph=static)
     if gradient_dtype == torch.bfloat16:
+        if world.device.type != "cuda":
+            raise UserError("TRAIN.GRADIENT_DTYPE bfloat16 needs GPUs where TRAIN.FSDP is False; leave it float32")
         wrapped.register_comm_hook(dist.group.WORLD, bf16_compress_hook)
     return wrapped
 
