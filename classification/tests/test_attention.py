@@ -221,7 +221,7 @@ def test_layer_decay_reaches_the_backbone():
     expected = {n: g["lr_scale"] for g in parameter_groups(build_model(plain), plain) for n in g["names"]}
     for name, rate in rates.items():
         assert rate == (expected[name.removeprefix("backbone.")] if name.startswith("backbone.") else 1.0)
-    assert min(rates.values()) == 0.5**4
+    assert min(rates.values()) == 0.5**3
 
 
 class Flat(torch.nn.Module):

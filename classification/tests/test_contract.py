@@ -114,7 +114,7 @@ def test_what_a_dataset_lacks_is_one_clear_error(outside, run_main, old, new, me
 @pytest.mark.parametrize("name", ["mimic-cxr", "mimic_cxr_", "", "../mimic_cxr", "json", "a.b.c", "mimic_cxr."])
 def test_a_name_that_is_no_dataset(run_main, name):
     with pytest.raises(
-        UserError, match="DATA.DATASET is .*; choose one of brax, chexpert, cxr_lt, imagenet, mimic_cxr"
+        UserError, match="DATA.DATASET is .*; choose one of brax, chexpert, cxr_lt, imagenet, inat18, mimic_cxr"
     ):
         run_main(DATA__DATASET=name)
 
