@@ -209,7 +209,7 @@ def test_one_draw_mixes_all_images_of_a_study():
     def mix(images, targets):
         return 0.7 * images + 0.3 * images.roll(1, 0), 0.7 * targets + 0.3 * targets.roll(1, 0)
 
-    mixed, soft = Mixing([mix], None, 1.0, 0)(batch, targets)
+    mixed, soft = Mixing([mix], None, 1.0, 0, "batch", 3)(batch, targets)
     partners = [4, 5, 4, 0, 3, 3]  # of study 0 study 2, of 1 study 0, of 2 study 1
     torch.testing.assert_close(mixed.images, 0.7 * images + 0.3 * images[partners])
     torch.testing.assert_close(soft, 0.7 * targets + 0.3 * targets.roll(1, 0))
