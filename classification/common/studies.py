@@ -35,7 +35,7 @@ def as_studies(batch):
     """The batch itself, or a tensor of images as studies of one image of unknown view."""
     if isinstance(batch, Studies):
         return batch
-    numbers = torch.arange(len(batch), device=batch.device)
+    numbers = torch.arange(batch.shape[0], device=batch.device)  # len() would fix the batch size of an exported file
     return Studies(batch, torch.zeros_like(numbers), numbers[:, None])
 
 

@@ -62,7 +62,7 @@ class LabelAttention(nn.Module):
         return self.norm0(self.encoder(tokens, src_key_padding_mask=padding)), padding
 
     def _answers(self, tokens, padding, **keywords):
-        query = self.labels.query.to(tokens.dtype).repeat(len(tokens), 1, 1)
+        query = self.labels.query.to(tokens.dtype).repeat(tokens.shape[0], 1, 1)
         return query, *self.attention(query, tokens, tokens, key_padding_mask=padding, **keywords)
 
     def forward(self, maps, view, rows):
