@@ -379,11 +379,10 @@ class Loader(DataLoader):
         with _stops_blocked():
             if self._iterator is not None:  # the processes are kept; that each is ready cannot be asked for twice
                 self._iterator._timeout = LONGEST_WAIT
-            handler = signal.getsignal(signal.SIGCHLD)
             batches = super().__iter__()
             batches._timeout = POLL
             # torch's handler raises wherever the main thread is, in an update too. `next` finds a dead process itself.
-            signal.signal(signal.SIGCHLD, handler)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         waited = 0
         while True:
             try:

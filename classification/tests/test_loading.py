@@ -245,6 +245,7 @@ def test_a_stop_is_seen_while_a_batch_is_waited_for(loading, hang):
 
 
 def test_a_dead_loading_process_is_a_stop_where_one_is_asked_for(loading):
+    list(torch.utils.data.DataLoader(range(2), num_workers=1))  # leaves torch's handler of SIGCHLD behind
     for asked, error in ((True, Stopped), (False, RuntimeError)):
         loader, _, _ = loading(True, DATA__NUM_WORKERS=1, DATA__BATCH_SIZE=4)
         stop = StopRequest(World(0, 1, torch.device("cpu")))
