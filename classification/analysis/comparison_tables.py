@@ -132,7 +132,7 @@ def significant(value, unit=1):
 
 
 def _by_precision(sections):
-    """Whether the average precision is the primary metric of any."""
+    """Whether the average precision is the primary metric of one of them."""
     return any(found["about"]["primary"] == "auprc" for found in sections)
 
 

@@ -53,7 +53,7 @@ TABLE = {
         (False, {}, ""),
         (True, {}, "training always crops at random (AUG.CROP_SCALE), evaluation never does"),
     ],
-    "TEST.SEQUENTIAL": [(value, {}, "") for value in (True, False)],  # every image once and in order, whatever it is
+    "TEST.SEQUENTIAL": [(value, {}, "") for value in (True, False)],  # both: every image once and in order
     "AMP_OPT_LEVEL": [(level, {"AMP_OPT_LEVEL": "O1"}, "") for level in ("", "O2")],  # one mixed precision there, too
     "AMP_TYPE": [(ANY, _renamed("AMP_DTYPE"), "")],
     "EVAL_22K_TO_1K": [

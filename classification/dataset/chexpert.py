@@ -3,7 +3,7 @@
 The full size is unpacked into four folders `CheXpert-v1.0 batch N (...)`, in some of which `train/` is missing.
 
 groundtruth.csv has one row a study of the test set, `CheXpert-v1.0/test/patient64741/study1`; which images a study has
-is told by its folder. The labels are those of MIMIC-CXR, by the same labeler.
+is named by its folder. The labels are those of MIMIC-CXR, by the same labeler.
 """
 
 import itertools

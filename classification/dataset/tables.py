@@ -1,4 +1,4 @@
-"""One table of images, whatever it is read from: its form, how CSV files are read, the checks of every table.
+"""One table of images, the same for every release: its form, how CSV files are read, the checks of every table.
 
 Runs without torch. A release has a module of its own that reads it into a :class:`Table` (`mimic_cxr.py`).
 """

@@ -263,16 +263,6 @@ def load_strictly(module, weights, path):
     module.load_state_dict({key: sharding.like(value, ours[key]) for key, value in weights.items()})
 
 
-def check_unit(state, path, config):
-    """Raise a UserError unless `state`, one of our checkpoints, is of the same DATA.UNIT."""
-    unit = state["config"].get("DATA", {}).get("UNIT", "image")
-    if unit != config.DATA.UNIT:
-        raise UserError(
-            f"{path} was trained with DATA.UNIT {unit}, here it is {config.DATA.UNIT}; set DATA.UNIT {unit}, or start "
-            "from its weights with --pretrained"
-        )
-
-
 def check_labels(state, path, label_names, others="the data has"):
     """Raise a UserError unless `state` is one of our checkpoints, of these labels, those of `others`."""
     if not isinstance(state, dict) or "model" not in state or "label_names" not in state:
@@ -280,6 +270,17 @@ def check_labels(state, path, label_names, others="the data has"):
     if list(state["label_names"]) != list(label_names):
         raise UserError(
             f"{path} was trained on the labels {', '.join(state['label_names'])}; {others} {', '.join(label_names)}"
+        )
+
+
+def check_origin(state, path, label_names, config):
+    """Raise a UserError unless `state` is one of our checkpoints, of these labels and the same DATA.UNIT."""
+    check_labels(state, path, label_names)
+    unit = state["config"].get("DATA", {}).get("UNIT", "image")
+    if unit != config.DATA.UNIT:
+        raise UserError(
+            f"{path} was trained with DATA.UNIT {unit}, here it is {config.DATA.UNIT}; set DATA.UNIT {unit}, or start "
+            "from its weights with --pretrained"
         )
 
 

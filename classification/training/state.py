@@ -320,8 +320,7 @@ class Origin:
         }
 
     def restore(self, state, path):
-        checkpoint.check_labels(state, path, self.label_names)
-        checkpoint.check_unit(state, path, self.config)
+        checkpoint.check_origin(state, path, self.label_names, self.config)
         known, trained = seen_by(state)
         self.patients, self.trained = together(self.patients, known), together(self.trained, trained)
         if warning := domain_warning(state.get("domain"), self.domain):

@@ -44,8 +44,7 @@ def load_tested(config, folder, dataset, log):
     names = state.get("label_names") if isinstance(state, dict) else None
     if dataset.task == "single_label" and (names is None or (len(names), config.MODEL.NUM_CLASSES) == (21841, 1000)):
         return _load_foreign(model, path, config, folder, dataset, log)
-    checkpoint.check_labels(state, path, dataset.label_names)  # foreign files have no config to compare
-    checkpoint.check_unit(state, path, config)
+    checkpoint.check_origin(state, path, dataset.label_names, config)
     checkpoint.load_weights(model, state, path, dataset.label_names, ema=config.TEST.EMA)
     refuse_known(state.get("patients", {}), dataset, config, path)
     checkpoint.log_differences(state, path, config, log, but=OF_EVALUATION)
