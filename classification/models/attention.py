@@ -1,5 +1,6 @@
-"""A query per label over the last feature maps (MODEL.HEAD label_attention), and over those of all images of a study
-(MODEL.FUSION attention); the mean or the largest of their logits (MODEL.FUSION mean, max)."""
+"""A query per label over the last feature maps (MODEL.HEAD label_attention); the images of a study as one answer: the mean
+or the largest of their logits (MODEL.FUSION mean, max), or the mean and what such queries find in all of them
+(attention)."""
 
 import torch
 from torch import nn
@@ -26,56 +27,59 @@ class Labels(Classifier):
 
 class LabelAttention(nn.Module):
     """Query2Label (Liu et al. 2021) without attention among the queries, as ML-Decoder (Ridnik et al. 2023) without
-    groups; with `layers` a transformer over the positions of all images of a study before it (CheXFusion, Kim 2023).
+    groups: feature maps [N, features, h, w] -> logits [N, labels]."""
 
-    Maps [R, features, h, w] -> logits [B, labels]. At first the transformer changes nothing: a study model that starts
-    from the head of an image model attends to all images of a study as that one did to one.
-    """
-
-    def __init__(self, features, labels, *, width, layers=0, drop=0.0):
+    def __init__(self, features, labels, *, width, drop=0.0):
         super().__init__()
-        heads = width // HEAD_WIDTH
         self.project, self.norm0 = nn.Linear(features, width), nn.LayerNorm(width)
-        if layers:
-            self.view = nn.Embedding(len(VIEWS), width)
-            nn.init.zeros_(self.view.weight)
-            layer = nn.TransformerEncoderLayer(width, heads, 4 * width, drop, "gelu", batch_first=True, norm_first=True)
-            self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-            for name, parameter in self.encoder.named_parameters():  # its layers are copies of one
-                if name.endswith(("out_proj.weight", "linear2.weight", "linear2.bias")):
-                    nn.init.zeros_(parameter)
-                elif parameter.ndim > 1:
-                    nn.init.xavier_uniform_(parameter)
-        self.layers = layers
-        self.attention = nn.MultiheadAttention(width, heads, drop, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, width // HEAD_WIDTH, drop, batch_first=True)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(drop), nn.Linear(4 * width, width))
         self.labels = Labels(width, labels)
 
-    def _tokens(self, maps, view, rows):
-        """(tokens of each study [B, T, width], where they are padding [B, T] or None)."""
-        tokens = self.project(maps.flatten(2).transpose(1, 2))
-        if not self.layers:
-            return self.norm0(tokens), None
-        tokens = (tokens + self.view(view)[:, None])[rows.clamp(min=0)].flatten(1, 2)
-        padding = (rows < 0).repeat_interleave(maps.shape[2] * maps.shape[3], 1)
-        return self.norm0(self.encoder(tokens, src_key_padding_mask=padding)), padding
+    def tokens(self, maps):
+        return self.project(maps.flatten(2).transpose(1, 2))  # [N, h w, width]
 
-    def _answers(self, tokens, padding, **keywords):
+    def _answers(self, tokens, padding=None, **keywords):
+        tokens = self.norm0(tokens)
         query = self.labels.query.to(tokens.dtype).repeat(tokens.shape[0], 1, 1)
         return query, *self.attention(query, tokens, tokens, key_padding_mask=padding, **keywords)
 
-    def forward(self, maps, view, rows):
-        query, answers, _ = self._answers(*self._tokens(maps, view, rows), need_weights=False)
+    def logits(self, tokens, padding=None):
+        """padding: the tokens that are none [N, T], or None."""
+        query, answers, _ = self._answers(tokens, padding, need_weights=False)
         answers = self.norm1(query + answers)
         return self.labels(self.norm2(answers + self.mlp(answers)))
 
-    def maps(self, maps, view, rows):
-        """How much each label attends to each position, mean of the heads: [R, labels, h, w]; over the images of a
-        study the sum is 1."""
-        weights = self._answers(*self._tokens(maps, view, rows))[2]  # [B, L, V h w]
-        weights = weights.unflatten(2, (rows.shape[1], *maps.shape[2:])).transpose(1, 2)  # [B, V, L, h, w]
-        return weights[rows >= 0][rows[rows >= 0].argsort()]
+    def forward(self, maps):
+        return self.logits(self.tokens(maps))
+
+    def maps(self, maps):
+        """How much each label attends to each position, mean of the heads: [N, labels, h, w], of sum 1."""
+        weights = self._answers(self.tokens(maps))[2]  # [N, L, h w]
+        return weights.unflatten(2, maps.shape[2:])
+
+
+class StudyAttention(LabelAttention):
+    """A transformer over the positions of all images of a study, each with an embedding of its view, before the queries
+    (CheXFusion, Kim 2023). At first its logits are 0."""
+
+    def __init__(self, features, labels, *, width, layers, drop=0.0):
+        super().__init__(features, labels, width=width, drop=drop)
+        self.view = nn.Embedding(len(VIEWS), width)
+        heads = width // HEAD_WIDTH
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, drop, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        for parameter in self.encoder.parameters():  # its layers are copies of one
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter)
+        for parameter in (self.view.weight, self.labels.weight, self.labels.bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, maps, view, rows):
+        tokens = (self.tokens(maps) + self.view(view)[:, None])[rows.clamp(min=0)].flatten(1, 2)
+        padding = (rows < 0).repeat_interleave(maps.shape[2] * maps.shape[3], 1)
+        return self.logits(self.encoder(tokens, src_key_padding_mask=padding), padding)
 
 
 class Around(nn.Module):
@@ -99,16 +103,15 @@ class Around(nn.Module):
 
     @property
     def undecayed(self):
-        return {f"backbone.{name}" for name in getattr(self.backbone, "undecayed", ())}
+        of_backbone = {f"backbone.{name}" for name in getattr(self.backbone, "undecayed", ())}
+        return of_backbone | {name for name in self.own_keys() if name.endswith((".labels.query", ".view.weight"))}
 
     @property
     def feature_maps(self):  # none where the backbone has none
         return self.backbone.feature_maps
 
-    def forward(self, batch):
-        """Images [N, 3, S, S] -> logits [N, L], or :class:`Studies` of B studies -> [B, L]."""
-        batch = as_studies(batch)
-        return self.classify(self.feature_maps(batch.images), batch.view, batch.rows)
+
+USED = ("MODEL.DROP_RATE", "TRAIN.BACKBONE_LR_SCALE")
 
 
 class Attended(Around):
@@ -119,25 +122,20 @@ class Attended(Around):
     """
 
     def __init__(self, backbone, used, label_attention):
-        super().__init__(backbone, {"MODEL.DROP_RATE", "TRAIN.BACKBONE_LR_SCALE"})
+        super().__init__(backbone, USED)
         self.label_attention, self.classifier = label_attention, "label_attention.labels"
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(name in used)
 
-    @property
-    def undecayed(self):
-        return super().undecayed | {"label_attention.labels.query", "label_attention.view.weight"}
+    def forward(self, images):
+        return self.classify(self.feature_maps(images))
 
-    def classify(self, maps, view=None, rows=None):
-        return self.label_attention(maps, *self._one_each(maps, view, rows))
+    def classify(self, maps):
+        return self.label_attention(maps)
 
-    def attention_maps(self, maps, view=None, rows=None):
+    def attention_maps(self, maps):
         """See :meth:`LabelAttention.maps`."""
-        return self.label_attention.maps(maps, *self._one_each(maps, view, rows))
-
-    @staticmethod
-    def _one_each(maps, view, rows):
-        return as_studies(maps)[1:] if rows is None else (view, rows)
+        return self.label_attention.maps(maps)
 
 
 # MODEL.FUSION -> function(logits of a study's images [B, V, L], which of them are there [B, V, 1]) -> [B, L].
@@ -150,8 +148,8 @@ POOLINGS = {
 class Pooled(Around):
     """The logits that a model has of each image of a study, as one by a row of POOLINGS."""
 
-    def __init__(self, backbone, fusion):
-        super().__init__(backbone)
+    def __init__(self, backbone, fusion, uses=()):
+        super().__init__(backbone, uses)
         self.pool = POOLINGS[fusion]
 
     @property
@@ -163,9 +161,28 @@ class Pooled(Around):
         return self.pool(logits[rows.clamp(min=0)], (rows >= 0)[..., None])
 
     def forward(self, batch):
+        """Images [N, 3, S, S] -> logits [N, L], or :class:`Studies` of B studies -> [B, L]."""
         batch = as_studies(batch)
         return self._fuse(self.backbone(batch.images), batch.rows)
 
     def classify(self, maps, view=None, rows=None):
         logits = self.backbone.classify(maps)
         return self._fuse(logits, as_studies(logits).rows if rows is None else rows)
+
+
+class Fused(Pooled):
+    """The mean of the logits of a study's images, and the logits of a :class:`StudyAttention` added to it: so it starts
+    as the mean."""
+
+    def __init__(self, backbone, study_attention):
+        super().__init__(backbone, "mean", USED)
+        self.study_attention, self.classifier = study_attention, "study_attention.labels"
+
+    def forward(self, batch):
+        batch = as_studies(batch)
+        return self.classify(self.feature_maps(batch.images), batch.view, batch.rows)
+
+    def classify(self, maps, view=None, rows=None):
+        if rows is None:
+            _, view, rows = as_studies(maps)
+        return super().classify(maps, view, rows) + self.study_attention(maps, view, rows)

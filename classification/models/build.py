@@ -24,7 +24,7 @@ from torch import nn
 
 from common import builders
 from common.errors import UserError
-from models.attention import Attended, LabelAttention, Pooled
+from models.attention import Attended, Fused, LabelAttention, Pooled, StudyAttention
 from models.classifier import Classifier
 
 
@@ -69,12 +69,14 @@ def build_model(config, outside=True):
         raise UserError(
             f"MODEL.FUSION {m.FUSION} is of the images of a study, but DATA.UNIT is image; set DATA.UNIT study"
         )
-    layers = m.FUSION_LAYERS if m.FUSION == "attention" else 0
-    if layers or m.HEAD == "label_attention":
+    if "attention" in (m.FUSION, m.HEAD.removeprefix("label_")):
         features, used = _last_maps(config, outside)
-        head = LabelAttention(features, m.NUM_CLASSES, width=m.HEAD_WIDTH, layers=layers, drop=m.DROP_RATE)
-        model = Attended(model, used, head)
-    if study and not layers:
+        settings = dict(width=m.HEAD_WIDTH, drop=m.DROP_RATE)
+    if m.HEAD == "label_attention":
+        model = Attended(model, used, LabelAttention(features, m.NUM_CLASSES, **settings))
+    if m.FUSION == "attention":
+        model = Fused(model, StudyAttention(features, m.NUM_CLASSES, layers=m.FUSION_LAYERS, **settings))
+    elif study:
         model = Pooled(model, m.FUSION)
     # Weights of convolutions in the memory format of their inputs: else every step would convert them.
     return model.to(memory_format=torch.channels_last)

@@ -443,4 +443,4 @@ def test_a_frozen_backbone_from_an_image_model(run_main, tree, tmp_path):
     )
     assert all(torch.equal(v, after[f"backbone.{k}"]) for k, v in before.items())
     assert "keys loaded, all but these" in (text := (folder / "log_rank0.txt").read_text())
-    assert "missing: label_attention.project.weight" in text
+    assert "missing: study_attention.project.weight" in text
