@@ -1,5 +1,5 @@
-"""A query per label over the last feature maps (MODEL.HEAD label_attention); the images of a study as one answer: the mean
-or the largest of their logits (MODEL.FUSION mean, max), or the mean and what such queries find in all of them
+"""A query per label over the last feature maps (MODEL.HEAD label_attention). The images of a study as one answer: the
+mean or the largest of their logits (MODEL.FUSION mean, max), or the mean and what such queries find in all of them
 (attention)."""
 
 import torch

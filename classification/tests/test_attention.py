@@ -115,8 +115,8 @@ def test_neither_padding_nor_the_order_nor_the_other_studies_count(images, studi
 
 
 def test_explain_shows_images_of_a_study_by_its_own_logits(studies):
-    """Grad-CAM of the study's logits, by finite differences along the mean of a channel; the attention of an image's head is
-    that of the image model."""
+    """Grad-CAM of the study's logits, by finite differences along a channel; an image's head attends
+    as in the image model."""
     model, labels = model_of("study", FUSION="attention"), [0, 3]
     assert explain.methods(model) == ["Grad-CAM"]
     with torch.no_grad():

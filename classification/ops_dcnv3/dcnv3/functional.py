@@ -5,6 +5,9 @@ import torch
 from . import _ops  # noqa: F401  declares torch.ops.dcnv3
 from .definition import differentiable_forward, kernel_points
 
+# Asked here once: torch.compile of PyTorch before 2.13 cannot follow the question.
+_AUTOCAST = tuple(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
+
 
 def _pair(name, value, minimum):
     if len(value) != 2 or not all(isinstance(v, int) and v >= minimum for v in value):
@@ -52,7 +55,7 @@ def _checked(
             raise ValueError(f"dcnv3: {name} must be floating point, got {tensor.dtype}")
 
     device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         input, offset, mask = (t if t.dtype == torch.float64 else t.to(dtype) for t in (input, offset, mask))
     for name, tensor in (("offset", offset), ("mask", mask)):
