@@ -136,15 +136,20 @@ def table(size, device, arguments):
     said = ", ".join(f"{str(d).removeprefix('torch.')} {rate / 1e12:.3f} TFLOP/s" for d, rate in rates.items())
     print(f"\nbatch {arguments.batch}, 224 pixels; matrix products: {said}\n")
     head = ["", "images/s", "of ConvNeXt's", *throughput.PARTS, "operator", "peak GB", "GMACs", "of matrix rate"]
-    cells, convnext = [], sum(seconds[PEERS[size][0]])
-    for row, (step, memory) in rows.items():
-        whole, operator = sum(seconds[row]), operator_share(step)
-        speed = arguments.batch / whole
-        part = throughput.share_of(rates[step.step.dtype], step.gmacs, speed)
-        cells.append([row, f"{speed:.2f}", f"{convnext / whole:.2f}", *(f"{1e3 * s:.0f}" for s in seconds[row])])
-        cells[-1] += ["" if operator is None else f"{operator:.0%}", "" if memory is None else f"{memory:.1f}"]
-        cells[-1] += [f"{step.gmacs:.2f}", f"{part:.0%}"]
-    operator_benchmark.table(head, cells)
+    convnext = sum(seconds[PEERS[size][0]])
+
+    def cells():  # a row at a time: the profiler takes a while
+        for row, (step, memory) in rows.items():
+            whole, operator = sum(seconds[row]), operator_share(step)
+            speed = arguments.batch / whole
+            part = throughput.share_of(rates[step.step.dtype], step.gmacs, speed)
+            yield [
+                *(row, f"{speed:.2f}", f"{convnext / whole:.2f}", *(f"{1e3 * s:.0f}" for s in seconds[row])),
+                *("" if operator is None else f"{operator:.0%}", "" if memory is None else f"{memory:.1f}"),
+                *(f"{step.gmacs:.2f}", f"{part:.0%}"),
+            ]
+
+    operator_benchmark.table(head, cells())
 
 
 def main(argv=None):
