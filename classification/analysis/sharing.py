@@ -32,10 +32,11 @@ def without_paths(content, evaluations, tables=()):
         known |= {str(e.validate.path)} if e.validate is not None else set()
         known |= set(e.metrics.get("ensemble") or [])
     known = sorted((k for k in known if re.search(r"[\\/]", k) and PurePath(k).name), key=len, reverse=True)
+    names = {path: PurePath(path.replace("\\", "/")).name for path in known}
 
     def cut(text):
-        for path in known:
-            text = text.replace(path, PurePath(path.replace("\\", "/")).name)
+        for path, name in names.items():
+            text = text.replace(path, name)
         return PATH.sub(r"\1", text)
 
     def walk(value):
