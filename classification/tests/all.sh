@@ -1,18 +1,29 @@
 #!/usr/bin/env bash
-# All tests, in two sequences beside each other. Those of the operator mostly wait for compilers and those of the job
-# scripts for Slurm: they make the second sequence, whose output is shown at the end.
+# All tests, in two sequences beside each other. Those of the job scripts, which mostly wait for Slurm, run beside both.
+# What is not the first sequence is shown at the end.
 set -uo pipefail
 cd "$(dirname "$0")/.." && . ./mimic_settings.sh || exit 1
-shown=$(mktemp)
-trap 'rm -f "$shown"' EXIT
+shown=$(mktemp -d)
+trap 'rm -rf "$shown"' EXIT
+run() { "$MIMIC_PYTHON" -m pytest -q -p no:cacheprovider --durations=10 "$@"; }
+# With the operator's about as long as all others.
+second=(tests/test_{ranks,releases,report,sources,step,studies,timm}.py)
+
+run tests/test_slurm.py >"$shown/1 job scripts" 2>&1 &
+jobs=$!
 {
-  "$MIMIC_PYTHON" -m pytest -q -p no:cacheprovider --durations=5 ops_dcnv3/tests
-  operator=$?
-  "$MIMIC_PYTHON" -m pytest -q -p no:cacheprovider --durations=5 tests/test_slurm.py && exit $operator
-} >"$shown" 2>&1 &
-"$MIMIC_PYTHON" -m pytest -q --durations=10 --ignore tests/test_slurm.py tests
+  run ops_dcnv3/tests
+  status=$?
+  run "${second[@]}" || status=$?
+  exit $status
+} >"$shown/2 operator and others" 2>&1 &
+others=$!
+run $(printf -- '--ignore %s ' tests/test_slurm.py "${second[@]}") tests
 status=$?
-wait $! || status=$?
-echo "tests of the operator and of the job scripts:"
-cat "$shown"
+wait $jobs || status=$?
+wait $others || status=$?
+for file in "$shown"/*; do
+  echo "${file##*/}:"
+  cat "$file"
+done
 exit $status
