@@ -18,6 +18,7 @@ from conftest import ROOT
 from jobs import successor
 
 FORK = multiprocessing.get_context("fork")
+PATIENCE = 600  # seconds: a machine may have much else to do
 
 
 def task(whose, rank, port, answers):
@@ -43,7 +44,7 @@ def test_two_jobs_of_one_number_keep_apart(monkeypatch):
     tasks = [FORK.Process(target=task, args=(f"run {k}", rank, 40001 + k, answers)) for rank in (1, 0) for k in (0, 1)]
     for process in tasks:
         process.start()
-    said = [answers.get(timeout=60) for _ in tasks]
+    said = [answers.get(timeout=PATIENCE) for _ in tasks]
     for process in tasks:
         process.join()
     assert sorted(found for _, found, _ in said) == ["run 0", "run 0", "run 1", "run 1"]
@@ -99,7 +100,7 @@ def test_the_end_of_another_rank_is_one_line():
     ranks = [FORK.Process(target=lone, args=(rank, answers)) for rank in (0, 1)]
     for process in ranks:
         process.start()
-    assert answers.get(timeout=60) == ("UserError", distributed.LOSS_OF_PEER)
+    assert answers.get(timeout=PATIENCE) == ("UserError", distributed.LOSS_OF_PEER)
     for process in ranks:
         process.join()
 
@@ -110,7 +111,7 @@ got = []
 for name in ("SIGUSR1", "SIGTERM"):
     signal.signal(getattr(signal, name), lambda number, _: got.append(signal.Signals(number).name))
 os.write(1, b"ready\\n")  # whole lines, although two processes write
-for _ in range(6000):
+for _ in range(60000):
     if got:
         break
     time.sleep(0.01)
@@ -140,7 +141,7 @@ def test_a_signal_to_the_launcher_lets_the_processes_save(tmp_path):
         assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
         launcher.send_signal(number)
     for number, launcher in launchers.items():
-        said, errors = launcher.communicate(timeout=60)
+        said, errors = launcher.communicate(timeout=PATIENCE)
         assert (launcher.returncode, said) == (128 + number, f"saved after {sent[number]}\n" * 2), errors
         assert "Traceback" not in errors
         seen = torch.cuda.device_count()
@@ -158,7 +159,9 @@ from jobs import launch
 launch.run.main = lambda _: (os.kill(os.getpid(), signal.SIGTERM), threading.Event().wait())
 launch.main([{str(tmp_path)!r}])
 """
-    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, timeout=60).returncode == 128 + 15
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, timeout=PATIENCE).returncode == 128 + 15
+    )
 
 
 def test_a_process_that_fails_is_not_buried(tmp_path):
