@@ -1,14 +1,17 @@
 """Shared by all tests: one small synthetic tree, one tiny configuration, few threads."""
 
+import functools
 import gzip
 import json
 import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parents[1] / "shared"
@@ -39,6 +42,40 @@ def few_threads():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unflushed():
+    """No test cuts the power, so none waits for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+class Undrawn(Figure):
+    """A figure that is made as any other, and saved as an empty file."""
+
+    def savefig(self, path, **_):
+        Path(path).touch()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """The figures of `analysis` are made and not drawn, which takes longer than a training; `drawn` draws them."""
+    from analysis import figures
+
+    plt = figures.plt
+    figures.plt = SimpleNamespace(
+        subplots=functools.partial(plt.subplots, FigureClass=Undrawn), rc_context=plt.rc_context, close=plt.close
+    )
+    yield plt
+    figures.plt = plt
+
+
+@pytest.fixture
+def drawn(undrawn, monkeypatch):
+    """In this test figures are drawn as well."""
+    monkeypatch.setattr("analysis.figures.plt", undrawn)
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +136,24 @@ def run_main(tiny, tree, tmp_path):
 
     run.cfg = tiny
     return run
+
+
+@pytest.fixture(scope="session")
+def trained_once(tree, tmp_path_factory):
+    """The folder of run_main(TRAIN__EPOCHS=1); not to be changed (see `one_epoch`)."""
+    import main
+
+    base = tmp_path_factory.mktemp("one_epoch")
+    (base / "tiny.yaml").write_text(TINY)
+    argv = ["--cfg", str(base / "tiny.yaml"), "--data-path", str(tree), "--output", str(base / "out")]
+    assert main.main([*argv, "--opts", "TRAIN.EPOCHS", "1", "PRINT_FREQ", "1"]) == 0
+    return base / "out" / "tiny" / "default"
+
+
+@pytest.fixture
+def one_epoch(trained_once, run_main, tmp_path):
+    """A copy of it where run_main(out="out") has its run."""
+    return shutil.copytree(trained_once, tmp_path / "out" / "tiny" / "default")
 
 
 def edit_csv(root, kind, change):

@@ -113,13 +113,12 @@ def test_a_greedy_soup_of_a_run_is_scored_and_tested(run_main, tmp_path, capsys)
         average.main([*map(str, names), "--output", str(soup), "--greedy", *opts])
 
 
-def test_an_evaluation_augments_as_predict_does(run_main, tree, tmp_path):
-    folder = run_main(TRAIN__EPOCHS=1)
+def test_an_evaluation_augments_as_predict_does(one_epoch, run_main, tree, tmp_path):
     run_main("--eval", "--tta")
     (result,) = (tmp_path / "out" / "results").iterdir()
     table, metrics = pd.read_csv(result / "predictions.csv"), json.loads((result / "metrics.json").read_text())
     images = [str(tree / path) for path in table["path"]]
-    predict.main([str(folder / "best_ckpt.pth"), *images, "--tta", "--output", str(tmp_path / "p.csv")])
+    predict.main([str(one_epoch / "best_ckpt.pth"), *images, "--tta", "--output", str(tmp_path / "p.csv")])
     found = pd.read_csv(tmp_path / "p.csv")
     columns = [f"{name}_probability" for name in LABELS]
     np.testing.assert_allclose(table[columns], found[list(LABELS)], atol=1e-6)

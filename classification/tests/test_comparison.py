@@ -84,7 +84,7 @@ def mean_by_loops(folder, names):
     return np.mean([roc_auc_score(truth, scores) for truth, scores in zip(y.T, p.T)]), np.array(draws)
 
 
-def test_a_model_on_two_test_sets_side_by_side(four, tmp_path):
+def test_a_model_on_two_test_sets_side_by_side(drawn, four, tmp_path):
     r, text = run(tmp_path, *four[:2])
     assert r["common_labels"] == ["Edema", "Lung Lesion"]  # Fracture has one class, Pneumonia is unknown to nih
     for folder, dataset in zip(four, ("mimic_cxr", "nih")):

@@ -125,7 +125,7 @@ def test_the_splits_must_agree_on_the_labels(outside, run_main):
         run_main(DATA__DATASET="squares", MODEL__NUM_CLASSES=2)
 
 
-def test_an_augmentation_of_ones_own(run_main, monkeypatch):
+def test_an_augmentation_of_ones_own(trained_once, run_main, monkeypatch):
     """A row of the list is all: it acts on each training image, in its place, and on no other."""
     from dataset import transforms
 
@@ -140,7 +140,7 @@ def test_an_augmentation_of_ones_own(run_main, monkeypatch):
 
         return step
 
-    plain = epochs(run_main(TRAIN__EPOCHS=1))[0]
+    (plain,) = epochs(trained_once)
     monkeypatch.setattr(transforms, "RADIOGRAPH_AUGMENTATIONS", [*transforms.RADIOGRAPH_AUGMENTATIONS, invert])
     inverted = epochs(run_main(TRAIN__EPOCHS=1, out="inverted"))[0]
     assert inverted["train_loss"] != plain["train_loss"]

@@ -113,7 +113,7 @@ class Learned(nn.Module):
 
 def test_a_loss_with_parameters_is_trained_saved_and_resumed(run_main, monkeypatch):
     monkeypatch.setitem(utils_multilabel.LOSSES, "learned", Learned)
-    opts = dict(TRAIN__LOSS="learned", TRAIN__LOSS_OPTIONS="{start: 1.5}")
+    opts = dict(TRAIN__LOSS="learned", TRAIN__LOSS_OPTIONS="{start: 1.5}", DATA__LIMIT=64)
     folder = run_main(**opts)
     first, last = (checkpoint.read(folder / f"ckpt_epoch_{k}.pth") for k in (1, 2))
     temperatures = [state["loss"]["learned"]["loss.temperature"] for state in (first, last)]
@@ -124,7 +124,7 @@ def test_a_loss_with_parameters_is_trained_saved_and_resumed(run_main, monkeypat
     assert moments[0].keys() == moments[1].keys()
     assert all(torch.equal(moments[0][k]["exp_avg"], moments[1][k]["exp_avg"]) for k in moments[0])
     # Under another loss its parameters and their moments are left behind.
-    run_main("--resume", folder / "ckpt_epoch_1.pth", out="c")
+    run_main("--resume", folder / "ckpt_epoch_1.pth", out="c", DATA__LIMIT=64)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_metric_of_which_less_is_better_chooses_the_best(run_main, rows, monke
         return validate(*arguments) | {"mean_brier": next(falls)}
 
     monkeypatch.setattr(utils_multilabel, "label_metrics", scripted)
-    folder = run_main(TRAIN__BEST_BY="mean_brier", TRAIN__EPOCHS=3)
+    folder = run_main(TRAIN__BEST_BY="mean_brier", TRAIN__EPOCHS=3, DATA__LIMIT=64)
     monkeypatch.undo()
     lines, state = epochs(folder), checkpoint.read(folder / checkpoint.BEST)
     assert [line["best_mean_brier"] for line in lines] == [0.3, 0.2, 0.2]
@@ -166,7 +166,7 @@ def test_a_metric_of_which_less_is_better_chooses_the_best(run_main, rows, monke
     assert "chosen by mean_brier, lower is better" in log and "finished: best mean_brier" in log
 
     # Under another metric the best restarts.
-    run_main(TRAIN__EPOCHS=4)
+    run_main(TRAIN__EPOCHS=4, DATA__LIMIT=64)
     assert (
         "by mean_brier, now TRAIN.BEST_BY is mean_auc, so best_ckpt.pth restarts (best before: mean_brier 0.2000)"
         in (folder / "log_rank0.txt").read_text()
@@ -227,10 +227,10 @@ def test_a_mixing(run_main, monkeypatch):
         assert mix(images, targets)[0].tolist() == ([2, 1, 0] if mix.epoch < 2 else [0, 1, 2])
     assert seen == [0, 1]
     mix = types.SimpleNamespace(epoch="run")
-    run = run_main(AUG__MIXUP_OFF_EPOCH=1)
+    run = run_main(AUG__MIXUP_OFF_EPOCH=1, DATA__LIMIT=64)
     assert "has no effect" not in (run / "log_rank0.txt").read_text()
     updates = seen.count("run")
-    run_main(out="b")
+    run_main(out="b", DATA__LIMIT=64)
     assert seen.count("run") - updates == 2 * updates > 4
 
 

@@ -5,11 +5,11 @@ import errno
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -69,12 +69,11 @@ def values(rows):
 
 
 # ------------------------------------------------------------------------------------ the values
-def test_the_probabilities_are_those_of_an_evaluation(run_main, tree, tmp_path):
-    folder = run_main(TRAIN__EPOCHS=1)
+def test_the_probabilities_are_those_of_an_evaluation(one_epoch, run_main, tree, tmp_path):
     run_main("--eval", TRAIN__EPOCHS=1)
     (evaluation,) = (tmp_path / "out" / "results").glob("evaluation_*")
     truth = pd.read_csv(evaluation / "predictions.csv", dtype=str).set_index("dicom_id")
-    rows = run(folder / "best_ckpt.pth", tree, output=tmp_path / "all.csv")
+    rows = run(one_epoch / "best_ckpt.pth", tree, output=tmp_path / "all.csv")
     assert list(rows[0]) == ["path", "error", "dicom_id", "study_id", "subject_id", "view", *LABELS]
     test = [row for row in rows if row["dicom_id"] in truth.index]
     assert len(test) == len(truth) and len(rows) > len(truth)
@@ -518,20 +517,25 @@ def test_a_file_system_without_locks_is_one_note(number, tmp_path, capsys, monke
         assert len(lines) == 2 and all("no locks" in line and str(tmp_path / "a") in line for line in lines)
 
 
-def test_killed_and_gone_on_equals_the_whole(model, tree, tmp_path, capsys):
+def test_killed_and_gone_on_equals_the_whole(model, tree, tmp_path, capsys, monkeypatch):
     whole = tmp_path / "whole.csv"
     assert predict.main([model, str(tree), "--output", str(whole), "-b", "4"]) == 0
     killed = tmp_path / "killed.csv"
     argv = [model, str(tree), "--output", str(killed), "-b", "4", "-j", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "predict.py", *argv], cwd=ROOT, env=environment)
-    deadline = time.time() + 120
-    while time.time() < deadline and not (killed.exists() and killed.read_bytes().count(b"\n") > 9):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    rows = killed.read_bytes().count(b"\n") - 1
-    assert 8 < rows < whole.read_bytes().count(b"\n") - 1, "killed too late to show anything"
+    add = prediction_file.PredictionFile.add
+
+    def die_after_three(table, first, found):
+        add(table, first, found)
+        if first == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction_file.PredictionFile, "add", die_after_three)
+        process = multiprocessing.get_context("fork").Process(target=predict.main, args=(argv,))
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert killed.read_bytes().count(b"\n") - 1 == 12 < whole.read_bytes().count(b"\n") - 1
     assert predict.main(argv) == 0
     assert killed.read_bytes() == whole.read_bytes()
     assert "are done already" in capsys.readouterr().out

@@ -2,11 +2,10 @@
 
 import gzip
 import hashlib
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image
 
 import prepare_mimic
 from common.errors import UserError
-from conftest import ROOT, SHARED, edit_csv
+from conftest import SHARED, edit_csv
 from dataset.files.images import decode
 from dataset.tools import cache, processes
 
@@ -53,34 +52,26 @@ def test_a_copy_reads_as_the_release(tree, tmp_path, flags):
 def test_a_killed_build_ends_as_an_uninterrupted_one(tree, tmp_path, flags, monkeypatch):
     monkeypatch.setattr(cache, "SHARD_IMAGES", 50)
     assert build(tree, tmp_path / "whole", *flags) == 0
-    # The command as a process of its own, slowed down and killed when a part of the copy is there.
-    code = (
-        "import sys, time; from dataset.tools import cache; import prepare_mimic\n"
-        "cache.SHARD_IMAGES, encode = 50, cache.small_jpeg\n"
-        "cache.small_jpeg = lambda *a, **k: (time.sleep(0.02), encode(*a, **k))[1]\n"
-        "prepare_mimic.main(sys.argv[1:])"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "build",
-        "--data-path",
-        tree,
-        "--output",
-        tmp_path / "killed",
-        "--size",
-        "32",
-    ]
-    process = subprocess.Popen([*command, *flags], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-    whole = contents(tmp_path / "whole")
-    wanted = 1 if flags else 40
-    suffix = "*.zip" if flags else "*.jpg"
-    while len(list((tmp_path / "killed").rglob(suffix))) < wanted:
-        assert process.poll() is None
+    whole, suffix, wanted = contents(tmp_path / "whole"), *(("*.zip", 1) if flags else ("*.jpg", 40))
+    encode = cache.small_jpeg
+
+    def encode_or_die(*arguments, **options):
+        """Slowed down, so that not all images are under way; all processes die when a part of the copy is there."""
+        if len(list((tmp_path / "killed").rglob(suffix))) >= wanted:
+            os.killpg(0, signal.SIGKILL)
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        return encode(*arguments, **options)
+
+    def build_and_die():
+        os.setsid()
+        build(tree, tmp_path / "killed", *flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "small_jpeg", encode_or_die)
+        process = multiprocessing.get_context("fork").Process(target=build_and_die)
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     there = [p for p in contents(tmp_path / "killed").items() if p[0].suffix in (".jpg", ".zip")]
     assert len(there) < sum(p.suffix in (".jpg", ".zip") for p in whole)
     assert all(whole[path] == digest for path, digest in there)  # what has its name is whole

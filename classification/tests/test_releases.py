@@ -485,11 +485,10 @@ def test_the_page_has_the_mapping():
 
 
 # ------------------------------------------------------------------------------------------------ external tests
-def test_an_external_test_in_one_command(run_main, nih_at, tmp_path, monkeypatch, capsys):
+def test_an_external_test_in_one_command(trained_once, run_main, nih_at, tmp_path, monkeypatch, capsys):
     """A model of MIMIC-CXR tested on NIH: the folder names the set, and the report says what can be compared."""
-    run = run_main(TRAIN__EPOCHS=1)
     monkeypatch.chdir(tmp_path)
-    evaluate = ["--eval", "--resume", run / "best_ckpt.pth", "--dataset", "nih"]
+    evaluate = ["--eval", "--resume", trained_once / "best_ckpt.pth", "--dataset", "nih"]
     run_main(*evaluate, data=nih_at(), RESULTS="", TEST__REPORT=True)
     (folder,) = (tmp_path / "results/nih").iterdir()
     metrics = json.loads((folder / "metrics.json").read_text())

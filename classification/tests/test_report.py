@@ -290,7 +290,7 @@ def test_every_label_of_one_class(predictions):
     assert r["mean"]["auroc"]["value"] is None and "no AUROC" in r["headline"]
 
 
-def test_a_label_name_cannot_break_page_or_latex(tmp_path):
+def test_a_label_name_cannot_break_page_figures_or_latex(drawn, tmp_path):
     run(table(tmp_path / "p.csv", names=("<b>&_", 'x"%', "Fracture")))
     assert "<b>&_" not in (tmp_path / "report.html").read_text()
     assert r"\textless{}b\textgreater{}\&\_" in (tmp_path / "tables.tex").read_text()

@@ -19,7 +19,7 @@ def read(folder):
     return list(csv.DictReader((folder / "runs.csv").open()))
 
 
-def test_runs_of_main_at_a_glance(run_main, tmp_path, monkeypatch, capsys):
+def test_runs_of_main_at_a_glance(drawn, run_main, tmp_path, monkeypatch, capsys):
     first = run_main()
     run_main("--eval")
     (evaluation,) = (tmp_path / "out" / "results").glob("evaluation_*")

@@ -349,6 +349,10 @@ def test_too_little_room_is_said_before_anything_is_fetched(tmp_path):
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "df").write_text("#!/bin/sh\nprintf 'x\\nfs 9 9 1048576 9%% /\\n'\n")
     (tmp_path / "tools" / "df").chmod(0o755)
+    python = tmp_path / "e" / "bin" / "python"  # agrees to everything: making a real one takes seconds
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$1" != -c ] || echo True\n')
+    python.chmod(0o755)
     path = f"{tmp_path}/tools:{os.environ['PATH']}"
     done = setup("--yes", "--no-weights", "--python", sys.executable, "--env-dir", tmp_path / "e", PATH=path)
     assert done.returncode == 2 and f"{tmp_path}/e has 1 GB free, the packages take about 3" in done.stderr, done.stderr

@@ -383,13 +383,13 @@ def test_unreadable_images_of_a_study_are_named_and_the_others_answer(finished, 
     assert "4 images of 2 studies" in said and "2 studies, 1 of them could not be read" in said
 
 
-def test_an_image_model_answers_for_a_study_by_the_mean_of_its_logits(run_main, tree, tmp_path):
-    folder = run_main(TRAIN__EPOCHS=1)
+def test_an_image_model_answers_for_a_study_by_the_mean_of_its_logits(trained_once, tree, tmp_path):
+    best = str(trained_once / "best_ckpt.pth")
     paths = [str(path) for path in sorted(tree.glob("files/p1*/p*/s*"))[:6]]
     tables = []
     for by in ("image", "study"):
         out = tmp_path / f"{by}.csv"
-        assert predict.main([str(folder / "best_ckpt.pth"), *paths, "-j", "0", "--by", by, "--output", str(out)]) == 0
+        assert predict.main([best, *paths, "-j", "0", "--by", by, "--output", str(out)]) == 0
         tables.append(pd.read_csv(out, dtype={"study_id": str}))
     images, studies = tables
     logits = np.log(images[list(LABELS)] / (1 - images[list(LABELS)])).groupby(images.study_id).mean()
@@ -398,11 +398,11 @@ def test_an_image_model_answers_for_a_study_by_the_mean_of_its_logits(run_main, 
     np.testing.assert_allclose(studies[list(LABELS)], expected, atol=1e-6)
 
 
-def test_the_mean_of_an_image_model_needs_no_training(run_main, tmp_path):
+def test_the_mean_of_an_image_model_needs_no_training(one_epoch, run_main, tmp_path):
     """Evaluated as a study model, it has the mean of its images' logits."""
-    best = run_main(TRAIN__EPOCHS=1) / "best_ckpt.pth"
+    weights = ("--pretrained", one_epoch / "best_ckpt.pth")
     run_main("--eval", RESULTS=tmp_path / "images")
-    run_main("--eval", "--pretrained", best, out="other", DATA__UNIT="study", RESULTS=tmp_path / "studies")
+    run_main("--eval", *weights, out="other", DATA__UNIT="study", RESULTS=tmp_path / "studies")
     images, studies = (pd.read_csv(next((tmp_path / n).glob("*/predictions.csv"))) for n in ("images", "studies"))
     logits, targets = ([f"{name}_{kind}" for name in LABELS] for kind in ("logit", "target"))
     expected = images.groupby("study_id")[logits].mean().loc[studies.study_id]
@@ -434,12 +434,11 @@ def test_overlays_of_a_study(finished, tree, tmp_path):
     assert drawn == [f"000001_{name}_Edema.png" for name in names]
 
 
-def test_a_frozen_backbone_from_an_image_model(run_main, tree, tmp_path):
-    image = run_main(TRAIN__EPOCHS=1)
+def test_a_frozen_backbone_from_an_image_model(trained_once, run_main):
     opts = {**UNIT, "TRAIN__FREEZE": "[backbone]", "TRAIN__EPOCHS": 1}
-    folder = run_main("--pretrained", image / "best_ckpt.pth", out="two", **opts)
+    folder = run_main("--pretrained", trained_once / "best_ckpt.pth", **opts)
     before, after = (
-        checkpoint.read(f / name)["model"] for f, name in ((image, "best_ckpt.pth"), (folder, "last_ckpt.pth"))
+        checkpoint.read(f / name)["model"] for f, name in ((trained_once, "best_ckpt.pth"), (folder, "last_ckpt.pth"))
     )
     assert all(torch.equal(v, after[f"backbone.{k}"]) for k, v in before.items())
     assert "keys loaded, all but these" in (text := (folder / "log_rank0.txt").read_text())

@@ -218,17 +218,17 @@ def one_bit_flipped(content):
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:5000], one_bit_flipped])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, run_main, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, run_main, tmp_path, damage):
     whole = finished / "out" / "tiny" / "default"
-    folder = run_main(TRAIN__EPOCHS=2, SAVE_FREQ=2)
-    last = folder / "last_ckpt.pth"
+    last = shutil.copytree(whole, tmp_path / "out" / "tiny" / "default") / "last_ckpt.pth"
     last.write_bytes(damage(last.read_bytes()))
-    run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
+    folder = run_main(TRAIN__EPOCHS=3, SAVE_FREQ=2)
     log = (folder / "log_rank0.txt").read_text()
     assert "last_ckpt.pth is not a whole checkpoint" in log and "falling back to the one before" in log
-    assert f"resumed from {folder / 'last_ckpt.previous.pth'}: epoch 2" in log
+    assert f"resumed from {folder / 'last_ckpt.previous.pth'}: epoch 3, update 10" in log
     a, b = (checkpoint.read(f / "last_ckpt.pth") for f in (folder, whole))
-    assert a["epoch"] == b["epoch"] == 3
+    assert a["epoch"] == b["epoch"] == 3 and same(a["model"], b["model"]) and same(a["model_ema"], b["model_ema"])
+    assert epochs(folder) == epochs(whole)
 
 
 def test_epochs_and_rate_may_change_on_resume(run_main):
@@ -249,20 +249,20 @@ def test_epochs_and_rate_may_change_on_resume(run_main):
     assert "already finished: 4 of 4 epochs" in (folder / "log_rank0.txt").read_text()
 
 
-def test_number_of_workers_changes_nothing(run_main):
+def test_number_of_workers_changes_nothing(trained_once, run_main):
     """Augmentation depends on seed, epoch and image alone."""
-    folder = run_main(TRAIN__EPOCHS=1, DATA__NUM_WORKERS=2)
-    alone = run_main(TRAIN__EPOCHS=1, out="alone")
-    assert_same_run(folder, alone)
+    assert_same_run(run_main(TRAIN__EPOCHS=1, DATA__NUM_WORKERS=2), trained_once)
 
 
 # ------------------------------------------------------------------------------------------ math
-def test_the_peak_rate_is_the_one_named_and_scales_linearly(run_main, capsys):
-    run_main(TRAIN__EPOCHS=1)
-    assert "peak learning rate 1.000e-03 = TRAIN.BASE_LR 0.001 x batch 16" in capsys.readouterr().out
-    run_main(TRAIN__EPOCHS=1, TRAIN__ACCUMULATION_STEPS=2, out="two")
+def test_the_peak_rate_is_the_one_named_and_scales_linearly(trained_once, run_main, monkeypatch, capsys):
+    log = (trained_once / "log_rank0.txt").read_text()
+    assert "peak learning rate 1.000e-03 = TRAIN.BASE_LR 0.001 x batch 16" in log
+    signalled(monkeypatch, torch.optim.AdamW, "step", 1)
+    run_main(TRAIN__ACCUMULATION_STEPS=2, out="two")
     assert "peak learning rate 2.000e-03" in capsys.readouterr().out
-    run_main(TRAIN__EPOCHS=1, TRAIN__LR_REFERENCE_BATCH=512, out="published")
+    signalled(monkeypatch, torch.optim.AdamW, "step", 1)
+    run_main(TRAIN__LR_REFERENCE_BATCH=512, out="published")
     assert "peak learning rate 3.125e-05" in capsys.readouterr().out
 
 
@@ -278,10 +278,11 @@ def test_accumulation_equals_the_large_batch(run_main, monkeypatch):
         assert two[0][key] == pytest.approx(one[0][key], rel=1e-4), key
 
 
-def test_clipping(run_main):
+def test_clipping(trained_once, run_main):
     """The norm reported is the one before clipping; 0 means none, not a gradient of zero."""
     free = epochs(run_main(TRAIN__EPOCHS=1, TRAIN__CLIP_GRAD=0))
-    clipped = epochs(run_main(TRAIN__EPOCHS=1, TRAIN__CLIP_GRAD=5, out="b"))
+    clipped = epochs(trained_once)  # at 5
+    assert json.loads((trained_once / "config.json").read_text())["TRAIN"]["CLIP_GRAD"] == 5
     assert free == clipped  # norms stay below 5 here: clipping must change nothing
     assert 0 < free[0]["grad_norm"] < 5
     sgd = dict(TRAIN__EPOCHS=1, TRAIN__OPTIMIZER__NAME="sgd")
@@ -299,8 +300,8 @@ def test_mixed_precision_stays_near_float32(finished, run_main, dtype):
 
 
 def test_recomputation_changes_nothing(run_main):
-    plain = epochs(run_main(TRAIN__EPOCHS=1, MODEL__DROP_PATH_RATE=0.0))
-    assert epochs(run_main("--use-checkpoint", out="c", TRAIN__EPOCHS=1, MODEL__DROP_PATH_RATE=0.0)) == plain
+    options = dict(TRAIN__EPOCHS=1, MODEL__DROP_PATH_RATE=0.0, DATA__LIMIT=64)
+    assert epochs(run_main("--use-checkpoint", out="c", **options)) == epochs(run_main(**options))
 
 
 def test_mixing_and_layer_decay_train(run_main):
@@ -317,9 +318,9 @@ def test_mixing_and_layer_decay_train(run_main):
     assert {decay[n] for n in decay if n.endswith("bias") or ".norm" in n} == {0.0}
 
 
-def test_uncertain_labels_can_be_masked(run_main):
-    zeros = epochs(run_main(TRAIN__EPOCHS=1))
-    masked = epochs(run_main(TRAIN__EPOCHS=1, DATA__UNCERTAIN="ignore", out="m"))
+def test_uncertain_labels_can_be_masked(trained_once, run_main):
+    zeros = epochs(trained_once)
+    masked = epochs(run_main(TRAIN__EPOCHS=1, DATA__UNCERTAIN="ignore"))
     assert masked[0]["train_loss"] != zeros[0]["train_loss"] and np.isfinite(masked[0]["val_loss"])
 
 
@@ -361,12 +362,11 @@ def test_a_half_set_environment_is_named(run_main, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------- errors
-def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(run_main, monkeypatch):
-    folder = run_main(TRAIN__EPOCHS=1)
-    before = (folder / "last_ckpt.pth").read_bytes()
+def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(one_epoch, run_main):
+    before = (one_epoch / "last_ckpt.pth").read_bytes()
     with pytest.raises(UserError, match=r"is not finite \(epoch 2, update \d+ to \d+\); earlier checkpoints"):
         run_main(TRAIN__EPOCHS=3, TRAIN__BASE_LR=1e30, TRAIN__WARMUP_LR=1e30, TRAIN__WARMUP_EPOCHS=0)
-    assert (folder / "last_ckpt.pth").read_bytes() == before
+    assert (one_epoch / "last_ckpt.pth").read_bytes() == before
 
 
 def test_a_label_of_one_class_has_no_auc(own_tree, run_main):
@@ -452,7 +452,7 @@ def test_throughput(run_main, capsys):
     assert "fed by the loader" not in capsys.readouterr().out
 
 
-def test_without_any_auc_there_is_no_best_and_it_is_said(own_tree, run_main):
+def test_without_any_auc_there_is_no_best_and_it_is_said(drawn, own_tree, run_main):
     """Every label has one class only: null everywhere, no best checkpoint, and the way out."""
     edit_csv(own_tree, "chexpert", lambda f: f.assign(**dict.fromkeys(LABELS)))
     folder = run_main(data=own_tree, TRAIN__EPOCHS=1)
@@ -463,22 +463,20 @@ def test_without_any_auc_there_is_no_best_and_it_is_said(own_tree, run_main):
     assert metrics["mean_auc"] is None
 
 
-def test_nothing_is_begun_anew_over_checkpoints_that_cannot_be_read(run_main):
-    folder = run_main(TRAIN__EPOCHS=1)
-    for path in folder.glob("*.pth"):
+def test_nothing_is_begun_anew_over_checkpoints_that_cannot_be_read(one_epoch, run_main):
+    for path in one_epoch.glob("*.pth"):
         path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="none of the checkpoints in .* can be read; move them away"):
         run_main(TRAIN__EPOCHS=2)
 
 
-def test_eval_takes_the_runs_best_and_says_what_changed(finished, run_main, tmp_path):
+def test_eval_takes_the_runs_best_and_says_what_changed(finished, one_epoch, run_main, tmp_path):
     """Also when the command still carries --pretrained, and never a head that was not in the file."""
     best = finished / "out" / "tiny" / "default" / "best_ckpt.pth"
-    folder = run_main(TRAIN__EPOCHS=1)
     run_main("--eval", "--pretrained", best, DATA__IMG_SIZE=48)
-    results = json.loads(next((folder.parents[1] / "results").glob("*/metrics.json")).read_text())
-    assert results["checkpoint"] == str(folder / "best_ckpt.pth")
-    assert "changed since the checkpoint: DATA.IMG_SIZE 32 -> 48" in (folder / "log_rank0.txt").read_text()
+    results = json.loads(next((one_epoch.parents[1] / "results").glob("*/metrics.json")).read_text())
+    assert results["checkpoint"] == str(one_epoch / "best_ckpt.pth")
+    assert "changed since the checkpoint: DATA.IMG_SIZE 32 -> 48" in (one_epoch / "log_rank0.txt").read_text()
     weights = {k: v for k, v in checkpoint.read(best)["model"].items() if not k.startswith("head.")}
     torch.save(weights, tmp_path / "headless.pth")
     with pytest.raises(UserError, match="headless.pth has no head for these 14 classes"):
@@ -490,22 +488,20 @@ def test_averaged_weights_are_not_resumed(finished, run_main):
         run_main("--resume", finished / "out" / "tiny" / "default" / "ema_best_ckpt.pth")
 
 
-def test_a_gradient_that_is_not_finite_stops_too(run_main, monkeypatch):
-    folder = run_main(TRAIN__EPOCHS=1)
-    before = (folder / "last_ckpt.pth").read_bytes()
+def test_a_gradient_that_is_not_finite_stops_too(one_epoch, run_main, monkeypatch):
+    before = (one_epoch / "last_ckpt.pth").read_bytes()
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(UserError, match="the loss or its gradient is not finite"):
         run_main(TRAIN__EPOCHS=2)
-    assert (folder / "last_ckpt.pth").read_bytes() == before
-    assert "error: the loss or its gradient" in (folder / "log_rank0.txt").read_text()
+    assert (one_epoch / "last_ckpt.pth").read_bytes() == before
+    assert "error: the loss or its gradient" in (one_epoch / "log_rank0.txt").read_text()
 
 
-def test_a_cut_line_of_metrics_does_not_stop_a_run(run_main):
-    folder = run_main(TRAIN__EPOCHS=1)
-    with open(folder / "metrics.jsonl", "a") as file:
+def test_a_cut_line_of_metrics_does_not_stop_a_run(one_epoch, run_main):
+    with open(one_epoch / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 2, "train_lo')
     run_main(TRAIN__EPOCHS=2)
-    assert [line["epoch"] for line in epochs(folder)] == [1, 2]
+    assert [line["epoch"] for line in epochs(one_epoch)] == [1, 2]
 
 
 def test_frozen_offsets(run_main):
@@ -949,7 +945,7 @@ def test_the_newest_checkpoints_are_kept_and_early_stopping_resumes(run_main, mo
     assert "already finished: 4 of 9 epochs, none better since epoch 2 (TRAIN.STOP_AFTER 2)" in log
 
 
-def test_frozen_levels_do_not_change_and_end_the_backward_pass(run_main, monkeypatch):
+def test_frozen_levels_do_not_change_and_end_the_backward_pass(trained_once, run_main, monkeypatch):
     seen = []
     step = Step.__call__
 
@@ -958,12 +954,10 @@ def test_frozen_levels_do_not_change_and_end_the_backward_pass(run_main, monkeyp
         return step(self, *a, **k)
 
     monkeypatch.setattr(Step, "__call__", looked_at)
-    start = run_main(TRAIN__EPOCHS=1)
-    seen.clear()
-    folder = run_main("--pretrained", start / "last_ckpt.pth", TRAIN__EPOCHS=1, out="frozen",
+    folder = run_main("--pretrained", trained_once / "last_ckpt.pth", TRAIN__EPOCHS=1,
                       TRAIN__FREEZE="[patch_embed, levels.0]")  # fmt: skip
     assert seen and not any(any(modes) for modes in seen)
-    a, b = (checkpoint.read(f / "last_ckpt.pth")["model"] for f in (start, folder))
+    a, b = (checkpoint.read(f / "last_ckpt.pth")["model"] for f in (trained_once, folder))
     for name in a:
         frozen = name.startswith(("patch_embed.", "levels.0."))
         assert torch.equal(a[name], b[name]) == frozen or "num_batches" in name, name
