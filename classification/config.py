@@ -241,7 +241,8 @@ KNOBS = {
     "MODEL.HEAD_WIDTH": Knob(256, "(new) channels of label_attention and of MODEL.FUSION attention", multiple_of(32),
                              takes_effect=ATTENDED),
     "MODEL.FUSION": Knob("mean", "(new) how the images of a study become one answer: mean or largest of their logits, "
-                         "or a transformer over their feature maps and views, and a query per label (attention)",
+                         "or the mean and what queries per label find by a transformer over all their feature maps "
+                         "(attention)",
                          one_of("mean", "max", "attention"), takes_effect=STUDIES),
     "MODEL.FUSION_LAYERS": Knob(2, "(new) layers of that transformer", at_least(1),
                                 takes_effect={"MODEL.FUSION": "attention"}),

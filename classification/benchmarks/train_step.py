@@ -1,6 +1,7 @@
 """The training step of InternImage beside timm's backbones of like size, and beside naive settings.
 
     python benchmarks/train_step.py [--size T] [--batch 8] [--compiled] [--grid-sample] [--threads 2] [--quick]
+    python benchmarks/train_step.py --studies        # what MODEL.HEAD and MODEL.FUSION cost, four images to a study
 
 Each row is a configuration's own step (`training/step.py`): mixed precision where the device has it, channels last,
 fused AdamW, the average of the weights by one call. Naive: float32, NCHW, an average and an optimizer that go parameter
@@ -113,14 +114,29 @@ def weighed(make, device):
     return step, (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
 
+def studies_of(size, batch):
+    """{name: --opts}: as many images in each row, four to a study."""
+    fused = ["DATA.UNIT", "study", "DATA.BATCH_SIZE", str(batch // 4), "MODEL.FUSION"]
+    return {
+        f"InternImage-{size}": [],
+        "MODEL.HEAD label_attention": ["MODEL.HEAD", "label_attention"],
+        "studies, MODEL.FUSION mean": [*fused, "mean"],
+        "studies, MODEL.FUSION attention": [*fused, "attention"],
+        "the same, TRAIN.FREEZE [backbone]": [*fused, "attention", "TRAIN.FREEZE", "[backbone]"],
+    }
+
+
 def rows_of(size, device, arguments):
     """{name: (RandomStep, its GB)}."""
     ours, convnext = f"InternImage-{size}", PEERS[size][0]
     wanted = {ours: [], **{peer: ["MODEL.TYPE", "timm", "MODEL.TIMM.NAME", peer] for peer in PEERS[size]}}
+    if arguments.studies:
+        wanted = studies_of(size, arguments.batch)
     if arguments.compiled:
         wanted |= {f"{row}, compiled": [*wanted[row], "TRAIN.COMPILE", "True"] for row in (ours, convnext)}
     makers = {row: lambda opts=opts: build(device, size, arguments.batch, *opts) for row, opts in wanted.items()}
-    makers[f"{ours}, naive"] = lambda: naive(build(device, size, arguments.batch, "AMP_OPT_LEVEL", "O0"))
+    if not arguments.studies:
+        makers[f"{ours}, naive"] = lambda: naive(build(device, size, arguments.batch, "AMP_OPT_LEVEL", "O0"))
     if arguments.grid_sample:
         makers[f"{ours}, grid_sample"] = lambda: by_grid_sample(build(device, size, arguments.batch))
     return {row: weighed(make, device) for row, make in makers.items()}
@@ -135,8 +151,9 @@ def table(size, device, arguments):
     rates = {dtype: product.rate(*seconds[dtype]) for dtype, product in products.items()}
     said = ", ".join(f"{str(d).removeprefix('torch.')} {rate / 1e12:.3f} TFLOP/s" for d, rate in rates.items())
     print(f"\nbatch {arguments.batch}, 224 pixels; matrix products: {said}\n")
-    head = ["", "images/s", "of ConvNeXt's", *throughput.PARTS, "operator", "peak GB", "GMACs", "of matrix rate"]
-    convnext = sum(seconds[PEERS[size][0]])
+    base = f"InternImage-{size}" if arguments.studies else PEERS[size][0]
+    head = ["", "images/s", f"of {base}", *throughput.PARTS, "operator", "peak GB", "GMACs", "of matrix rate"]
+    reference = sum(seconds[base])
 
     def cells():  # a row at a time: the profiler takes a while
         for row, (step, memory) in rows.items():
@@ -144,7 +161,7 @@ def table(size, device, arguments):
             speed = arguments.batch / whole
             part = throughput.share_of(rates[step.step.dtype], step.gmacs, speed)
             yield [
-                *(row, f"{speed:.2f}", f"{convnext / whole:.2f}", *(f"{1e3 * s:.0f}" for s in seconds[row])),
+                *(row, f"{speed:.2f}", f"{reference / whole:.2f}", *(f"{1e3 * s:.0f}" for s in seconds[row])),
                 *("" if operator is None else f"{operator:.0%}", "" if memory is None else f"{memory:.1f}"),
                 *(f"{step.gmacs:.2f}", f"{part:.0%}"),
             ]
@@ -160,12 +177,13 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=20 if gpu else 7)
     parser.add_argument("--compiled", action="store_true", help="these rows too: minutes of compiling before the first")
     parser.add_argument("--grid-sample", action="store_true", help="a row with `grid_sample` in the operator's place")
+    parser.add_argument("--studies", action="store_true", help="the rows of MODEL.HEAD and MODEL.FUSION instead")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU (default 2)")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, by its CPU time: for a machine in use")
-    parser.add_argument("--quick", action="store_true", help="one round of two images: whether it runs, not how fast")
+    parser.add_argument("--quick", action="store_true", help="one round of four images: whether it runs, not how fast")
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.batch, arguments.rounds = 2, 1
+        arguments.batch, arguments.rounds = 4, 1
     device = torch.device("cuda" if gpu else "cpu")
     if arguments.cpu_time:
         arguments.threads, throughput.Marks.clock = 1, time.process_time
