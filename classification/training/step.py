@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 from dataclasses import dataclass
 
@@ -27,14 +28,19 @@ class Ema:
     """The exponential moving average of a model, buffers included; decay: per update."""
 
     def __init__(self, model, decay):
-        self.module, self.decay = copy.deepcopy(model).eval(), decay
+        self.module, self.model, self.decay = copy.deepcopy(model).eval(), model, decay
+
+    @functools.cached_property
+    def pairs(self):
+        """(average, value) of every tensor. Found once, at the first update, when all lie where they stay: to walk
+        through two models takes the CPU longer than their average takes a GPU."""
+        return [*zip(*((*module.parameters(), *module.buffers()) for module in (self.module, self.model)))]
 
     @torch.no_grad()
-    def update(self, model):
-        pairs = [*zip(*(sharding.local(m.state_dict().values()) for m in (self.module, model)))]
-        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
-        torch._foreach_lerp_(averages, values, 1 - self.decay)
-        for average, value in pairs:
+    def update(self):
+        averages, values = zip(*(pair for pair in self.pairs if pair[0].is_floating_point()))
+        torch._foreach_lerp_(sharding.local(averages), sharding.local(values), 1 - self.decay)
+        for average, value in self.pairs:
             if not average.is_floating_point():
                 average.copy_(value)
 
@@ -75,6 +81,10 @@ class Step:
     def __post_init__(self):
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.dtype == torch.float16)
 
+    @functools.cached_property
+    def parameters(self):
+        return [*self.model.parameters(), *self.criterion.parameters()]
+
     def saved_bytes(self):
         """About what a checkpoint of it takes: weights, EMA, and AdamW's two moments of what trains."""
         weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
@@ -113,8 +123,7 @@ class Step:
         self.scaler.unscale_(self.optimizer)
         # The mean over the known terms of the whole update: all its batches on all ranks.
         whole = 1 / distributed.mean_tensor(known / self.accumulation, self.world).clamp(min=1e-12)
-        parameters = [*self.model.parameters(), *self.criterion.parameters()]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         sharding.multiply(sharding.local(gradients), whole)
         norm = sharding.total_norm(gradients, self.world)
         # As torch.nn.utils.clip_grad_norm_, which takes no shards beside whole gradients.
@@ -123,7 +132,7 @@ class Step:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(self.model)
+            self.ema.update()
         if self.scaler.is_enabled():  # float16: the scaler skips updates of infinite norm, as it should
             norm = norm.where(norm.isfinite(), 0)
         mark()
