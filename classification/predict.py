@@ -72,7 +72,8 @@ def parse_args(argv):
     add("--dicom-recipe", choices=["window", "mimic_jpg"], help="how DICOM becomes grayscale (that of the training)")
     add("--only-chest", action="store_true", help="an image that is no chest radiograph by its header is an error")
     add("--no-ids", action="store_true", help="without ids of patient, study and image; `path` is a number")
-    add("--by", choices=["image", "study"], help="what a row is (as the model was trained, DATA.UNIT)")
+    add("--by", choices=["image", "study"], help="what the model is asked about (as it was trained, DATA.UNIT)")
+    add("--images", default="", metavar="FOLDER", help="of a table of CXR-LT as PATH: as DATA.IMAGES")
     add("--explain", metavar="DIR", help="overlays of each image and label: Grad-CAM, or the label's attention")
     add("--sampling-points", action="store_true", help="with --explain: also where DCNv3 looked, from coarse to fine")
     add(
@@ -310,10 +311,11 @@ def predict(args):
         print(f"note: {note}")
     left_out = Counter()
     by = args.by or first.config.DATA.UNIT
-    if args.format == "cxr-lt" and by == "study":
-        raise UserError("--format cxr-lt has a row per image; add --by image, by which each is a study of its own")
-    groups = _grouped(list_images(paths, left_out), by)
-    paths = [";".join(image.path for image in group) for group in groups]
+    groups = _grouped(list_images(paths, left_out, args.images), by)
+    # Of each row the number of its group, and its images; a submission has a row per image.
+    each = args.format == "cxr-lt"
+    rows = [(k, part) for k, group in enumerate(groups) for part in (([one] for one in group) if each else [group])]
+    paths = [";".join(image.path for image in images) for _, images in rows]
     shown = [str(k + 1) if args.no_ids else path for k, path in enumerate(paths)]
 
     command = {
@@ -337,22 +339,21 @@ def predict(args):
     columns += [features.COLUMN] * (args.features is not None)
     if repeated := [name for k, name in enumerate(columns) if name in columns[:k]]:
         raise UserError(f"{first.path}: the label {repeated[0]!r} has the name of another column of the table")
-    stamps = [
-        group[0].stamp() if by == "image" else [path, [image.stamp() for image in group]]
-        for path, group in zip(paths, groups)
-    ]
+    of_groups = [[image.stamp() for image in group] for group in groups]
+    stamps = [of_groups[k][0] if by == "image" else [path, of_groups[k]] for path, (k, _) in zip(paths, rows)]
     table = PredictionFile(
         args.output, columns, list(zip(shown, stamps)), command=command, about=about, batch=batch, form=args.format
     )
-    waiting, count, unit = sum(map(len, table.todo)), len(groups), units(by)
+    waiting, count, unit = sum(map(len, table.todo)), len(rows), units("image" if each else by)
     if waiting < count:
         print(f"{count - waiting:,} of {count:,} {unit} are done already, {table.changed:,} have changed since")
     kept = None if args.features is None else features.FeatureFile(args.output, count, waiting < count)
 
     notes, most = Counter(), first.config.DATA.MAX_VIEWS if first.config.DATA.UNIT == "study" else None
     content = _Images(groups, [model.reader() for model in models], args.only_chest, most)
-    loader = DataLoader(content, batch_sampler=table.todo, num_workers=workers, collate_fn=list)
-    with tqdm(total=count, initial=count - waiting, unit=by, disable=not sys.stderr.isatty()) as bar:
+    of_rows = [range(rows[part.start][0], rows[part.stop - 1][0] + 1) for part in table.todo]
+    loader = DataLoader(content, batch_sampler=of_rows, num_workers=workers, collate_fn=list)
+    with tqdm(total=count, initial=count - waiting, unit=f" {unit}", disable=not sys.stderr.isatty()) as bar:
         for numbers, items in zip(table.todo, loader):
             good = [k for k, item in enumerate(items) if "batches" in item]
             found = np.full((len(items), len(names)), np.nan)
@@ -364,16 +365,17 @@ def predict(args):
                     kept.put(numbers.start, good, asked[0][1])
             for k in good:
                 notes.update(_notes(items[k], first))
-            for item in items:
-                if args.format == "cxr-lt":
-                    item["dicom_id"] = item["dicom_id"] or item["images"][0].file.stem
-            rows = _rows([(shown[k], groups[k]) for k in numbers], items, found, names, adjust, cuts)
-            for k, row in zip(numbers, rows):
+            at = [rows[k][0] - rows[numbers.start][0] for k in numbers]
+            items, found, images = [dict(items[k]) for k in at], found[at], [rows[k][1] for k in numbers]
+            for item, of_row in zip(items, images) if each else ():
+                item["dicom_id"] = of_row[0].known.get("dicom_id") or of_row[0].file.stem
+            made = _rows([(shown[k], of_row) for k, of_row in zip(numbers, images)], items, found, names, adjust, cuts)
+            for k, row in zip(numbers, made):
                 if row is not None:
                     row[features.COLUMN] = k
             contents = [item["content"] for item in items]
-            table.add(numbers.start, list(zip(rows, contents)))
-            bar.update(len(rows))
+            table.add(numbers.start, list(zip(made, contents)))
+            bar.update(len(made))
     finished = {"images": table.count(ROW, ERROR), "errors": table.count(ERROR)}
     if labels and (waiting or "overlay_scale" not in table.before):
         from predicting import overlays  # matplotlib takes longer to import than sixty images to predict

@@ -5,6 +5,7 @@ python prepare_mimic.py build --data-path TREE --output CACHE      # short side 
 python prepare_mimic.py labels --data-path TREE                    # what training learns of it by default
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -30,6 +31,8 @@ def parse_args(argv=None):
         command.add_argument("--csv", default="", help="a table of your own instead of the official ones, as DATA.CSV")
         command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all CPUs)")
     for command in (audit, build):
+        images = {"default": argparse.SUPPRESS, "help": "of CXR-LT, if not beside its tables: as DATA.IMAGES"}
+        command.add_argument("--images", metavar="FOLDER", **images)
         command.add_argument("--image-format", choices=("auto", *ENDINGS), default="auto", help="as DATA.IMAGE_FORMAT")
     audit.add_argument("--output", default="audit", help="folder for audit.csv and audit.txt (audit)")
     build.add_argument("--output", required=True, help="folder of the copy")
@@ -52,6 +55,8 @@ def main(argv=None):
         if not least <= getattr(args, name, least) <= most:
             raise UserError(f"--{name} is {getattr(args, name)}; it must lie between {least} and {most}")
     options = {key: value for key, value in vars(args).items() if key not in ("command", "data_path", "output")}
+    if "images" in options and "images" not in find_reader(args.dataset).options:
+        raise UserError(f"--images is for --dataset cxr_lt; the images of {args.dataset} are looked for in --data-path")
     try:
         if args.command == "audit":
             return 1 if len(auditing.audit(args.data_path, args.output, **options)) else 0

@@ -87,7 +87,10 @@ def randomised(model, config):
     fresh = build_model(config)
     state, new = {k: v.clone() for k, v in model.state_dict().items()}, fresh.state_dict()
     for part in ("label_attention.", "head.", "conv_head.", "levels.3.", "levels.2.", "levels.1.", "levels.0."):
-        state |= {k: new[k] for k in new if k.removeprefix("backbone.").startswith(part)}
+        drawn = {k: new[k] for k in new if k.removeprefix("backbone.").startswith(part)}
+        if not drawn:  # of another head
+            continue
+        state |= drawn
         copy = build_model(config).eval()
         copy.load_state_dict(state)
         yield part.rstrip("."), copy

@@ -4,6 +4,7 @@ MIMIC-CXR-JPG, which lie beside the tables or in DATA.IMAGES. DATA.CXR_LT names 
 Labels are 0 or 1. 2023 calls No Finding what 2024 calls Normal: neither has any of CXR-LT's findings.
 """
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -51,11 +52,11 @@ def find_images(folder, named="", in_zip=False):
     """
     tried = [folder, *folder.parents][:LEVELS]
     if named:
-        place = data_folder(named)
+        place = data_folder(named, "DATA.IMAGES or --images")
         tried = [place.parent if place.name == "files" else place]
     found = next(filter(None, (_holding(place, in_zip) for place in tried)), [])
     what = "zip files" if in_zip else "files/p10/p10000032/s50414267/*.jpg or .dcm"
-    remedy = "name the folder of MIMIC-CXR-JPG, or of its small copy, with DATA.IMAGES"
+    remedy = "name the folder of MIMIC-CXR-JPG, or of its small copy, with DATA.IMAGES (main.py) or --images"
     if not found:
         raise UserError(f"DATA.IMAGES: {named or f'beside {folder}'} has no images ({what}); {remedy}")
     if len(found) > 1:
@@ -132,7 +133,13 @@ class CxrLt(Release):
 
     def learned_labels(self, root, csv=""):
         self.find_own_csv(root, csv)
-        return self.read(self.folder(root)).default_labels()[0]
+        return self.read(Folder(find_root(root, self.name, self.signs))).default_labels()[0]
+
+    def tables_to_copy(self, root, table, csv=""):
+        """Those of all tasks of the year."""
+        folder = Folder(table.sources[0].parent)
+        every = dict.fromkeys(path for task in TASKS for path in _find_tables(folder, task).values())
+        return super().tables_to_copy(root, replace(table, sources=tuple(every)), csv)
 
 
 RELEASE = CxrLt(

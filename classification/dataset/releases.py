@@ -204,8 +204,8 @@ class Folder:
         return found
 
 
-def data_folder(given):
-    """The data folder as an absolute path, once it is sure that it can be read.
+def data_folder(given, option="--data-path"):
+    """The data folder that an option names as an absolute path, once it is sure that it can be read.
 
     UserError: it is no folder, or this user may not list and enter it.
     """
@@ -214,7 +214,7 @@ def data_folder(given):
         os.listdir(folder)
         os.stat(os.path.join(folder, "."))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"data path {folder} is not a folder; give the release folder with --data-path") from error
+        raise UserError(f"data path {folder} is not a folder; give the release folder with {option}") from error
     except OSError as error:
         raise UserError(
             f"data path {folder} cannot be read ({error.strerror}); you need the rights to list and to enter it"

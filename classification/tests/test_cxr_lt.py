@@ -18,8 +18,9 @@ from conftest import SHARED
 from dataset import cxr_lt
 from dataset.build import build_datasets, own_values
 from dataset.cxr_lt import TASKS, load_table
-from dataset.patients import patients_of, refuse_known, seen_by
+from dataset.patients import refuse_known, seen_by
 from dataset.tables import SPLITS
+from dataset.tools.listing import list_images
 
 SAMPLE = SHARED / "cxr_lt_sample" / "cxr-lt-2024"
 FILES = {
@@ -171,21 +172,24 @@ def test_options_of_the_release(run_main, layouts, tiny, capsys):
         run_main(data=layouts("cxr_lt"), DATA__DATASET="cxr_lt", DATA__CXR_LT="2022")
 
 
-@pytest.fixture(scope="module")
-def tested(layouts, tmp_path_factory):
+def train_and_test(data, folder, *options):
     """A tiny model trained on CXR-LT 2024-1, and its evaluation: (folder of the run, folder of the evaluation)."""
     import main
     from conftest import TINY
 
-    folder = tmp_path_factory.mktemp("cxr_lt")
     (folder / "tiny.yaml").write_text(TINY)
-    argv = ["--cfg", str(folder / "tiny.yaml"), "--dataset", "cxr_lt", "--data-path", str(layouts("cxr_lt"))]
+    argv = ["--cfg", str(folder / "tiny.yaml"), "--dataset", "cxr_lt", "--data-path", str(data)]
     argv += ["--output", str(folder / "out"), "--opts", "MODEL.NUM_CLASSES", "40", "TRAIN.EPOCHS", "1"]
-    argv += ["DATA.BATCH_SIZE", "4", "RESULTS", str(folder / "results"), "TEST.REPORT", "True"]
+    argv += ["DATA.BATCH_SIZE", "4", "RESULTS", str(folder / "results"), "TEST.REPORT", "True", *options]
     for flags in ((), ("--eval",)):
         assert main.main([*argv, *flags]) == 0
     (result,) = (folder / "results").iterdir()
     return folder / "out" / "tiny" / "default", result
+
+
+@pytest.fixture(scope="module")
+def tested(layouts, tmp_path_factory):
+    return train_and_test(layouts("cxr_lt"), tmp_path_factory.mktemp("cxr_lt"))
 
 
 def test_the_report_groups_labels_and_heads_with_average_precision(tested, layouts):
@@ -279,10 +283,76 @@ def test_the_sample_of_real_images():
     assert cxr_lt.RELEASE.learned_labels(SAMPLE) == TASKS["2024-1"]
 
 
-def test_studies_keep_what_the_release_says_of_its_images(layouts, run_main):
-    args = ["--cfg", str(run_main.cfg), "--dataset", "cxr_lt", "--data-path", str(layouts("cxr_lt"))]
-    config = get_config(parse_args([*args, "--opts", "DATA.UNIT", "study", "MODEL.NUM_CLASSES", "40"]))
-    (studies,) = build_datasets(config, "test")
-    assert (studies.population, studies.primary_metric) == ("mimic_cxr", "average_precision")
-    assert list(studies.label_groups) == ["head", "medium", "tail"]
-    assert list(patients_of(studies, config)) == ["mimic_cxr"]
+def test_a_model_of_studies(own, tmp_path):
+    """Trained, tested, reported and submitted: each image has the answer of its study, which takes one of them."""
+    folder, labels = own / "cxr-lt-2024", list(TASKS["2024-1"])
+    table = folder / "test_labeled_task1.csv"
+    truth = pd.read_csv(table)
+    study = truth["study_id"].str[1:].astype(int)
+    options = ["DATA.UNIT", "study", "MODEL.FUSION", "attention", "DATA.MAX_VIEWS", "1"]
+    run, result = train_and_test(own, tmp_path, *options)
+    rows = pd.read_csv(result / "predictions.csv").set_index("study_id")
+    assert sorted(rows.index) == sorted(study.unique()) and len(rows) < len(truth)
+    np.testing.assert_array_equal(rows.loc[study, [f"{n}_target" for n in labels]], truth[labels])
+    report = json.loads((result / "report.json").read_text())
+    found = [n for n in labels if rows[f"{n}_target"].nunique() == 2]
+    scores = [average_precision_score(rows[f"{n}_target"], rows[f"{n}_logit"]) for n in found]
+    assert report["headline"].startswith(f"Mean average precision {np.mean(scores):.3f} (")
+    train = pd.read_csv(folder / "train_labeled.csv")  # whose images, not studies, make a label frequent
+    assert all(report["frequency"]["labels"][n]["share"] == pytest.approx(train[n].mean()) for n in labels)
+    assert list(torch.load(run / "best_ckpt.pth", weights_only=True)["patients"]) == ["mimic_cxr"]
+
+    command = [str(run / "best_ckpt.pth"), str(table), "-j", "0", "-b", "2", "--format", "cxr-lt", "--output"]
+    out = tmp_path / "s.csv"
+    assert predict.main([*command, str(out)]) == 0
+    text, found = out.read_bytes(), pd.read_csv(out)
+    assert list(found) == ["dicom_id", *labels] and sorted(found["dicom_id"]) == sorted(truth["dicom_id"])
+    expected = rows.loc[study.set_axis(truth["dicom_id"])[found["dicom_id"]], [f"{n}_probability" for n in labels]]
+    np.testing.assert_allclose(found[labels], expected, atol=1e-6)
+    out.write_bytes(text[: len(text) // 2])  # resumed after a cut
+    assert predict.main([*command, str(out)]) == 0 and out.read_bytes() == text
+    # Of an image that cannot be read the other one answers, for both.
+    (own / truth["fpath"][study.duplicated(keep=False)].iloc[0]).write_bytes(b"")
+    assert predict.main([*command, str(tmp_path / "t.csv")]) == 0
+    assert pd.read_csv(tmp_path / "t.csv")[labels].notna().all(axis=None)
+
+
+def test_tools_find_images_elsewhere(layouts, tmp_path, capsys):
+    """Tables alone, and the folder of MIMIC-CXR's images: audited, copied, predicted; the copy serves every task."""
+    folder, where = tmp_path / "far" / "from" / "images" / "cxr-lt-2024", str(layouts("mimic"))
+    shutil.copytree(layouts("cxr_lt") / "cxr-lt-2024", folder)
+    given = ["--dataset", "cxr_lt", "--data-path", str(folder), "--workers", "1"]
+    assert prepare_mimic.main(["labels", *given]) == 0
+    assert capsys.readouterr().out.split("\n")[:-1] == list(TASKS["2024-1"])
+    for name in ("audit", "build"):
+        command = [name, *given, "--output", str(tmp_path / name)]
+        with pytest.raises(
+            UserError, match="cxr-lt-2024 has no images .*name the folder of MIMIC-CXR-JPG.*or --images"
+        ):
+            prepare_mimic.main(command)
+        with pytest.raises(
+            UserError, match="/no is not a folder; give the release folder with DATA.IMAGES or --images"
+        ):
+            prepare_mimic.main([*command, "--images", str(tmp_path / "no")])
+        assert prepare_mimic.main([*command, "--images", where]) == 0
+    assert "nothing is wrong" in (tmp_path / "audit" / "audit.txt").read_text()
+    with pytest.raises(
+        UserError, match="--images is for --dataset cxr_lt; the images of nih are looked for in --data-p"
+    ):
+        prepare_mimic.main(["audit", "--dataset", "nih", "--data-path", str(folder), "--images", where])
+    copy = tmp_path / "build"
+    for task in ("2024-1", "2024-2"):
+        whole = load_table(folder, task=task, images=where)
+        for table in (load_table(copy, task=task), load_table(folder, task=task, images=str(copy))):
+            assert table.root == copy and not table.store.missing(table.path).any()
+            np.testing.assert_array_equal(table.labels, whole.labels)
+    test = folder / "test_labeled_task1.csv"
+    with pytest.raises(UserError, match="cxr-lt-2024 has no images .* or --images"):
+        list_images([test])
+    for path in copy.rglob("*.jpg"):
+        path.rename(path.with_suffix(".dcm"))
+    for images in (layouts("mimic"), copy):
+        found = [one.file for one in list_images([test], images=images)]
+        assert all(file.is_file() for file in found)
+        stems = {file.relative_to(images).with_suffix(".jpg").as_posix() for file in found}
+        assert stems == set(pd.read_csv(test)["fpath"])

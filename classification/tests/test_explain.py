@@ -1,5 +1,6 @@
 """Grad-CAM against its closed form, where its places lie, and what DCNv3 samples."""
 
+import functools
 import json
 
 import matplotlib.axes
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 import predict
+from benchmarks import localisation
 from config import from_dict
 from conftest import write_checkpoint
 from dataset import tables
@@ -264,3 +266,37 @@ def test_overlays_of_a_run(tmp_path, capsys):
     assert max(float(a[3].max()) for a, _ in drawn) == pytest.approx(drawn[0][1]["highest"])
     entry = json.loads((tmp_path / "run.json").read_text())["c.csv"]
     assert entry["thresholds"]["Edema"] == pytest.approx(calibrated) and entry["overlay_scale"] > 0
+
+
+def test_the_benchmark_counts_the_hits_of_each_method(tmp_path, capsys, monkeypatch):
+    """Of a model with label attention that attention beside Grad-CAM; counted again by the pixels of the sign."""
+    names = ["Edema", "Pneumothorax", "Support Devices"]
+    monkeypatch.setattr(localisation, "SIGNS", dict.fromkeys(names))
+    monkeypatch.setattr(localisation, "draw", functools.partial(localisation.draw, size=64))
+    options = {"MODEL__HEAD": "label_attention", "MODEL__HEAD_WIDTH": 32, "DATA__IMG_SIZE": 64}
+    path, model = write_checkpoint(tmp_path / "c.pth", labels=names, **options)
+    localisation.main([str(path), "--images", "3"])
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    start = lines.index(["label", "attention", "Grad-CAM", "untrained", "its mean map", "centre", "anywhere"])
+    found = {line[0]: line[1:] for line in lines[start:]}
+    asked = predict.trained.load(path)
+    for k, method in enumerate(("attention", "Grad-CAM")):
+        hits = []
+        for picture, field in localisation.drawings("Edema", 3, windows=True):
+            image = asked.normalize(asked.reader().transform(Image.fromarray(picture))[None])
+            cam = explain.full_resolution(model, image, [0], method=method)[0, 0]
+            row, column = divmod(int(cam.argmax()), 64)
+            row, column = (int((at + 0.5) / 64 * side) for at, side in zip((row, column), picture.shape))
+            hits.append(field[row, column] == 0)
+        assert found["Edema"][k] == f"{np.mean(hits):.2f}"
+    drawn = [line[0] for line in lines[start + len(names) + 6 :]]
+    assert drawn[3:] == [
+        "nothing",
+        "label_attention",
+        "head",
+        "conv_head",
+        "levels.3",
+        "levels.2",
+        "levels.1",
+        "levels.0",
+    ]

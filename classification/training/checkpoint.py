@@ -22,7 +22,6 @@ from common.errors import UserError, reason
 from common.files import rename, sha256
 from dataset.patients import seen_by
 from models.attention import Around
-from training import sharding
 
 LAST = "last_ckpt.pth"  # after every epoch, or where a signal stopped the run
 PREVIOUS = "last_ckpt.previous.pth"
@@ -119,7 +118,7 @@ def read(path, mesh=None):
 
 def read_config(path):
     """The config in one of our checkpoints, a dictionary."""
-    state = _read(path, lambda file: None, shards=False)[0]
+    state = _read(path, lambda file: None, whole=False)[0]
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise UserError(f"{path} is not a checkpoint of this project: it has no config; name the experiment with --cfg")
     _refuse_foreign_modules(state["config"], path)
@@ -145,7 +144,8 @@ def read_with_digest(path):
     return _read(path, sha256)
 
 
-def _read(path, digest, mesh=None, shards=True):
+def _read(path, digest, mesh=None, whole=True):
+    """(content, digest of the bytes) of a file; not whole: unchecked, its tensors left in the file or its shards."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -155,7 +155,7 @@ def _read(path, digest, mesh=None, shards=True):
             file.seek(0)
             if path.suffix == ".safetensors":
                 return load(file.read()), found
-            if part := _damaged_part(file):
+            if whole and (part := _damaged_part(file)):
                 raise ValueError(f"{part} in it does not match its checksum: a bad copy or disk")
             try:
                 unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
@@ -165,8 +165,11 @@ def _read(path, digest, mesh=None, shards=True):
             inert = torch.serialization.safe_globals([(_Inert, name) for name in unknown])
             with inert, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the pickle protocol of foreign files
-                state = torch.load(file, map_location="cpu", weights_only=True)
-            if shards and isinstance(state, dict) and "shards" in state:
+                lazy = not whole and zipfile.is_zipfile(path)  # not the format before torch 1.6
+                state = torch.load(path if lazy else file, map_location="cpu", weights_only=True, mmap=lazy)
+            if whole and isinstance(state, dict) and "shards" in state:
+                from training import sharding  # takes longer to import than predict.py to begin
+
                 state = sharding.read(state, path, mesh)
             return state, found
     except UserError:
@@ -257,12 +260,6 @@ def check_weights(module, weights, path):
         )
 
 
-def load_strictly(module, weights, path):
-    check_weights(module, weights, path)
-    ours = module.state_dict()
-    module.load_state_dict({key: sharding.like(value, ours[key]) for key, value in weights.items()})
-
-
 def check_labels(state, path, label_names, others="the data has"):
     """Raise a UserError unless `state` is one of our checkpoints, of these labels, those of `others`."""
     if not isinstance(state, dict) or "model" not in state or "label_names" not in state:
@@ -293,7 +290,8 @@ def load_weights(model, state, path, label_names, ema=False):
     weights = state["model_ema" if ema else "model"]
     if weights is None:
         raise UserError(f"{path} has no EMA weights (TRAIN.EMA.ENABLE was off); evaluate it without --ema")
-    load_strictly(model, weights, path)
+    check_weights(model, weights, path)
+    model.load_state_dict(weights)
 
 
 # What the model sees of an image; trained with another value, its scores are lower.

@@ -106,6 +106,13 @@ class Position:
         self.sums = Sums(**{k: v.to(self.world.device) if torch.is_tensor(v) else v for k, v in own.items()})
 
 
+def _load(module, weights, path):
+    """Load weights into a module; either may be in shards."""
+    checkpoint.check_weights(module, weights, path)
+    ours = module.state_dict()
+    module.load_state_dict({key: sharding.like(value, ours[key]) for key, value in weights.items()})
+
+
 @dataclass
 class Weights:
     """The model, and its EMA beside it (None without TRAIN.EMA.ENABLE)."""
@@ -121,11 +128,11 @@ class Weights:
     def restore(self, state, path):
         if state["weights"] != "model":
             raise UserError(f"{path} holds averaged weights: evaluate them or start from them (--pretrained)")
-        checkpoint.load_strictly(self.model, state["model"], path)
+        _load(self.model, state["model"], path)
         if self.ema is not None:
             if state["model_ema"] is None:
                 self.log.warning(f"{path} has no EMA weights (TRAIN.EMA.ENABLE was off): the EMA starts from the model")
-            checkpoint.load_strictly(self.ema.module, state["model_ema"] or state["model"], path)
+            _load(self.ema.module, state["model_ema"] or state["model"], path)
 
 
 @dataclass

@@ -145,9 +145,9 @@ def _own_images(source, add):
     return images[~outside].assign(key=images["path"].map(os.path.normpath))
 
 
-def _release_images(reader, root, image_format, add):
+def _release_images(reader, root, which, add):
     """(root, the images of a release's own tables, with `key`: their paths)."""
-    table = reader.whole_table(root, image_format=image_format, checked=False)
+    table = reader.whole_table(root, checked=False, **which)
     paths, subjects = ([text.decode() for text in column.tolist()] for column in (table.path, table.subject))
     images = pd.DataFrame({"path": paths, "split": [tables.SPLITS[k] for k in table.split], "subject_id": subjects})
     images = images if any(subjects) else images.drop(columns="subject_id")
@@ -171,12 +171,12 @@ def _find_images(base, known, official):
     return there
 
 
-def audit(root, output, *, dataset="mimic_cxr", csv="", image_format="auto", workers=None, log=print):
+def audit(root, output, *, dataset="mimic_cxr", csv="", workers=None, log=print, **which):
     """Reads every image under `root` and compares them with its tables; writes audit.csv and audit.txt into `output`.
 
-    The keywords are the options of prepare_mimic.py. Returns the table of problems: problem, path (of the image or the
-    CSV file), detail. UserError: no table of images, or one without its columns; of releases but MIMIC-CXR any fault in
-    the tables themselves.
+    The keywords are the options of prepare_mimic.py; which: see `cache.make_copy`. Returns the table of problems:
+    problem, path (of the image or the CSV file), detail. UserError: no table of images, or one without its columns; of
+    releases but MIMIC-CXR any fault in the tables themselves.
     """
     problems, output = [], output_folder(output, "--output")
 
@@ -187,7 +187,7 @@ def audit(root, output, *, dataset="mimic_cxr", csv="", image_format="auto", wor
     own = reader.find_own_csv(root, csv)
     official = reader is mimic_cxr.RELEASE and own is None
     if reader is not mimic_cxr.RELEASE:
-        base, images = _release_images(reader, root, image_format, add)
+        base, images = _release_images(reader, root, which, add)
     else:
         folder = mimic_cxr.find_folder(root)
         base = folder.root

@@ -90,14 +90,17 @@ def _images_below(folder, left_out):
     return found
 
 
-def _of_table(table):
+def _of_table(table, images):
     from dataset import tables  # pandas takes longer to import than ten images to predict
     from dataset.cxr_lt import find_images
 
     frame, folder = tables.read_csv(table, ()), table.parent
     if "fpath" in frame and "path" not in frame:  # of CXR-LT, whose images lie elsewhere
-        frame, folder = frame.rename(columns={"fpath": "path"}), find_images(folder)
+        frame, folder = frame.rename(columns={"fpath": "path"}), find_images(folder, images)
         frame["study_id"] = frame["study_id"].str.removeprefix("s")
+        dicom = frame["path"].str.replace(r"\.jpg$", ".dcm", regex=True)
+        if any((folder / path).is_file() for path in dicom[:20]):
+            frame["path"] = dicom
     tables.need_columns(frame, ("path",), table)
     frame["path"] = tables.names(frame, "path", table)
     if "ViewPosition" in frame and "view" not in frame:
@@ -109,7 +112,7 @@ def _of_table(table):
     ]
 
 
-def _expand(name, left_out):
+def _expand(name, left_out, images):
     """The images that a path names, or a pattern: of folders and files what looks like one, of a table its rows."""
     path, mine, found = Path(name), Counter(), []
     pattern = not os.path.lexists(name) and glob.has_magic(name)
@@ -119,7 +122,7 @@ def _expand(name, left_out):
         if one.is_dir():
             found += _images_below(one, mine)
         elif one.is_file() and name.lower().endswith(TABLES):
-            found += _of_table(one)
+            found += _of_table(one, images)
         else:
             found += _sorted_out([one], mine) if pattern else [Listed(name, path)]
     if not found:
@@ -129,10 +132,11 @@ def _expand(name, left_out):
     return found
 
 
-def list_images(names, left_out=None):
+def list_images(names, left_out=None, images=""):
     """The images that files, folders, patterns (`*`, `**`) and tables name, each path once, in the order given.
 
-    left_out: a Counter to which the files are added that are no images, by their ending.
+    left_out: a Counter to which the files are added that are no images, by their ending. images: the folder of those of
+    CXR-LT's tables, see `dataset.cxr_lt.find_images`.
 
     Folders are searched to the bottom, for files with the ending or the content of an image; hidden ones are left out.
     A table is a CSV with the column `path`, relative to the folder of the table; it may have those of IDS, or
@@ -141,7 +145,7 @@ def list_images(names, left_out=None):
     UserError: no such path, a folder without an image or that cannot be read, a table without `path`.
     """
     left_out = Counter() if left_out is None else left_out
-    listed = [image for name in names for image in _expand(str(name), left_out)]
+    listed = [image for name in names for image in _expand(str(name), left_out, images)]
     # Tables of two folders may call two images alike.
     return list({(image.path, os.path.abspath(image.file)): image for image in listed}.values())
 
