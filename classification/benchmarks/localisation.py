@@ -17,6 +17,7 @@ has them.
 """
 
 import argparse
+import copy
 import itertools
 import sys
 from pathlib import Path
@@ -91,9 +92,9 @@ def randomised(model, config):
         if not drawn:  # of another head
             continue
         state |= drawn
-        copy = build_model(config).eval()
-        copy.load_state_dict(state)
-        yield part.rstrip("."), copy
+        other = copy.deepcopy(model)
+        other.load_state_dict(state)
+        yield part.rstrip("."), other
 
 
 def correlation(before, after):

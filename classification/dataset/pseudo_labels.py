@@ -35,7 +35,9 @@ def _rows(frame, paths, source):
                 rows.setdefault("/".join(parts[-depth:]), set()).add(row)
     found = [rows.get(path, ()) for path in wanted]
     if twice := [path for path, here in zip(wanted, found) if len(here) > 1]:
-        raise UserError(f"{KEY} {source}: the image {twice[0]} has several rows; predict one release a table")
+        raise UserError(
+            f"{KEY} {source}: the image {twice[0]} has several rows; predict one release a table, an image once"
+        )
     return np.array([next(iter(here), -1) for here in found])
 
 
@@ -73,6 +75,7 @@ def fill_unknown(table, path):
     if not names:
         raise UserError(f"{KEY} {path} has none of the labels {', '.join(table.label_names)} (it has: "
                         f"{', '.join(frame.columns)})")  # fmt: skip
+    tables.need_columns(frame, names, path)  # each once
     train = np.flatnonzero(table.split == SPLITS.index("train"))
     if absent := [n for n in table.label_names if n not in frame and n not in LABELS and _unknown(table, n)]:
         raise UserError(f"{KEY} {path}: neither it nor the data has the label {absent[0]!r}")

@@ -108,6 +108,8 @@ def test_faults_of_the_table(layouts, own_given, tmp_path):
     )
     refused("Fracture is '1.5'; expected a probability from 0 to 1", original.assign(Fracture="1.5"))
     refused("Fracture is 'yes'", original.assign(Fracture="yes"))
+    refused("Fracture is 'nan'", original.assign(Fracture="nan"))
+    refused("column 'Fracture' is there more than once", pd.concat([original, original[["Fracture"]]], axis=1))
     refused(
         "has several rows; predict one release a table",
         pd.concat([original, original.assign(path="/b/" + original["path"])]),
