@@ -332,6 +332,10 @@ def test_a_checkpoint_of_the_other_unit(finished, run_main):
             UserError, match="best_ckpt.pth was trained with DATA.UNIT study, here it is image; set DATA.U"
         ):
             run_main(*mode, "--resume", best, out="other")
+    with pytest.raises(
+        UserError, match="best_ckpt.pth answers by attention; set MODEL.HEAD, MODEL.FUSION and DATA.UNIT"
+    ):
+        run_main("--eval", "--pretrained", best, out="other")
 
 
 def test_frontal_images_alone(tree):

@@ -399,6 +399,8 @@ def load_pretrained(model, path, log, small_head=False):
             ours[key].mul_(0.001)
     part.load_state_dict({wrapped + k: theirs[k] for k in found["loaded"]}, strict=False)
     found["missing"] += lacking
+    if not any("label_attention." in key for key in model.state_dict()):  # beside the backbone
+        found["unexpected"] += [key for key in keys if "label_attention." in key]
     count = f"{len(found['loaded'])} of {len(model.state_dict())}"
     log.info(f"pretrained weights from {path}: {count} keys loaded, all but these")
     for what in ("replaced", "missing", "unexpected"):
