@@ -315,6 +315,7 @@ def log_differences(state, path, config, log, but=(), warned=()):
 
 
 # ------------------------------------------------------------------------------- foreign weights
+ATTENTIONS = ("label_attention.", "study_attention.")  # the heads of `models/attention.py`
 # What wraps a model puts before its names: DataParallel, torch.compile, Lightning and Hugging Face, detectors.
 _WRAPPED = re.compile(r"(?:module\.|_orig_mod\.|model\.|backbone\.)*")
 
@@ -399,8 +400,9 @@ def load_pretrained(model, path, log, small_head=False):
             ours[key].mul_(0.001)
     part.load_state_dict({wrapped + k: theirs[k] for k in found["loaded"]}, strict=False)
     found["missing"] += lacking
-    if not any("label_attention." in key for key in model.state_dict()):  # beside the backbone
-        found["unexpected"] += [key for key in keys if "label_attention." in key]
+    for head in ATTENTIONS:  # beside the backbone
+        if not any(head in key for key in model.state_dict()):
+            found["unexpected"] += [key for key in keys if head in key]
     count = f"{len(found['loaded'])} of {len(model.state_dict())}"
     log.info(f"pretrained weights from {path}: {count} keys loaded, all but these")
     for what in ("replaced", "missing", "unexpected"):

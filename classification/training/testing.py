@@ -63,7 +63,7 @@ def _load_foreign(model, path, config, folder, dataset, log):
     keys = checkpoint.load_pretrained(model, path, log)
     if keys["replaced"] or keys["missing"]:
         raise UserError(f"--eval: {path} has no head for these {config.MODEL.NUM_CLASSES} classes; train first")
-    if any("label_attention." in key for key in keys["unexpected"]):  # its backbone's own head is not trained
+    if any(head in key for key in keys["unexpected"] for head in checkpoint.ATTENTIONS):  # its answer is another one
         raise UserError(
             f"--eval: {path} answers by attention; set MODEL.HEAD, MODEL.FUSION and DATA.UNIT as it was trained"
         )
