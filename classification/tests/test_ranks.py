@@ -119,8 +119,7 @@ def test_a_killed_rank_is_one_line(trained):
 def test_studies_on_two_ranks_with_accumulated_gradients_and_a_signal_to_one(trained):
     """The losses of one rank, and after a resume within an epoch the same run to the bit."""
     alone, apart, halted, continued = map(trained, ("alone", "apart", "halted", "continued"))
-    # AdamW makes the most of rounding in gradients near 0; with SGD the difference is 1e-6.
-    np.testing.assert_allclose(apart["updates"], alone["updates"], rtol=1e-4)
+    np.testing.assert_allclose(apart["updates"], alone["updates"], atol=1e-5)
     for one, two in zip(epochs(alone["folder"]), epochs(apart["folder"]), strict=True):
         assert two["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
     count = len(alone["updates"]) // 2
