@@ -563,7 +563,7 @@ def test_a_model_trained_on_jpgs_scores_their_dicoms_alike(run_main, tmp_path):
     from dataset.synthetic.tree import write_tree
 
     dicoms, jpgs = tmp_path / "dicoms", tmp_path / "jpgs"
-    write_tree(dicoms, patients=60, size=64, image_format="dicom", progress=False)
+    write_tree(dicoms, patients=40, size=64, image_format="dicom", progress=False)
     shutil.copytree(dicoms, jpgs, ignore=shutil.ignore_patterns("*.dcm"))
     for path in dicoms.rglob("*.dcm"):
         ds = pydicom.dcmread(path)
@@ -721,6 +721,7 @@ def test_a_loading_process_that_is_killed(run_main, monkeypatch):
         return item(self, key)
 
     monkeypatch.setattr(build.SeededDataset, "__getitem__", killed)
+    monkeypatch.setattr(build, "POLL", 0.2)
     with pytest.raises(UserError, match=r"was killed, most likely for want of memory; .*\(now 1\)"):
         run_main(DATA__NUM_WORKERS=1)
 
