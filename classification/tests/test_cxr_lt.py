@@ -357,3 +357,9 @@ def test_tools_find_images_elsewhere(layouts, tmp_path, capsys):
         assert all(file.is_file() for file in found)
         stems = {file.relative_to(images).with_suffix(".jpg").as_posix() for file in found}
         assert stems == set(pd.read_csv(test)["fpath"])
+    few = tmp_path / "few.csv"  # a table of the user's own, with the paths of the release
+    pd.read_csv(test)[["fpath"]].rename(columns={"fpath": "path"}).to_csv(few, index=False)
+    assert all(one.file.is_file() for one in list_images([few], images=copy))
+    few.write_text("dicom_id\na\n")
+    with pytest.raises(UserError, match="few.csv: column 'path' is missing"):
+        list_images([few], images=copy)

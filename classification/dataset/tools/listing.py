@@ -95,14 +95,16 @@ def _of_table(table, images):
     from dataset.cxr_lt import find_images
 
     frame, folder = tables.read_csv(table, ()), table.parent
-    if "fpath" in frame and "path" not in frame:  # of CXR-LT, whose images lie elsewhere
-        frame, folder = frame.rename(columns={"fpath": "path"}), find_images(folder, images)
-        frame["study_id"] = frame["study_id"].str.removeprefix("s")
-        dicom = frame["path"].str.replace(r"\.jpg$", ".dcm", regex=True)
-        if any((folder / path).is_file() for path in dicom[:20]):
-            frame["path"] = dicom
+    own_name = "fpath" in frame and "path" not in frame
+    frame = frame.rename(columns={"fpath": "path"} if own_name else {})
     tables.need_columns(frame, ("path",), table)
     frame["path"] = tables.names(frame, "path", table)
+    if images or own_name:  # of CXR-LT, whose images lie elsewhere
+        folder, dicom = find_images(folder, images), frame["path"].str.replace(r"\.jpg$", ".dcm", regex=True)
+        if any((folder / path).is_file() for path in dicom[:20]):
+            frame["path"] = dicom
+        if "study_id" in frame:
+            frame["study_id"] = frame["study_id"].str.removeprefix("s")
     if "ViewPosition" in frame and "view" not in frame:
         frame["view"] = find_views(frame)
     columns = [c for c in IDS if c in frame]
