@@ -11,7 +11,8 @@ export PATH=$work/env/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
 pip install --quiet "torch==${TORCH:-2.11.0}" 'setuptools<82' wheel ninja numpy  # the default index has the build for CUDA 13.0
 DCNV3_BUILD=cuda TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} \
   pip install --quiet --no-build-isolation --no-deps --target "$work/site" .
-pip install --quiet --no-deps --target "$work/site" yacs==0.1.8 pytest iniconfig pluggy packaging pygments
+pip install --quiet --no-deps --target "$work/site" \
+  yacs==0.1.8 'pydicom<4' 'termcolor<4' pytest iniconfig pluggy packaging pygments
 rm -rf first_hour/site
 mv "$work/site" first_hour/site
 cat first_hour/site/dcnv3/_build.json
