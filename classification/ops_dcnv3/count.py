@@ -87,7 +87,7 @@ def listings(folder, architecture):
 def launches(folder):
     """({(kernel, dtype): [(height, blocks, shared bytes), ...]} of the levels of InternImage-B, batch 32,
     {(kernel, height, spread of the offsets): what tests/imitation/launches.cpp counted},
-    {(ms, owning fits, owning pays, tiled pays, owning is dense, tiled is dense, deterministic): kernel})."""
+    {(owning fits, owning pays, tiled pays, owning is dense, deterministic): kernel})."""
     program = Path(folder, "launches")
     compiler = os.environ.get("CXX", "c++").split()
     command = [*compiler, "-std=c++17", "-w", "-I", SOURCES, "-I", IMITATION, IMITATION / "launches.cpp", "-o", program]
@@ -95,8 +95,8 @@ def launches(folder):
     started, added, chosen = {}, {}, {}
     for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
         kernel, *rest = line.split("|")
-        if len(rest) == 7:
-            chosen[(float(kernel), *(flag == "1" for flag in rest[:-1]))] = rest[-1]
+        if len(rest) == 5:
+            chosen[tuple(flag == "1" for flag in (kernel, *rest[:-1]))] = rest[-1]
         elif len(rest) == 4:
             dtype, height, blocks, shared = rest
             started.setdefault((kernel, dtype), []).append((int(height), int(blocks), int(shared)))

@@ -31,13 +31,9 @@ const char* tiled_backward(const Problem& problem, void* stream);
 
 // What the choice between them depends on. Both pay in their shape: enough blocks, whose threads all work.
 struct Shape {
-  bool owning_fits, owning_pays, tiled_pays;
-  bool owning_is_dense, tiled_is_dense;
+  bool owning_fits, owning_pays, tiled_pays, owning_is_dense;
 };
-// Milliseconds for a million rows of 16 float32 numbers added to memory at random: the fastest row of atomics.cu on the
-// device. Not measured yet: infinitely many, by which the other kernels are taken wherever they pay. cuda_backward.cu.
-extern const double kAddedRowsMs;
-BackwardKernel suited_kernel(const Shape& shape, bool deterministic, double added_rows_ms);
+BackwardKernel suited_kernel(const Shape& shape, bool deterministic);  // cuda_backward.cu
 
 // Starts the kernel of dense products that stands for the owning or the tiled one, and says whether it fits a problem
 // for which version for 3x3 points of that one does. cuda_dense.cu.
@@ -148,7 +144,7 @@ __device__ inline void scatter_by(const Problem& p, const Cut& cut, const Pixels
       for (int k = 0; k < shared.points; ++k) {
         if (!takes(k, i)) continue;
         const Corners<A> corners = shared.corners[shared.at(k, i)];
-        const Index place = shared.places[shared.at(k, i)] * all + channel;
+        const Index place = shared.places[shared.at(k, i)].numbers[0] * all + channel;
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
           if (corners.weight[q] == A(0)) continue;
@@ -194,7 +190,7 @@ __device__ inline void multiply_by(const Problem& p, const Cut& cut, const Pixel
 #pragma unroll
     for (int k = 0; k < shared.points; ++k) {
       A dot[4] = {};
-      const Index place = shared.places[shared.at(k, i)] * all + channel;
+      const Index place = shared.places[shared.at(k, i)].numbers[0] * all + channel;
       for (int c = lane * size; kPoints || (c < int(p.channels) && pair.valid); c += lanes * size) {
         if (!kPoints) widen(load<size>(grad_output + c), grad);
 #pragma unroll
@@ -240,26 +236,33 @@ template <typename T, typename Pixels, int kPoints, typename Index>
 __device__ inline void combine(const Problem& p, const Cut& cut, const Pixels& span,
                                const Shared<Accumulator<T>, kPoints, Index, true>& shared) {
   using A = Accumulator<T>;
-  for (int i = first_pair(); i < cut.pairs; i += kThreads) {
-    const Pair<Index> pair = pair_of(cut, span, i);
-    if (!pair.valid) continue;
+  const Share<kPoints> share(shared.points);
+  for (int i = share.first_pair(); i < kPairs; i += share.kItems) {
+    Pair<Index> pair = pair_of(cut, span, i);
+    const bool valid = i < cut.pairs && pair.valid;
+    if (!valid) pair = pair_of(cut, span, 0);
     const Points<T, kPoints, Index> at(p, cut, pair);
     A mean = 0;
 #pragma unroll
-    for (int k = 0; k < shared.points; ++k) {
+    for (int s = 0; s < share.steps(); ++s) {
+      if (!valid || !share.has(s)) continue;
       Axis<A> h, v;
-      at.axes(k, &h, &v);
-      const Corners<A> dot = shared.corners[shared.at(k, i)];
-      const A mask = shared.masks[shared.at(k, i)];
+      at.axes(share, s, &h, &v);
+      const int k = shared.at(share.point(s), i);
+      const Corners<A> dot = shared.corners[k];
+      const A mask = shared.masks[k];
       const Corners<A> gradients = gradients_of(h, v, dot.weight, mask * A(p.offset_scale));
       mean += mask * gradients.weight[2];
-      shared.corners[shared.at(k, i)] = gradients;
+      shared.corners[k] = gradients;
     }
     if (!p.softmax) continue;
+    mean = share.sum(mean);
 #pragma unroll
-    for (int k = 0; k < shared.points; ++k) {
-      A* const by_mask = &shared.corners[shared.at(k, i)].weight[2];
-      *by_mask = shared.masks[shared.at(k, i)] * (*by_mask - mean);
+    for (int s = 0; s < share.steps(); ++s) {
+      if (!valid || !share.has(s)) continue;
+      const int k = shared.at(share.point(s), i);
+      A* const by_mask = &shared.corners[k].weight[2];
+      *by_mask = shared.masks[k] * (*by_mask - mean);
     }
   }
 }

@@ -61,6 +61,10 @@ struct Cut {
   Divisor groups, chunks;  // groups of a block; how many of those make all groups
   Divisor width, height;   // of the output
   int64_t pixels, blocks;  // output pixels of the batch
+  // Eight threads that load 16 bytes each, of neighbouring pairs, do so in one turn if these lie in different parts of
+  // a line of memory, 128 bytes. The bit of a pair's place in the input by which the two columns of its corners lie in
+  // different parts; 0 where they do not.
+  uint32_t other_column;
 
   DCNV3_INLINE int lanes() const { return 1 << lane_shift; }
 };
@@ -84,6 +88,8 @@ inline Cut cut_of(const Problem& p, int vector, int point_bytes, int most_groups
   while (cut.lanes() < 32 && cut.lanes() * vector < p.channels) ++cut.lane_shift;
   cut.pixels = p.batch * p.out_height * p.out_width;
   cut.width = Divisor(p.out_width), cut.height = Divisor(p.out_height);
+  const uint32_t parts = cut.lanes() < 8 ? 8u / uint32_t(cut.lanes()) : 1;  // a pair's channels each
+  cut.other_column = uint32_t(p.group & -p.group) & (parts - 1);
   cut.blocks = 0;
   if (cut.pairs == 0) return cut;
   cut.groups = Divisor(groups), cut.chunks = Divisor(p.group / groups);
@@ -218,6 +224,33 @@ __device__ inline Index first_channel(const Problem& p, const Pair<Index>& pair)
   return (pair.pixel * Index(p.group) + pair.group) * Index(p.channels);
 }
 
+// The pair that a thread works on where it works on points, and which points. Two threads half a warp apart share the
+// 3x3 points: the lower one takes the first five, the upper one the last four, from the end. Other points a thread has
+// for itself, and half of a block's threads wait: in half of the blocks, by a hash of their number, the lower half, so
+// that all four schedulers of a multiprocessor have as much to do. Whole warps go through all steps, because threads
+// that share exchange numbers.
+template <int kPoints>
+struct Share {
+  static constexpr bool kShares = kPoints != 0;
+  static constexpr int kSharers = kShares ? 2 : 1, kPairsOfWarp = 32 / kSharers, kItems = kThreads / kSharers;
+  static constexpr int kSteps = (kPoints + 1) / 2;  // of a thread, with 3x3 points
+  bool upper;
+  int points;
+  __device__ explicit Share(int points) : upper(kShares && threadIdx.x % 32 >= kPairsOfWarp), points(points) {}
+  static __device__ int first_pair() {
+    if (!kShares) return int(threadIdx.x ^ ((blockIdx.x * 2654435761u >> 31) * (kThreads / 2)));
+    return int(threadIdx.x) / 32 * kPairsOfWarp + int(threadIdx.x) % kPairsOfWarp;
+  }
+  // How many steps a thread makes, which point it takes in step s, and whether it takes one.
+  __device__ int steps() const { return kPoints ? kSteps : points; }
+  __device__ int point(int s) const { return upper ? kPoints - 1 - s : s; }
+  __device__ bool has(int s) const { return !(upper && s == kPoints / 2); }
+  template <typename A>
+  static __device__ A sum(A mine) {
+    return kShares ? mine + __shfl_xor_sync(~0u, mine, kPairsOfWarp) : mine;
+  }
+};
+
 // The points of one pair. kPoints = 0: any number, otherwise 9 of a 3x3 kernel.
 template <typename T, int kPoints, typename Index>
 struct Points {
@@ -238,14 +271,16 @@ struct Points {
     y = origin_of<A>(row, kPoints ? 3 : p.kernel_h, p.stride_h, p.padding_h, p.dilation_h, scale);
   }
 
-  __device__ void axes(int k, Axis<A>* horizontal, Axis<A>* vertical) const {
+  // Of the point of step s.
+  __device__ void axes(const Share<kPoints>& share, int s, Axis<A>* horizontal, Axis<A>* vertical) const {
     int row, column;
-    point_of(k, kPoints ? 3 : problem.kernel_h, kPoints ? 3 : problem.kernel_w, !kPoints && problem.remove_center,
+    point_of(s, kPoints ? 3 : problem.kernel_h, kPoints ? 3 : problem.kernel_w, !kPoints && problem.remove_center,
              &row, &column);
+    if (share.upper) row = 2 - row, column = 2 - column;
     constexpr int together = kPoints ? 2 : 1;
     A by[2];
 #pragma unroll
-    for (int i = 0; i < 2; i += together) widen(load<together>(offset + 2 * k + i), by + i);
+    for (int i = 0; i < 2; i += together) widen(load<together>(offset + 2 * share.point(s) + i), by + i);
     const A across = A(column) * A(problem.dilation_w), down = A(row) * A(problem.dilation_h);
     const int width = int(problem.width), height = int(problem.height);
     *horizontal = axis_of(position_of(x, across, by[0], scale), width, kPoints ? 1 : next_pixel(width));
@@ -253,39 +288,43 @@ struct Points {
   }
 };
 
-// The masks of one pair, after the softmax where there is one.
+// The masks of a thread's points, by step, after the softmax where there is one.
 template <typename T, int kPoints>
 struct Masks {
   using A = Accumulator<T>;
   const T* from;
   bool softmax;
   A highest, factor;
-  A kept[kPoints ? kPoints : 1];
+  A kept[kPoints ? Share<kPoints>::kSteps : 1];
 
-  __device__ Masks(const T* masks, int points, bool logits) : from(masks), softmax(logits) {
+  __device__ Masks(const T* masks, const Share<kPoints>& share, bool logits) : from(masks), softmax(logits) {
     if (kPoints) {
 #pragma unroll
-      for (int k = 0; k < kPoints; ++k) kept[k] = widen(from[k]);
+      for (int s = 0; s < share.steps(); ++s) kept[s] = widen(from[share.point(s)]);
     }
     if (!softmax) return;
     highest = given(0);
 #pragma unroll
-    for (int k = 1; k < points; ++k) highest = given(k) > highest ? given(k) : highest;
+    for (int s = 1; s < share.steps(); ++s) highest = given(s) > highest ? given(s) : highest;
+    if (kPoints) {
+      const A other = __shfl_xor_sync(~0u, highest, Share<kPoints>::kPairsOfWarp);
+      highest = other > highest ? other : highest;
+    }
     A sum = 0;
 #pragma unroll
-    for (int k = 0; k < points; ++k) {
-      const A power = power_of(given(k) - highest);
-      if (kPoints) kept[k] = power;
-      sum += power;
+    for (int s = 0; s < share.steps(); ++s) {
+      const A power = power_of(given(s) - highest);
+      if (kPoints) kept[s] = power;
+      sum += share.has(s) ? power : A(0);
     }
-    factor = A(1) / sum;
+    factor = A(1) / share.sum(sum);
   }
-  __device__ A at(int k) const {
-    if (!softmax) return given(k);
-    return (kPoints ? kept[k] : power_of(given(k) - highest)) * factor;
+  __device__ A at(int s) const {
+    if (!softmax) return given(s);
+    return (kPoints ? kept[s] : power_of(given(s) - highest)) * factor;
   }
   // Before the softmax. With unrolled points the powers take its place.
-  __device__ A given(int k) const { return kPoints ? kept[k] : A(widen(from[k])); }
+  __device__ A given(int s) const { return kPoints ? kept[s] : A(widen(from[s])); }
   static __device__ A power_of(A x) {
     if constexpr (sizeof(T) == 2) return rough_exp_of(x);
     return exp_of(x);
@@ -299,33 +338,29 @@ template <typename A>
 struct alignas(16) Corners {
   A weight[4];  // times the mask: (low y, low x), (low, high), (high, low), (high, high)
 };
-// kMasks: only the backward pass keeps them.
+// kMasks: only the backward pass keeps them. The forward pass keeps where both columns of corners lie, the one to be
+// loaded first being first, with its weights.
 template <typename A, int kPoints, typename Index, bool kMasks>
 struct Shared {
+  using Place = Pack<Index, kMasks ? 1 : 2>;
   const int points, stride;
   Corners<A>* const corners;
   A* const masks;
-  Index* const places;  // the input's pixel of the batch at the low corner
-  static constexpr int kPointBytes = int(sizeof(Corners<A>) + sizeof(Index) + (kMasks ? sizeof(A) : 0));
+  Place* const places;  // the input's pixel of the batch at the low corner, and at the one beside it
+  static constexpr int kPointBytes = int(sizeof(Corners<A>) + sizeof(Place) + (kMasks ? sizeof(A) : 0));
   static constexpr int kStride = kPairs + 1;  // of the version for 3x3 points
   // An even number of masks: places of 8 bytes begin at a border of theirs.
   static constexpr DCNV3_INLINE int64_t masks_of(int64_t count) { return kMasks ? (count + 1) / 2 * 2 : 0; }
   static constexpr int64_t bytes(int64_t count) {
-    return count * int64_t(sizeof(Corners<A>) + sizeof(Index)) + masks_of(count) * int64_t(sizeof(A));
+    return count * int64_t(sizeof(Corners<A>) + sizeof(Place)) + masks_of(count) * int64_t(sizeof(A));
   }
   static int64_t bytes(const Cut& cut) { return bytes(kPoints ? kPoints * kStride : cut.points * cut.pairs); }
   __device__ Shared(void* memory, const Cut& cut)
       : points(kPoints ? kPoints : cut.points), stride(kPoints ? kStride : cut.pairs),
         corners(static_cast<Corners<A>*>(memory)), masks(reinterpret_cast<A*>(corners + points * stride)),
-        places(reinterpret_cast<Index*>(masks + masks_of(points * stride))) {}
+        places(reinterpret_cast<Place*>(masks + masks_of(points * stride))) {}
   __device__ int at(int k, int i) const { return k * stride + i; }  // point k of pair i
 };
-
-// The pair that a thread begins with where only half of a block's threads get one: in half of the blocks, drawn by
-// their number, the upper half works, so that all four schedulers of a multiprocessor have as much to do.
-__device__ inline int first_pair() {
-  return int(threadIdx.x ^ ((blockIdx.x * 2654435761u >> 31) * (kThreads / 2)));
-}
 
 // In an input of one row or column there are no high corners, and no mask, NaN or infinite, makes them any.
 template <typename A>
@@ -341,26 +376,33 @@ template <typename T, typename Pixels, int kPoints, typename Index, bool kMasks>
 __device__ inline void locate(const Problem& p, const Cut& cut, const Pixels& span,
                               const Shared<Accumulator<T>, kPoints, Index, kMasks>& shared) {
   using A = Accumulator<T>;
-  for (int i = first_pair(); i < cut.pairs; i += kThreads) {
-    const Pair<Index> pair = pair_of(cut, span, i);
-    if (!pair.valid) {
-      for (int k = 0; k < shared.points; ++k) shared.places[shared.at(k, i)] = 0;  // somewhere that may be read
-      continue;
-    }
+  const Share<kPoints> share(shared.points);
+  for (int i = share.first_pair(); i < kPairs; i += share.kItems) {
+    Pair<Index> pair = pair_of(cut, span, i);
+    const bool used = i < cut.pairs, valid = used && pair.valid;
+    if (!valid) pair = pair_of(cut, span, 0);  // which there always is: the thread goes along
     const Points<T, kPoints, Index> at(p, cut, pair);
-    const int points = kPoints ? kPoints : cut.points;
-    const Index first_mask = pair.pixel * Index(p.mask_stride) + pair.group * Index(points);
-    const Masks<T, kPoints> masks(static_cast<const T*>(p.mask) + first_mask, points, p.softmax);
+    const Index first_mask = pair.pixel * Index(p.mask_stride) + pair.group * Index(shared.points);
+    const Masks<T, kPoints> masks(static_cast<const T*>(p.mask) + first_mask, share, p.softmax);
     const Index first_row = at.image * Index(p.height);
 #pragma unroll
-    for (int k = 0; k < shared.points; ++k) {
+    for (int s = 0; s < share.steps(); ++s) {
+      if (!used || !share.has(s)) continue;
       Axis<A> h, v;
-      at.axes(k, &h, &v);
-      const A mask = masks.at(k);
-      const int to = shared.at(k, i);
-      shared.corners[to] = corners_of(h, v, mask);
-      shared.places[to] = (first_row + Index(v.low)) * Index(p.width) + Index(h.low);
-      if (kMasks) shared.masks[to] = mask;
+      at.axes(share, s, &h, &v);
+      const A mask = masks.at(s);
+      const int to = shared.at(share.point(s), i);
+      const Corners<A> corners = corners_of(h, v, mask);
+      const Index place = valid ? (first_row + Index(v.low)) * Index(p.width) + Index(h.low) : 0;  // may be read
+      if constexpr (kMasks) {
+        shared.corners[to] = corners, shared.places[to] = {{place}}, shared.masks[to] = mask;
+      } else {
+        const auto& w = corners.weight;
+        const Index beside = place + Index(h.high - h.low);
+        const bool swapped = kPoints && ((place * Index(p.group) + pair.group) ^ Index(i)) & cut.other_column;
+        shared.corners[to] = swapped ? Corners<A>{{w[1], w[0], w[3], w[2]}} : corners;
+        shared.places[to] = {{swapped ? beside : place, swapped ? place : beside}};
+      }
     }
   }
 }

@@ -5,12 +5,19 @@
 // owning kernel the image, which it goes through in strips, of the tiled one the 16x16 pixels around its 8x8.
 // One matrix in shared memory holds first the dot products of every row's output gradient with every column's input,
 // then the rows of weights W. Three steps of a strip are products of a warp on tensor cores:
-//   dots = grad_output input^T, in 16 bits;    grad_input += W^T grad_output, in tf32, W in two parts: 22 bits.
-// Between them a thread has a row for itself: it finds its points, reads their dot products, and adds their weights,
-// without a barrier and without atomic adds. The sparse kernels do that for 36 corners a row times the channels.
+//   dots = grad_output input^T, in 16 bits;    grad_input += W^T grad_output, in tf32.
+// In tf32 W has 11 bits: of float16, two parts; of bfloat16, whose numbers have 8, one, rounded.
+// Between them two threads of a warp have a row for themselves: they find its points, read their dot products, and add
+// their weights, without a barrier and without atomic adds. The sparse kernels do that for 36 corners a row times the
+// channels.
+//
+// All that a strip reads from memory is asked for before the first of it is used: a multiprocessor has 8 to 16 warps of
+// these kernels, too few to hide several waits after each other.
 //
 // In a product everything meets everything. A corner of weight 0 must get nothing of an infinite gradient all the
 // same: a strip with a number that is not finite is multiplied number by number, skipping zeros.
+#include <type_traits>
+
 #include "cuda_backward.h"
 #ifndef DCNV3_EMULATED
 #include "cuda_products.h"
@@ -22,6 +29,18 @@ namespace {
 constexpr int kColumns = 256;  // of a window, at most
 constexpr int kWarps = kThreads / 32;
 constexpr int kTilesOfWarp = kColumns / 16 / kWarps;  // of 16 columns: all sums stay in registers
+// The tiled kernel's rows in two parts: those of the tile's upper four rows see the upper 12 rows of the window, those
+// of its lower four the lower 12, all with three rows to spare. So a multiprocessor of an H100 has room for four
+// blocks.
+template <bool kOwns>
+struct Parts {
+  static constexpr int count = kOwns ? 1 : 2, shift = 4;  // by so many rows of the window the second part begins lower
+  static constexpr int window_h = kWindow - (count - 1) * shift;
+  static constexpr int columns = kColumns - (count - 1) * shift * kWindow, stride = columns + 8;
+  static DCNV3_INLINE int of_row(int row) { return kOwns ? 0 : row / (kPairs / 2); }
+  static DCNV3_INLINE int end(int part, int rows) { return kOwns ? rows : (part + 1) * (kPairs / 2); }
+};
+constexpr int kRowsOfRound = kThreads / 9, kRounds = (kPairs + kRowsOfRound - 1) / kRowsOfRound;  // of for_points
 
 struct Dense {
   Problem problem;  // grad_input: of type T where a block owns it, otherwise the sums
@@ -32,7 +51,7 @@ struct Dense {
   int64_t bytes;  // of a Strip
 };
 
-template <typename T, int kChannels>
+template <typename T, int kChannels, bool kOwns>
 struct Strip {
   float* const matrix;  // [rows][stride]
   T* const grads;       // [kPairs][kChannels], of rows without a pair 0
@@ -41,7 +60,8 @@ struct Strip {
   const int stride;
   __device__ Strip(void* memory, const Dense& a)
       : matrix(static_cast<float*>(memory)), grads(reinterpret_cast<T*>(matrix + a.rows * a.stride)),
-        offsets(grads + kPairs * kChannels), masks(offsets + a.rows * 18), stride(a.stride) {}
+        offsets(grads + kPairs * kChannels), masks(offsets + a.rows * 18),
+        stride(kOwns ? a.stride : Parts<kOwns>::stride) {}
 };
 
 // Whether one of two 16-bit numbers is infinite or NaN: one more in a full exponent carries into the sign.
@@ -71,43 +91,14 @@ __device__ inline Pair<uint32_t> pair_of(const Cut&, const Rows& rows, uint32_t 
   return {rows.first + i < rows.end, rows.first + i, rows.group};
 }
 
-// Neighbouring threads take neighbouring points, always the k-th of a row.
-template <typename Pixels, typename Each>
-__device__ inline void for_points(const Dense& a, const Pixels& span, const Each& each) {
-  constexpr int rows = kThreads / 9;  // at a time
-  const int k = threadIdx.x % 9;
-  if (threadIdx.x >= rows * 9) return;
-  for (int i = threadIdx.x / 9; i < a.rows; i += rows) {
-    const Pair<uint32_t> pair = pair_of(a.cut, span, i);
-    if (pair.valid) each(i, pair, k);
-  }
-}
-
-// Loads a strip. Whether this thread has seen a number that is not finite.
-template <typename T, int kChannels, typename Pixels>
-__device__ inline bool fetch(const Dense& a, const Pixels& span, const Strip<T, kChannels>& strip) {
-  const Problem& p = a.problem;
-  constexpr int size = kVectorBytes / sizeof(T), vectors = kChannels / size;
-  uint32_t bad = 0;
+// Neighbouring threads take neighbouring points, always the k-th of a row: each(round, row, k).
+template <typename Each>
+__device__ inline void for_points(const Each& each) {
 #pragma unroll
-  for (int j = 0; j < kPairs * vectors / kThreads; ++j) {
-    const int item = j * kThreads + threadIdx.x;
-    const Pair<uint32_t> pair = pair_of(a.cut, span, item / vectors);
-    Pack<uint32_t, 4> words = {};
-    if (pair.valid)
-      words = bits_as<Pack<uint32_t, 4>>(load<size>(static_cast<const T*>(p.grad_output) + first_channel(p, pair) +
-                                                    item % vectors * size));
-#pragma unroll
-    for (int word = 0; word < 4; ++word) bad |= not_finite(words.numbers[word], T());
-    reinterpret_cast<Pack<uint32_t, 4>*>(strip.grads)[item] = words;
+  for (int round = 0; round < kRounds; ++round) {
+    const int i = round * kRowsOfRound + int(threadIdx.x) / 9;
+    if (threadIdx.x < kRowsOfRound * 9 && i < kPairs) each(round, i, int(threadIdx.x) % 9);
   }
-  for_points(a, span, [&](int i, const Pair<uint32_t>& pair, int k) {
-    const uint32_t of_pixel = pair.group * 9 + k;
-    reinterpret_cast<Pack<T, 2>*>(strip.offsets)[i * 9 + k] =
-        load<2>(static_cast<const T*>(p.offset) + (pair.pixel * uint32_t(p.offset_stride) + 2 * of_pixel));
-    strip.masks[i * 9 + k] = static_cast<const T*>(p.mask)[pair.pixel * uint32_t(p.mask_stride) + of_pixel];
-  });
-  return bad;
 }
 
 // The window: the image's first pixel of the batch, and the window's first row and column.
@@ -132,41 +123,97 @@ struct Columns {
   }
 };
 
-// All dot products of a strip with the window. A warp takes every fourth eight columns, whose pixels stay in registers.
-template <bool kOwns, typename T, int kChannels>
-__device__ inline void multiply_rows(const Dense& a, const Window& window, uint32_t group,
-                                     const Strip<T, kChannels>& strip) {
-  const Problem& p = a.problem;
-  constexpr int words = kChannels / 8, tiles = kColumns / 8 / kWarps;  // a thread has a quarter of a row's channels
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  static_assert(kWarps * 8 == 32, "as Columns steps");
-  const Columns<kOwns> columns(p, window, warp * 8 + g);
-  const uint32_t from = (columns.pixel * uint32_t(p.group) + group) * (kChannels / 2) + t * words;
-  const uint32_t step = columns.step * uint32_t(p.group) * (kChannels / 2);
-  Pack<uint32_t, words> input[tiles];
+// What a thread loads of a strip; of the window, a quarter of the channels of every 32nd column's pixel.
+template <typename T, int kChannels, bool kOwns>
+struct Loaded {
+  static constexpr int size = kVectorBytes / sizeof(T), vectors = kChannels / size, words = kChannels / 8;
+  Pack<uint32_t, 4> grads[kPairs * vectors / kThreads];
+  Pack<T, 2> offsets[kRounds];
+  T masks[kRounds];
+  Pack<uint32_t, words> input[kColumns / 32];
+
+  template <typename Pixels>
+  __device__ void load_rows(const Dense& a, const Pixels& span) {
+    const Problem& p = a.problem;
 #pragma unroll
-  for (int n = 0; n < tiles; ++n) {
-    const uint32_t at = columns.exists(n) ? from + n * step : 0;  // no point has a corner there: any pixel will do
-    input[n] = load<words>(static_cast<const uint32_t*>(p.input) + at);
-  }
-  const int eights = strip.stride / 8 - warp;  // of this warp, times kWarps
-#pragma unroll 1
-  for (int next = 0; next < a.rows; next += 16) {
-    const int row = smaller_of(next, a.rows - 16);  // the last eight perhaps a second time
-    uint32_t grads[words][2];
-#pragma unroll
-    for (int i = 0; i < words; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        grads[i][h] = reinterpret_cast<const uint32_t*>(strip.grads + (row + g + 8 * h) * kChannels)[t * words + i];
+    for (int j = 0; j < kPairs * vectors / kThreads; ++j) {
+      const int item = j * kThreads + threadIdx.x;
+      const Pair<uint32_t> pair = pair_of(a.cut, span, item / vectors);
+      grads[j] = {};
+      if (pair.valid)
+        grads[j] = bits_as<Pack<uint32_t, 4>>(load<size>(static_cast<const T*>(p.grad_output) + first_channel(p, pair) +
+                                                         item % vectors * size));
     }
-    float *const to = strip.matrix + (row + g) * strip.stride + warp * 8 + 2 * t, *const below = to + 8 * strip.stride;
+    for_points([&](int round, int i, int k) {
+      const Pair<uint32_t> pair = pair_of(a.cut, span, i);
+      const uint32_t of_pixel = pair.group * 9 + k;
+      offsets[round] = {}, masks[round] = {};
+      if (!pair.valid) return;
+      offsets[round] =
+          load<2>(static_cast<const T*>(p.offset) + (pair.pixel * uint32_t(p.offset_stride) + 2 * of_pixel));
+      masks[round] = static_cast<const T*>(p.mask)[pair.pixel * uint32_t(p.mask_stride) + of_pixel];
+    });
+  }
+
+  __device__ void load_window(const Dense& a, const Window& window, uint32_t group) {
+    const Problem& p = a.problem;
+    const Columns<kOwns> columns(p, window, threadIdx.x / 4);
+    const uint32_t from = (columns.pixel * uint32_t(p.group) + group) * (kChannels / 2) + threadIdx.x % 4 * words;
+    const uint32_t step = columns.step * uint32_t(p.group) * (kChannels / 2);
 #pragma unroll
-    for (int n = 0; n < tiles; ++n) {
-      float dots[4] = {};
+    for (int n = 0; n < kColumns / 32; ++n) {
+      const uint32_t at = columns.exists(n) ? from + n * step : 0;  // no point has a corner there: any pixel will do
+      input[n] = load<words>(static_cast<const uint32_t*>(p.input) + at);
+    }
+  }
+
+  // Whether this thread has seen a number that is not finite.
+  __device__ bool store_to(const Dense& a, const Strip<T, kChannels, kOwns>& strip) const {
+    for_points([&](int round, int i, int k) {
+      if (i >= a.rows) return;
+      reinterpret_cast<Pack<T, 2>*>(strip.offsets)[i * 9 + k] = offsets[round];
+      strip.masks[i * 9 + k] = masks[round];
+    });
+    uint32_t bad = 0;
 #pragma unroll
-      for (int i = 0; i < words; i += 2) add_product_of(T(), dots, grads[i], input[n].numbers + i);
-      if (n * kWarps < eights) {
+    for (int j = 0; j < kPairs * vectors / kThreads; ++j) {
+#pragma unroll
+      for (int word = 0; word < 4; ++word) bad |= not_finite(grads[j].numbers[word], T());
+      reinterpret_cast<Pack<uint32_t, 4>*>(strip.grads)[j * kThreads + threadIdx.x] = grads[j];
+    }
+    return bad;
+  }
+};
+
+// All dot products of a strip with the window. A warp takes every fourth eight columns.
+template <typename T, int kChannels, bool kOwns>
+__device__ inline void multiply_rows(const Dense& a, const Strip<T, kChannels, kOwns>& strip,
+                                     const Loaded<T, kChannels, kOwns>& loaded) {
+  using In = Parts<kOwns>;
+  constexpr int words = kChannels / 8, between = In::shift * kWindow / 32;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int eights = strip.stride / 8 - warp;  // of this warp, times kWarps
+#pragma unroll
+  for (int part = 0; part < In::count; ++part) {
+#pragma unroll 1
+    for (int next = part * kPairs / 2; next < In::end(part, a.rows); next += 16) {
+      const int row = kOwns ? smaller_of(next, a.rows - 16) : next;  // the last eight perhaps a second time
+      uint32_t grads[words][2];
+#pragma unroll
+      for (int i = 0; i < words; ++i) {  // word by word: of two at once the compiler makes a copy for every product
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          grads[i][h] = reinterpret_cast<const uint32_t*>(strip.grads + (row + g + 8 * h) * kChannels)[t * words + i];
+      }
+      float* const to = strip.matrix + (row + g) * strip.stride + warp * 8 + 2 * t;
+      float* const below = to + 8 * strip.stride;
+#pragma unroll
+      for (int n = 0; n < In::columns / 32; ++n) {
+        float dots[4] = {};
+#pragma unroll
+        for (int i = 0; i < words; i += 2)
+          add_product_of(T(), dots, grads[i], loaded.input[n + part * between].numbers + i);
+        if (kOwns && n * kWarps >= eights) continue;
         *reinterpret_cast<Pack<float, 2>*>(to + n * kWarps * 8) = {{dots[0], dots[1]}};
         *reinterpret_cast<Pack<float, 2>*>(below + n * kWarps * 8) = {{dots[2], dots[3]}};
       }
@@ -176,7 +223,7 @@ __device__ inline void multiply_rows(const Dense& a, const Window& window, uint3
 
 // A point that the window does not hold is taken by the thread's whole warp: half of it a row of two corners, a thread
 // every 16th channel. Adds to memory what `mine` points give to the input's gradient, and sets their dot products.
-// place: of the low corner among all pixels of the batch. grads: the output gradients of the warp's rows.
+// place: of the low corner among all pixels of the batch. grads: the output gradients of the warp's 16 rows.
 template <typename T, int kChannels>
 __device__ inline void take_outside(const Problem& p, bool mine, const Corners<float>& corners, uint32_t place,
                                     uint32_t group, const T* grads, float* dots) {
@@ -193,7 +240,7 @@ __device__ inline void take_outside(const Problem& p, bool mine, const Corners<f
     }
 #pragma unroll
     for (int c = lane % 16; c < kChannels; c += 16) {
-      const float grad = widen(grads[owner * kChannels + c]);
+      const float grad = widen(grads[owner % 16 * kChannels + c]);
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
         const uint32_t at = ((from + q) * uint32_t(p.group) + group) * kChannels + c;
@@ -214,73 +261,92 @@ __device__ inline void take_outside(const Problem& p, bool mine, const Corners<f
   }
 }
 
-// A thread a row: gradients of offsets and masks from the dot products, whose place its row of W takes. Whether a mask
-// is not finite.
-template <bool kOwns, typename T, int kChannels, typename Pixels>
+// Two threads a row: gradients of offsets and masks from the dot products, whose place its row of W takes. Whether a
+// mask is not finite.
+template <typename T, int kChannels, bool kOwns, typename Pixels>
 __device__ inline bool combine_and_weigh(const Dense& a, const Window& window, const Pixels& span,
-                                         const Strip<T, kChannels>& strip) {
+                                         const Strip<T, kChannels, kOwns>& strip) {
   const Problem& p = a.problem;
-  const int i = first_pair();
-  if (i >= a.rows) return false;
+  const Share<9> share(9);
+  constexpr int steps = 5, other = Share<9>::kPairsOfWarp;
+  const int first = share.first_pair();
+  if (first / other * other >= a.rows) return false;  // a warp without a row
+  const int i = smaller_of(first, a.rows - 1);  // beyond the last row threads go along, with one of their own warp
   const Pair<uint32_t> pair = pair_of(a.cut, span, i);
+  const bool mine = first < a.rows, valid = mine && pair.valid;
   float* const row = strip.matrix + i * strip.stride;
-  Corners<float> corners[9];
-  uint32_t places[3] = {};  // columns of the low corners, a byte each: registers are what is scarce here
-  bool listed[9];
+  const int top = window.top + Parts<kOwns>::of_row(i) * Parts<kOwns>::shift;
+  T *const offsets = strip.offsets + i * 18, *const to_masks = strip.masks + i * 9;
+  Points<T, 9, uint32_t> at(p, a.cut, pair);
+  at.offset = offsets;
+  const Masks<T, 9> masks(to_masks, share, p.softmax);
+  Corners<float> corners[steps];
+  int places[steps];  // the column of the low corner, or -1
+  Pack<T, 2> moves[steps];
+  float by_mask[steps], mean = 0;
   bool bad = false;
-  if (!kOwns || pair.valid) {  // whole warps, where they take points together
-    T *const offsets = strip.offsets + i * 18, *const to_masks = strip.masks + i * 9;
-    Points<T, 9, uint32_t> at(p, a.cut, pair);
-    at.offset = offsets;
-    const Masks<T, 9> masks(to_masks, 9, p.softmax);
-    float by_mask[9], mean = 0;
 #pragma unroll
-    for (int k = 0; k < 9; ++k) {
-      Axis<float> h, v;
-      at.axes(k, &h, &v);
-      const float mask = masks.at(k);
-      bad = bad || !(magnitude_of(mask) < INFINITY);
-      corners[k] = corners_of(h, v, mask);
-      const int y = v.low - window.top, x = h.low - window.left;
-      const int place = y * a.window_w + x;
-      const bool outside = !kOwns && !(y >= 0 && y < kWindow - 1 && x >= 0 && x < kWindow - 1);
-      float dots[4] = {};
-      if (!outside) {
+  for (int s = 0; s < steps; ++s) {
+    Axis<float> h, v;
+    at.axes(share, s, &h, &v);
+    const float mask = masks.at(s);
+    bad = bad || !(magnitude_of(mask) < INFINITY);
+    corners[s] = corners_of(h, v, mask);
+    const int y = v.low - top, x = h.low - window.left;
+    const bool inside = kOwns || (y >= 0 && y < Parts<kOwns>::window_h - 1 && x >= 0 && x < kWindow - 1);
+    float dots[4] = {};
+    places[s] = inside && valid && share.has(s) ? y * a.window_w + x : -1;
+    if (inside) {
 #pragma unroll
-        for (int q = 0; q < 4; ++q) dots[q] = row[place + q / 2 * a.window_w + q % 2];
-      }
-      if (!kOwns) {
-        const uint32_t pixel = window.image + uint32_t(v.low) * uint32_t(p.width) + uint32_t(h.low);
-        take_outside<T, kChannels>(p, outside && pair.valid, corners[k], pixel, pair.group,
-                                   strip.grads + i / 32 * 32 * kChannels, dots);
-      }
-      places[k / 4] |= uint32_t(outside ? 0 : place) << k % 4 * 8;
-      listed[k] = !outside;
-      const Corners<float> gradient = gradients_of(h, v, dots, mask * float(p.offset_scale));
-      narrow(gradient.weight[0], offsets + 2 * k), narrow(gradient.weight[1], offsets + 2 * k + 1);
-      by_mask[k] = gradient.weight[2];
-      mean += mask * by_mask[k];
+      for (int q = 0; q < 4; ++q) dots[q] = row[y * a.window_w + x + q / 2 * a.window_w + q % 2];
     }
-#pragma unroll
-    for (int k = 0; k < 9; ++k)
-      narrow(p.softmax ? masks.at(k) * (by_mask[k] - mean) : by_mask[k], to_masks + k);
+    if (!kOwns) {
+      const uint32_t pixel = window.image + uint32_t(v.low) * uint32_t(p.width) + uint32_t(h.low);
+      take_outside<T, kChannels>(p, !inside && valid && share.has(s), corners[s], pixel, pair.group,
+                                 strip.grads + i / other * other * kChannels, dots);
+    }
+    const Corners<float> gradient = gradients_of(h, v, dots, mask * float(p.offset_scale));
+    narrow(gradient.weight[0], &moves[s].numbers[0]), narrow(gradient.weight[1], &moves[s].numbers[1]);
+    by_mask[s] = gradient.weight[2];
+    mean += share.has(s) ? mask * by_mask[s] : 0;
   }
-  // Rows lie an odd number of eights apart: every other four threads begin with the second four, in other banks.
+  mean = share.sum(mean);
+  __syncwarp();  // all dot products are read
+  if (mine) {
+#pragma unroll
+    for (int s = 0; s < steps; ++s) {
+      if (!share.has(s)) continue;
+      const int k = share.point(s);
+      reinterpret_cast<Pack<T, 2>*>(offsets)[k] = moves[s];
+      narrow(p.softmax ? masks.at(s) * (by_mask[s] - mean) : by_mask[s], to_masks + k);
+    }
+    // Rows lie an odd number of eights apart: every other four threads begin with the second four, in other banks.
 #pragma unroll 4
-  for (int c = 0; c < strip.stride; c += 8) {
-    *reinterpret_cast<Pack<float, 4>*>(row + (i & 4) + c) = {};
-    *reinterpret_cast<Pack<float, 4>*>(row + (~i & 4) + c) = {};
+    for (int c = share.upper ? 8 : 0; c < strip.stride; c += 16) {
+      *reinterpret_cast<Pack<float, 4>*>(row + (i & 4) + c) = {};
+      *reinterpret_cast<Pack<float, 4>*>(row + (~i & 4) + c) = {};
+    }
   }
-  if (!pair.valid) return false;
+  __syncwarp();
+  // Both threads add every point, one its upper two corners, the other its lower two.
+  float* const part = row + (share.upper ? a.window_w : 0);
 #pragma unroll
-  for (int k = 0; k < 9; ++k) {
-    if (!listed[k]) continue;
-    float *const low = row + (places[k / 4] >> k % 4 * 8 & 255), *const high = low + a.window_w;
-    const float sums[4] = {low[0] + corners[k].weight[0], low[1] + corners[k].weight[1],
-                           high[0] + corners[k].weight[2], high[1] + corners[k].weight[3]};
-    low[0] = sums[0], low[1] = sums[1], high[0] = sums[2], high[1] = sums[3];
+  for (int s = 0; s < steps; ++s) {
+    const auto& weight = corners[s].weight;
+    const int place[2] = {places[s], __shfl_xor_sync(~0u, places[s], other)};
+    float left[2] = {share.upper ? weight[2] : weight[0], share.upper ? weight[0] : weight[2]};
+    float right[2] = {share.upper ? weight[3] : weight[1], share.upper ? weight[1] : weight[3]};
+    left[1] = __shfl_xor_sync(~0u, left[1], other), right[1] = __shfl_xor_sync(~0u, right[1], other);
+#pragma unroll
+    for (int turn = 0; turn < (s == steps - 1 ? 1 : 2); ++turn) {
+      const bool own = share.upper == (turn == 1);
+      const int column = own ? place[0] : place[1];
+      float* const to = part + column;
+      if (column >= 0) to[0] += own ? left[0] : left[1], to[1] += own ? right[0] : right[1];
+      __syncwarp();
+    }
   }
-  return bad;
+  return bad && valid;
 }
 
 // The columns of a thread in a tile of the sums: 16 * tile + 2 * (lane / 4) and the next one. Of both the channels of
@@ -289,68 +355,79 @@ template <int kChannels>
 using Sums = float[kTilesOfWarp][kChannels / 8][4];
 
 // sums += W^T grads.
-template <bool together, typename T, int kChannels>
-__device__ inline void add_columns(const Dense& a, const Strip<T, kChannels>& strip, bool finite,
+template <bool together, typename T, int kChannels, bool kOwns>
+__device__ inline void add_columns(const Dense& a, const Strip<T, kChannels, kOwns>& strip, bool finite,
                                    Sums<kChannels>& sums) {
-  constexpr int n_tiles = kChannels / 8;
+  using In = Parts<kOwns>;
+  constexpr int n_tiles = kChannels / 8, tiles = In::columns / 16 / kWarps;
+  constexpr bool one_part = std::is_same<T, BFloat16>::value;
+  static_assert(In::shift * kWindow == 16 * kWarps, "the next part's first tile of a warp is this one's second");
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  if (!finite) {
+#pragma unroll
+  for (int part = 0; part < In::count; ++part) {
+    const int first = part * kPairs / 2, end = In::end(part, a.rows);
+    if (!finite) {
 #pragma unroll 1
-    for (int row = 0; row < a.rows; ++row) {
+      for (int row = first; row < end; ++row) {
 #pragma unroll
-      for (int m = 0; m < kTilesOfWarp; ++m) {
+        for (int m = 0; m < tiles; ++m) {
 #pragma unroll
-        for (int j = 0; j < 8 * n_tiles / 2; ++j) {
-          const int which = j / (2 * n_tiles), column = j / n_tiles % 2, n = j % n_tiles;
-          const int to = warp * 16 + m * 16 * kWarps + 2 * g + which;
-          if (to >= strip.stride) continue;
-          const float weight = strip.matrix[row * strip.stride + to];
-          const float grad = widen(strip.grads[row * kChannels + channels_of<kChannels, together>(2 * t + column) + n]);
-          if (weight != 0) sums[m][n][2 * which + column] += weight * grad;
+          for (int j = 0; j < 8 * n_tiles / 2; ++j) {
+            const int which = j / (2 * n_tiles), column = j / n_tiles % 2, n = j % n_tiles;
+            const int to = warp * 16 + m * 16 * kWarps + 2 * g + which;
+            if (to >= strip.stride) continue;
+            const float weight = strip.matrix[row * strip.stride + to];
+            const float grad =
+                widen(strip.grads[row * kChannels + channels_of<kChannels, together>(2 * t + column) + n]);
+            if (weight != 0) sums[m + part][n][2 * which + column] += weight * grad;
+          }
         }
       }
+      continue;
     }
-    return;
-  }
-  const float* low = strip.matrix + t * strip.stride + warp * 16 + 2 * g;
-  const T* from = strip.grads + t * kChannels + channels_of<kChannels, together>(g);
-#pragma unroll 1
-  for (int row = 0; row < a.rows; row += 8, low += 8 * strip.stride, from += 8 * kChannels) {
-    float grads[n_tiles][2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float numbers[n_tiles];
-      widen(load<n_tiles>(from + 4 * h * kChannels), numbers);
-#pragma unroll
-      for (int n = 0; n < n_tiles; ++n) grads[n][h] = numbers[n];
-    }
-#pragma unroll
-    for (int m = 0; m < kTilesOfWarp; ++m) {
-      // Reading on into the next row would do no harm, but cost time.
-      if (m % 2 && warp * 16 + m * 16 * kWarps >= strip.stride) break;
-      float high[4], rest[4];
+    const float* low = strip.matrix + (first + t) * strip.stride + warp * 16 + 2 * g;
+    const T* from = strip.grads + (first + t) * kChannels + channels_of<kChannels, together>(g);
+#pragma unroll 2
+    for (int row = first; row < end; row += 8, low += 8 * strip.stride, from += 8 * kChannels) {
+      float grads[n_tiles][2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Pack<float, 2> weights = load<2>(low + 4 * h * strip.stride + m * 16 * kWarps);
+        float numbers[n_tiles];
+        widen(load<n_tiles>(from + 4 * h * kChannels), numbers);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          high[2 * h + j] = bits_as<float>(bits_as<uint32_t>(weights.numbers[j]) & 0xffffe000u);
-          rest[2 * h + j] = weights.numbers[j] - high[2 * h + j];
-        }
+        for (int n = 0; n < n_tiles; ++n) grads[n][h] = numbers[n];
       }
 #pragma unroll
-      for (int n = 0; n < n_tiles; ++n) add_product_tf32(sums[m][n], high, grads[n]);
+      for (int m = 0; m < tiles; ++m) {
+        // Reading on into the next row would do no harm, but cost time.
+        if (kOwns && m % 2 && warp * 16 + m * 16 * kWarps >= strip.stride) break;
+        float high[4], rest[4];
 #pragma unroll
-      for (int n = 0; n < n_tiles; ++n) add_product_tf32(sums[m][n], rest, grads[n]);
+        for (int h = 0; h < 2; ++h) {
+          const Pack<float, 2> weights = load<2>(low + 4 * h * strip.stride + m * 16 * kWarps);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const uint32_t bits = bits_as<uint32_t>(weights.numbers[j]) + (one_part ? 0x1000u : 0);  // rounded
+            high[2 * h + j] = bits_as<float>(bits & 0xffffe000u);
+            rest[2 * h + j] = weights.numbers[j] - high[2 * h + j];
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < n_tiles; ++n) add_product_tf32(sums[m + part][n], high, grads[n]);
+#pragma unroll
+        for (int n = 0; n < n_tiles && !one_part; ++n) add_product_tf32(sums[m + part][n], rest, grads[n]);
+      }
     }
   }
 }
 
 // Writes the gradients of offsets and masks, neighbouring threads to neighbouring numbers.
-template <typename T, int kChannels, typename Pixels>
-__device__ inline void put(const Dense& a, const Pixels& span, const Strip<T, kChannels>& strip) {
+template <typename T, int kChannels, bool kOwns, typename Pixels>
+__device__ inline void put(const Dense& a, const Pixels& span, const Strip<T, kChannels, kOwns>& strip) {
   const Problem& p = a.problem;
-  for_points(a, span, [&](int i, const Pair<uint32_t>& pair, int k) {
+  for_points([&](int, int i, int k) {
+    const Pair<uint32_t> pair = pair_of(a.cut, span, i);
+    if (!pair.valid) return;
     const uint32_t to = (pair.pixel * uint32_t(p.group) + pair.group) * 9 + k;
     static_cast<Pack<T, 2>*>(p.grad_offset)[to] = reinterpret_cast<const Pack<T, 2>*>(strip.offsets)[i * 9 + k];
     static_cast<T*>(p.grad_mask)[to] = strip.masks[i * 9 + k];
@@ -377,33 +454,42 @@ __device__ inline void for_sums(const Dense& a, const Window& window, const Sums
 }
 
 // Blocks of a multiprocessor at once.
-template <int kChannels, bool kOwns>
-constexpr int kDenseBlocks = kChannels > 16 ? 2 : kOwns ? 4 : 3;
+template <int kChannels>
+constexpr int kDenseBlocks = kChannels > 16 ? 2 : 4;
 
 template <typename T, int kChannels, bool kOwns>
-__global__ void __launch_bounds__(kThreads, kDenseBlocks<kChannels, kOwns>) dense_kernel(Dense a) {
+__global__ void __launch_bounds__(kThreads, kDenseBlocks<kChannels>) dense_kernel(Dense a) {
   const Problem& p = a.problem;
   DCNV3_SHARED(memory);
-  const Strip<T, kChannels> strip(memory, a);
+  const Strip<T, kChannels, kOwns> strip(memory, a);
   constexpr bool together = kOwns || kAtomicVector == 4;
   Sums<kChannels> sums = {};
-  const auto run = [&](const auto& span, const Window& window) {
-    bool bad = fetch(a, span, strip);
+  Loaded<T, kChannels, kOwns> loaded;
+  // A strip that is loaded; `next` loads another one meanwhile.
+  const auto run = [&](const auto& span, const Window& window, const auto& next) {
+    loaded.load_window(a, window, span.group);
+    bool bad = loaded.store_to(a, strip);
     __syncthreads();
-    multiply_rows<kOwns>(a, window, span.group, strip);
+    multiply_rows(a, strip, loaded);
     __syncthreads();
-    bad = combine_and_weigh<kOwns>(a, window, span, strip) || bad;
+    bad = combine_and_weigh(a, window, span, strip) || bad;
     bad = __syncthreads_or(bad);
+    next();
     add_columns<together>(a, strip, !bad, sums);
     put(a, span, strip);
   };
   if constexpr (kOwns) {
     const uint32_t image = a.tiling.groups.quotient(blockIdx.x), group = blockIdx.x - image * a.tiling.groups.value;
-    const uint32_t out_pixels = uint32_t(p.out_height * p.out_width), first = image * out_pixels;
+    const uint32_t first = image * uint32_t(p.out_height * p.out_width), pairs = uint32_t(a.cut.pairs);
+    const uint32_t end = first + uint32_t(p.out_height * p.out_width);
     const Window window{image * uint32_t(p.height * p.width), 0, 0};
-    for (uint32_t done = 0; done < out_pixels; done += uint32_t(a.cut.pairs)) {
-      if (done) __syncthreads();
-      run(Rows{first + done, first + smaller_of(done + uint32_t(a.cut.pairs), out_pixels), group}, window);
+    const auto rows = [&](uint32_t begin) { return Rows{begin, smaller_of(begin + pairs, end), group}; };
+    loaded.load_rows(a, rows(first));
+    for (uint32_t begin = first; begin < end; begin += pairs) {
+      if (begin > first) __syncthreads();
+      run(rows(begin), window, [&] {
+        if (begin + pairs < end) loaded.load_rows(a, rows(begin + pairs));
+      });
     }
     for_sums<kOwns, kChannels>(a, window, sums, [&](uint32_t pixel, int t, const float* numbers) {
       constexpr int size = kChannels / 4;
@@ -417,7 +503,8 @@ __global__ void __launch_bounds__(kThreads, kDenseBlocks<kChannels, kOwns>) dens
     const Window window{tile.image * uint32_t(p.height * p.width),
                         window_of(tile.row, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h),
                         window_of(tile.column, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w)};
-    run(tile, window);
+    loaded.load_rows(a, tile);
+    run(tile, window, [] {});
     for_sums<kOwns, kChannels>(a, window, sums, [&](uint32_t pixel, int t, const float* numbers) {
       float* const to = static_cast<float*>(p.grad_input) + (pixel * uint32_t(p.group) + tile.group) * kChannels;
       constexpr int size = together ? kAtomicVector : 1;
@@ -440,7 +527,7 @@ Dense dense_of(const Problem& p, bool owns) {
     const int64_t pixels = p.out_height * p.out_width, strips = (pixels + kPairs - 1) / kPairs;
     a.cut.pairs = int((pixels + strips - 1) / strips);
   }
-  const int eights = owns ? int(p.height * p.width + 7) / 8 : kColumns / 8;
+  const int eights = owns ? int(p.height * p.width + 7) / 8 : Parts<false>::columns / 8;
   a.rows = larger_of((a.cut.pairs + 7) / 8 * 8, 16);
   a.stride = 8 * (eights + (eights + 1) % 2);  // of an odd number of eights: threads meet in no bank
   a.bytes = int64_t(a.rows) * a.stride * sizeof(float) + (kPairs * p.channels + a.rows * 27) * 2;

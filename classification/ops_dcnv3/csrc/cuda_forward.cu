@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward a
   __syncthreads();
 
   const Index all = Index(p.group * p.channels);
-  const CornerPointers<const T> input(static_cast<const T*>(p.input), Distances<Index>(p));
+  const T* const upper = hidden(static_cast<const T*>(p.input));
+  const T* const lower = hidden(static_cast<const T*>(p.input) + Distances<Index>(p).corner[2]);
   for (int item = threadIdx.x; item < cut.pairs * cut.lanes(); item += kThreads) {
     const int i = item >> cut.lane_shift, lane = item & (cut.lanes() - 1);
     const Pair<Index> pair = pair_of(cut, span, i);
@@ -41,9 +42,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward a
 #pragma unroll
       for (int k = 0; k < shared.points; ++k) {
         const Corners<A> corners = shared.corners[shared.at(k, i)];
-        const Index place = shared.places[shared.at(k, i)] * all + channel;
+        const auto places = shared.places[shared.at(k, i)];
 #pragma unroll
-        for (int q = 0; q < 4; ++q) add_corner<size>(input.to[q] + place, corners.weight[q], sum);
+        for (int column = 0; column < 2; ++column) {
+          const Index place = places.numbers[column] * all + channel;
+          add_corner<size>(upper + place, corners.weight[column], sum);
+          add_corner<size>(lower + place, corners.weight[2 + column], sum);
+        }
       }
       Pack<T, size> result;
 #pragma unroll

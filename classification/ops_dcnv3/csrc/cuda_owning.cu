@@ -43,7 +43,7 @@ __device__ inline void accumulate(const Problem& p, const Cut& cut, int tiles, c
 #pragma unroll
         for (int k = 0; k < at_once; ++k) {
           weight[k] = shared.corners[shared.at(first + k, i)].weight[corner];
-          pixel[k] = int(shared.places[shared.at(first + k, i)] - first_pixel);
+          pixel[k] = int(shared.places[shared.at(first + k, i)].numbers[0] - first_pixel);
         }
 #pragma unroll
         for (int k = 0; k < at_once; ++k) {

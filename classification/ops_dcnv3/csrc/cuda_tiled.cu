@@ -55,7 +55,7 @@ __device__ inline void link(const Tiled& a, const Tile<Index>& tile, int top, in
   for (int item = threadIdx.x; item < shared.points * kPairs; item += kThreads) {
     const int k = item / kPairs, i = item % kPairs;
     if (!pair_of(a.cut, tile, i).valid) continue;
-    const Index pixel = shared.places[shared.at(k, i)] - tile.image * Index(p.height * p.width);
+    const Index pixel = shared.places[shared.at(k, i)].numbers[0] - tile.image * Index(p.height * p.width);
     const int row = int(a.width.quotient(pixel)), y = row - top, x = int(pixel) - row * int(p.width) - left;
     // With the high corners, one row and one column on.
     const bool inside = y >= 0 && y < kWindow - 1 && x >= 0 && x < kWindow - 1;

@@ -1,6 +1,7 @@
 // Just enough of CUDA to run the kernels' own source on a CPU, where no GPU is: every thread of a block
 // is a fiber, and barriers and shuffles hand over to the next one. It shows whether indices, guards and
-// sums are right; nothing about speed, and nothing about races between blocks. Threads go in order, a warp at
+// sums are right, and under ThreadSanitizer whether threads of a block meet in memory between barriers; nothing about
+// speed, and nothing about races between blocks. Threads go in order, a warp at
 // a time; with DCNV3_TEST_SHUFFLE=seed, blocks and the threads of a block go in an order drawn anew at every
 // barrier, so that what depends on the order without a barrier shows.
 #pragma once
@@ -17,12 +18,6 @@
 #include <random>
 #include <utility>
 #include <vector>
-
-#if __has_include(<sanitizer/asan_interface.h>)
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_UNPOISON_MEMORY_REGION(start, size)
-#endif
 
 #define DCNV3_EMULATED
 #define __global__
@@ -109,6 +104,45 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
 
 static dim3 threadIdx, blockIdx;
 
+// For ThreadSanitizer a thread of the GPU is a fiber, and only barriers put fibers in order: two that meet in memory
+// between barriers are reported, whatever came of it. What the imitation does for itself is not watched.
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
+namespace emulated {
+struct Unwatched {
+  Unwatched() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
+  ~Unwatched() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); }
+};
+using Watched = void*;
+static void* const launching = __tsan_get_current_fiber();
+static std::vector<Watched> watched;
+inline void watch(size_t count) {
+  while (watched.size() < count) watched.push_back(__tsan_create_fiber(0));
+}
+inline void now_watch(int thread) {
+  __tsan_switch_to_fiber(thread < 0 ? launching : watched[thread], __tsan_switch_to_fiber_no_sync);
+}
+inline void release(void* meeting) { __tsan_release(meeting); }
+inline void acquire(void* meeting) { __tsan_acquire(meeting); }
+}  // namespace emulated
+#else
+namespace emulated {
+struct Unwatched {
+  ~Unwatched() {}
+};
+inline void watch(size_t) {}
+inline void now_watch(int) {}
+inline void release(void*) {}
+inline void acquire(void*) {}
+}  // namespace emulated
+#endif
+
 // A thread of the GPU: a stack of its own, and where it stands on it.
 namespace emulated {
 #if defined(__x86_64__) && defined(__linux__)
@@ -164,17 +198,28 @@ static std::vector<Slot> slots;    // what a thread offers to its warp, in turn 
 static long steps;                 // of all fibers together
 static Fiber scheduler;
 
-inline void hand_over() { change(fibers[threadIdx.x], scheduler); }
+inline void hand_over() {
+  Fiber& mine = fibers[threadIdx.x];
+  now_watch(-1);
+  change(mine, scheduler);
+}
 
 // Threads that wait for each other: those that have not ended, how many of them are there, how often all were.
 struct Barrier {
   unsigned threads, arrived = 0;
   long turn = 0;
+  char meetings[2] = {};  // in turn: a quick thread may have come to the next one
   void open() { arrived = 0, ++turn; }
-  void wait() {
+  void wait(bool orders_memory = true) {
+    const Unwatched own;
     ++steps;
-    if (++arrived == threads) return open();
-    for (const long mine = turn; turn == mine;) hand_over();
+    char* const meeting = &meetings[turn % 2];
+    if (orders_memory) release(meeting);
+    if (++arrived == threads)
+      open();
+    else
+      for (const long mine = turn; turn == mine;) hand_over();
+    if (orders_memory) acquire(meeting);
   }
   void leave() {
     if (--threads == arrived && arrived) open();
@@ -188,6 +233,7 @@ inline Barrier& warp_barrier() { return warp_barriers[threadIdx.x / 32]; }
 inline void __syncthreads() { emulated::block_barrier.wait(); }
 inline void __syncwarp() { emulated::warp_barrier().wait(); }
 inline int __syncthreads_or(int value) {
+  const emulated::Unwatched own;
   static bool any[2];  // the next barrier may have begun before a slow thread reads
   bool& mine = any[emulated::block_barrier.turn % 2];
   mine = value || (emulated::block_barrier.arrived > 0 && mine);
@@ -196,13 +242,13 @@ inline int __syncthreads_or(int value) {
 }
 namespace emulated {
 // Offers `value` to the warp, and returns by lane what all its threads offer. Two places a thread: a quick one offers
-// its next value while a slow one still reads.
+// its next value while a slow one still reads. That it puts no other memory in order is as CUDA says.
 template <typename A>
 auto exchanged(A value) {
   const long turn = warp_barrier().turn % 2;
   static_assert(sizeof(A) <= sizeof(Slot), "");
   memcpy(&slots[2 * threadIdx.x + turn], &value, sizeof(A));
-  __syncwarp();
+  warp_barrier().wait(false);
   return [turn](int lane) -> const A& {
     return reinterpret_cast<const A&>(slots[2 * (threadIdx.x / 32 * 32 + lane) + turn]);
   };
@@ -210,6 +256,7 @@ auto exchanged(A value) {
 }  // namespace emulated
 template <typename A>
 A __shfl_sync(unsigned, A value, int lane) {
+  const emulated::Unwatched own;
   return emulated::exchanged(value)(lane);
 }
 template <typename A>
@@ -217,6 +264,7 @@ A __shfl_xor_sync(unsigned all, A value, int mask) {
   return __shfl_sync(all, value, int(threadIdx.x % 32) ^ mask);
 }
 inline unsigned __ballot_sync(unsigned, bool value) {
+  const emulated::Unwatched own;
   const auto of = emulated::exchanged(value);
   unsigned bits = 0;
   for (int lane = 0; lane < 32; ++lane) bits |= unsigned(of(lane)) << lane;
@@ -232,6 +280,7 @@ void add_product(float* sums, const uint32_t* a, const uint32_t* b, Number numbe
   struct Registers {
     uint32_t a[4], b[2];
   };
+  const emulated::Unwatched own;
   const auto of = emulated::exchanged(Registers{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
   const int lane = threadIdx.x % 32;
   for (int j = 0; j < 4; ++j) {
@@ -273,14 +322,19 @@ static long added;  // numbers, by atomicAdd
 }  // namespace emulated
 template <typename A>
 void atomicAdd(A* to, A value) {
+  const emulated::Unwatched own;
   *to += value, ++emulated::added;
 }
-inline int atomicExch(int* at, int value) { return std::exchange(*at, value); }
+inline int atomicExch(int* at, int value) {
+  const emulated::Unwatched own;
+  return std::exchange(*at, value);
+}
 struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline void atomicAdd(float4* to, float4 value) {
+  const emulated::Unwatched own;
   to->x += value.x, to->y += value.y, to->z += value.z, to->w += value.w, emulated::added += 4;
 }
 
@@ -288,12 +342,20 @@ namespace emulated {
 static void (*told)(unsigned blocks, size_t shared_bytes);  // where set, it is called and no kernel runs
 static void (*body)(const void*);
 static const void* argument;
+static char begun, ended;
 inline void run() {
-  body(argument);
-  done[threadIdx.x] = true;
-  ++steps;
-  block_barrier.leave(), warp_barrier().leave();
-  for (;;) hand_over();
+  for (;;) {  // a block
+    acquire(&begun);
+    body(argument);
+    release(&ended);
+    {
+      const Unwatched own;
+      done[threadIdx.x] = true;
+      ++steps;
+      block_barrier.leave(), warp_barrier().leave();
+    }
+    hand_over();
+  }
 }
 }  // namespace emulated
 
@@ -301,6 +363,7 @@ template <typename Arguments>
 cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, void** list, size_t bytes,
                              cudaStream_t) {
   using namespace emulated;
+  const Unwatched own;
   if (bytes > (reinterpret_cast<const void*>(kernel) == asked_for ? granted : 48 * 1024)) return 1;
   if (told) return told(grid.x, bytes), cudaSuccess;
   static void (*called)(Arguments);
@@ -309,6 +372,9 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, v
   argument = list[0];
   const size_t stack = 32 * 1024;  // AddressSanitizer clears its notes on all of it at every switch
   std::vector<char> stacks(stack * block.x);
+  fibers.assign(block.x, Fiber());
+  for (unsigned i = 0; i < block.x; ++i) begin(fibers[i], stacks.data() + stack * i, stack, run);
+  watch(block.x);
   const char* const seed = getenv("DCNV3_TEST_SHUFFLE");
   std::mt19937 random(seed ? unsigned(atoi(seed)) : 0);
   std::vector<unsigned> blocks(grid.x), order(block.x);
@@ -319,13 +385,11 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, v
     // Exactly as large as asked for: AddressSanitizer sees what lies beyond.
     shared = static_cast<char*>(aligned_alloc(16, (bytes + 15) / 16 * 16));
     memset(shared, 0xff, bytes);  // NaN: what is read before it is written shows
-    fibers.assign(block.x, Fiber());
-    ASAN_UNPOISON_MEMORY_REGION(stacks.data(), stacks.size());  // what the last block's threads left there
     block_barrier = {block.x};
     warp_barriers.assign(block.x / 32, {32});
     done.assign(block.x, false);
     slots.assign(2 * block.x, Slot());
-    for (unsigned i = 0; i < block.x; ++i) begin(fibers[i], stacks.data() + stack * i, stack, run);
+    release(&begun);
     // A warp at a time for as long as it gets on, or all threads once, in any order.
     const unsigned together = seed ? block.x : 32;
     for (long all = -1; steps != all;) {
@@ -336,11 +400,14 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, v
           if (seed) std::shuffle(order.begin(), order.end(), random);
           for (unsigned i = warp; i < warp + together; ++i) {
             threadIdx.x = order[i];
-            if (!done[order[i]]) change(scheduler, fibers[order[i]]);
+            if (done[order[i]]) continue;
+            now_watch(int(order[i]));
+            change(scheduler, fibers[order[i]]);
           }
         }
       }
     }
+    acquire(&ended);
     free(shared);
     if (std::find(done.begin(), done.end(), false) != done.end()) {
       fprintf(stderr, "threads of a block wait for each other for ever\n");
