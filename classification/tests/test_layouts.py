@@ -209,7 +209,7 @@ def test_brax(layouts, planned):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
+def without_pictures(monkeypatch):
     """Images without a picture: what is tested is which files there are."""
 
     def touch(root, rows, *_):
@@ -220,7 +220,7 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(synthetic, "_write_images", touch)
 
 
-def test_layouts_in_one_folder_replace_each_other(tmp_path, undrawn, capsys):
+def test_layouts_in_one_folder_replace_each_other(tmp_path, without_pictures, capsys):
     few = {"patients": 20, "size": 64, "progress": False}
     synthetic.write_tree(tmp_path, **few)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -237,6 +237,6 @@ def test_layouts_in_one_folder_replace_each_other(tmp_path, undrawn, capsys):
         synthetic.write_tree(tmp_path, layout="nih", image_format="dicom", **few)
 
 
-def test_command_line_names_the_dataset(tmp_path, undrawn, capsys):
+def test_command_line_names_the_dataset(tmp_path, without_pictures, capsys):
     synthetic.main(["--out", str(tmp_path), "--layout", "nih", "--patients", "10", "--size", "64"])
     assert f"internimage_tiny_synthetic.yaml --dataset nih --data-path {tmp_path}" in capsys.readouterr().out
