@@ -269,11 +269,11 @@ __device__ inline bool combine_and_weigh(const Dense& a, const Window& window, c
   const Problem& p = a.problem;
   const Share<9> share(9);
   constexpr int steps = 5, other = Share<9>::kPairsOfWarp;
-  const int first = share.first_pair();
-  if (first / other * other >= a.rows) return false;  // a warp without a row
-  const int i = smaller_of(first, a.rows - 1);  // beyond the last row threads go along, with one of their own warp
+  // All warps have as many rows. Beyond its last one threads go along: what they read no other warp writes meanwhile.
+  const int rows = kOwns ? a.rows / kWarps : other, number = threadIdx.x % other;
+  const int i = threadIdx.x / 32 * rows + smaller_of(number, rows - 1);
   const Pair<uint32_t> pair = pair_of(a.cut, span, i);
-  const bool mine = first < a.rows, valid = mine && pair.valid;
+  const bool mine = number < rows, valid = mine && pair.valid;
   float* const row = strip.matrix + i * strip.stride;
   const int top = window.top + Parts<kOwns>::of_row(i) * Parts<kOwns>::shift;
   T *const offsets = strip.offsets + i * 18, *const to_masks = strip.masks + i * 9;
