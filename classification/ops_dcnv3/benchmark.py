@@ -368,6 +368,7 @@ class Check:
     def __init__(self, dry, quick, folder):
         self.device, self.dry, self.folder = "cpu" if dry else "cuda", dry, Path(folder)
         self.repeats = 1 if dry else 5 if quick else 50
+        self.kernels = () if dry else BACKWARD_KERNELS  # of a GPU
         self.figures = {"failures": [], "levels": [], "seconds": {}}
 
     def run(self, only=None):
@@ -421,7 +422,7 @@ class Check:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 what = f"{batch}x{size}x{size} G {group}, {str(dtype).removeprefix('torch.')}, {layout}"
                 rows.append([what, *self.errors(what, batch, size, group, layout, dtype)])
-        table(["shape, dtype, layout", "definition", "by shape", *BACKWARD_KERNELS], rows)
+        table(["shape, dtype, layout", "definition", "by shape", *self.kernels], rows)
         print("Largest error of output and gradients, of the largest value of each\n")
 
     def errors(self, what, batch, size, group, layout, dtype):
@@ -446,7 +447,7 @@ class Check:
         allowed = error_of(with_gradients(dcnv3.reference, sample, grad, **settings))
         yield f"{allowed:.1e}"
         allowed = 2 * allowed + torch.finfo(dtype).eps
-        for kernel in ("", *BACKWARD_KERNELS):
+        for kernel in ("", *self.kernels):
             poison = [torch.full_like(t, float("nan"), dtype=kind) for t in exact for kind in (dtype, torch.float32)]
             del poison  # the allocator hands this memory out again
             try:
@@ -495,7 +496,7 @@ class Check:
                     for i in range(1 if self.dry else 4)
                 ]
                 times = {}
-                for kernel in ("", *BACKWARD_KERNELS):
+                for kernel in ("", *self.kernels):
                     try:
                         with backward_kernel(kernel), self.stream():
                             taken = forward_and_backward_times(logits, sets, group, self.device, self.repeats)
@@ -504,10 +505,10 @@ class Check:
                     times["forward"] = min(taken[0], times.get("forward", taken[0]))
                     times[kernel or "by shape"] = taken[-1]  # on a CPU with the forward pass
                 self.figures["levels"].append({"dtype": name, "size": size, "ms": times})
-                columns = ("forward", "by shape", *BACKWARD_KERNELS)
+                columns = ("forward", "by shape", *self.kernels)
                 rows.append([f"{size}x{size} G {group}", *(f"{times[c]:.3f}" if c in times else "" for c in columns)])
             print(f"ms, {name}, batch {shapes[0][0]}\n")
-            table(["level", "forward", "backward by shape", *BACKWARD_KERNELS], rows)
+            table(["level", "forward", "backward by shape", *self.kernels], rows)
         if self.dry:
             return
         rate = copy_rate(self.repeats)

@@ -88,7 +88,7 @@ def test_the_check_sees_a_gradient_that_is_a_pixel_off(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "dcnv3", SimpleNamespace(**names))
     assert benchmark.Check(True, True, tmp_path).run("correctness") > 9
     failures = json.loads((tmp_path / "dcnv3_correctness.json").read_text())["failures"]
-    assert "golden cases differ" in failures[0] and "backward owning: error" in " ".join(failures)
+    assert "golden cases differ" in failures[0] and "backward by shape: error" in " ".join(failures)
 
 
 def test_the_check_names_tests_of_behaviour_that_exist(tmp_path, monkeypatch):
