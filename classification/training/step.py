@@ -32,8 +32,8 @@ class Ema:
 
     @functools.cached_property
     def pairs(self):
-        """(average, value) of every tensor. Found once, at the first update, when all lie where they stay: to walk
-        through two models takes the CPU longer than their average takes a GPU."""
+        """(EMA, value) of every tensor. Listed once, at the first update, when the model is on its device and in its
+        shards: to walk through two models takes the CPU longer than the update of the EMA takes a GPU."""
         return [*zip(*((*module.parameters(), *module.buffers()) for module in (self.module, self.model)))]
 
     @torch.no_grad()
